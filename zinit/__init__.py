@@ -1,0 +1,86 @@
+"""zinit: zero-init attention for any pretrained Transformer.
+
+Names are resolved when first used, so that ``import zinit`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "PrefixConfig": "zinit.config",
+    "ZeroGatedPrefix": "zinit.prefix",
+    "Handle": "zinit.attach",
+    "attach": "zinit.attach",
+    "load": "zinit.attach",
+    "get_handle": "zinit.attach",
+    "import_adapter": "zinit.interop",
+    "AttentionSite": "zinit.backbones.base",
+    "Task": "zinit.tasks.base",
+    "ZinitError": "zinit.errors",
+    "ConfigError": "zinit.errors",
+    "BackboneError": "zinit.errors",
+    "CheckpointError": "zinit.errors",
+    "DataError": "zinit.errors",
+}
+
+if TYPE_CHECKING:
+    from zinit.attach import Handle, attach, get_handle, load
+    from zinit.backbones.base import AttentionSite
+    from zinit.config import PrefixConfig
+    from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
+    from zinit.interop import import_adapter
+    from zinit.prefix import ZeroGatedPrefix
+    from zinit.tasks.base import Task
+
+__all__ = [
+    "AttentionSite",
+    "BackboneError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Handle",
+    "PrefixConfig",
+    "Task",
+    "ZeroGatedPrefix",
+    "ZinitError",
+    "attach",
+    "get_handle",
+    "import_adapter",
+    "load",
+    "register_backbone",
+    "register_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'zinit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def register_backbone(name: str, where: str) -> None:
+    """Adds a backbone: ``zinit.register_backbone("mine", "my_package.backbone:MINE")``.
+
+    Args:
+        name: how ``--backbone`` and `attach` will call it.
+        where: address of an object that answers `zinit.backbones.base.Backbone`; imported when first needed.
+
+    Raises:
+        ConfigError: if the name is taken or the address malformed.
+    """
+    from zinit.backbones import BACKBONES
+
+    BACKBONES.register(name, where)
+
+
+def register_task(name: str, where: str) -> None:
+    """Adds a task: ``zinit.register_task("mine", "my_package.task:MyTask")``; see `register_backbone`."""
+    from zinit.tasks import TASKS
+
+    TASKS.register(name, where)

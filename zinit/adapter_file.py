@@ -1,0 +1,228 @@
+"""``adapter.safetensors`` and ``adapter.json``: what an adapter is, and what model it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit.config import PrefixConfig
+from zinit.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from zinit.attach import Handle
+    from zinit.backbones.base import AttentionSite
+
+FORMAT_VERSION = 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+PROBE = 64  # numbers kept of a projected probe vector
+SAME_WEIGHTS = 0.9  # cosine; another dtype or a 4-bit copy of the same weights stays above 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A saved adapter in memory.
+
+    Attributes:
+        config: how its prefixes are built.
+        backbone: registered name.
+        fingerprint: of the model it was made for.
+        tensors: {parameter name: tensor}.
+    """
+
+    config: PrefixConfig
+    backbone: str
+    fingerprint: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, handle: Handle) -> AdapterFile:
+        """The adapter as it is now."""
+        return cls(
+            config=handle.config,
+            backbone=handle.backbone,
+            fingerprint=fingerprint(handle.model, list(handle.attachment.sites.values())),
+            tensors={name: tensor.cpu().contiguous() for name, tensor in handle.state_dict().items()},
+        )
+
+    def write(self, directory: str | Path) -> None:
+        """Writes both files, each under a temporary name first.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
+        import zinit
+
+        try:
+            from safetensors.torch import save
+
+            data = save(self.tensors, metadata={"format": "pt"})
+            description = {
+                "format_version": FORMAT_VERSION,
+                "zinit_version": zinit.__version__,
+                "backbone": self.backbone,
+                "config": self.config.to_dict(),
+                "model": self.fingerprint,
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "versions": {"torch": torch.__version__},
+            }
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(directory) / TENSORS, data)
+            write_atomically(Path(directory) / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
+        except OSError as error:
+            raise CheckpointError(f"the adapter cannot be written to {directory}: {error}.") from error
+
+    @classmethod
+    def read(cls, source: str | Path, *, revision: str | None = None) -> AdapterFile:
+        """Reads a folder, or a Hub repository if there is no such folder.
+
+        Raises:
+            CheckpointError: if files are missing or damaged.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(str(source), revision)
+        for name in (DESCRIPTION, TENSORS):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder} holds no {name}. Expected a folder that zinit saved an adapter to.")
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text())
+            version = description["format_version"]
+            if version > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{folder / DESCRIPTION} has format version {version}; this zinit reads up to {FORMAT_VERSION}. "
+                    f"Upgrade zinit."
+                )
+            config = PrefixConfig.from_dict(description["config"])
+            backbone, model, sha256 = description["backbone"], description["model"], description["sha256"]
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}. Save the adapter again.") from error
+        data = (folder / TENSORS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CheckpointError(
+                f"{folder / TENSORS} is damaged: it is not the file that {DESCRIPTION} beside it describes "
+                f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
+            )
+        from safetensors.torch import load
+
+        return cls(config=config, backbone=backbone, fingerprint=model, tensors=load(data))
+
+    def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
+        """Compares the model with the one the adapter was made for.
+
+        Raises:
+            CheckpointError: naming the field that differs.
+        """
+        from zinit.attach import ATTRIBUTE
+        from zinit.backbones import BACKBONES
+
+        if hasattr(model, ATTRIBUTE):
+            sites = list(getattr(model, ATTRIBUTE).sites.values())
+        else:
+            sites = BACKBONES.get(self.backbone).sites(model)
+        found = fingerprint(model, sites)
+        for field, expected in self.fingerprint.items():
+            if field in ("key_probe", "name_or_path", "revision"):
+                continue
+            if found.get(field) != expected:
+                raise CheckpointError(
+                    f"this adapter was made for another model: {field} is {found.get(field)!r} here, "
+                    f"but {expected!r} where it was trained ({self.fingerprint.get('name_or_path') or 'unnamed'})."
+                )
+        ours, theirs = found.get("key_probe"), self.fingerprint.get("key_probe")
+        if weights and ours and theirs:
+            cosine = torch.cosine_similarity(torch.tensor(ours), torch.tensor(theirs), dim=0).item()
+            if not cosine >= SAME_WEIGHTS:
+                raise CheckpointError(
+                    f"this adapter was made for other weights of the same shape: key_probe (the first layer's keys "
+                    f"of a fixed vector) agrees only to {cosine:.2f}. It was trained on "
+                    f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. Pass check_weights=False if the "
+                    f"base was merely tuned since."
+                )
+
+
+def fingerprint(model: nn.Module, sites: list[AttentionSite]) -> dict[str, Any]:
+    """What an adapter must find again: the family, the number and shape of the layers, and a sample of the weights."""
+    config = getattr(model, "config", None)
+    first = sites[0]
+    return {
+        "type": getattr(config, "model_type", type(model).__name__),
+        "num_layers": len(sites),
+        **first.shape(),
+        "key_probe": _key_probe(first),
+        "name_or_path": getattr(config, "_name_or_path", "") or "",
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+@torch.no_grad()
+def _key_probe(site: AttentionSite) -> list[float] | None:
+    """Some of the keys that the first site makes of a fixed vector; None where there are no weights to ask."""
+    weight = next(site.module.parameters())
+    if weight.device.type == "meta" or type(weight).__name__ == "DTensor":
+        return None
+    vector = torch.randn(1, site.width, generator=torch.Generator().manual_seed(0))
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    key, _ = site.project_kv(site.module, vector.to(weight.device, dtype))
+    return [round(number, 4) for number in key.flatten()[:PROBE].float().tolist()]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Names and shapes agree exactly.
+
+    Raises:
+        CheckpointError: naming what is missing, superfluous or of another shape.
+    """
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"the adapter's tensors do not fit: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'} "
+            f"({len(missing)} and {len(extra)} in all)."
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)}, but {shape} is expected.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that at every instant the old one or the new one is there, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    looks_local = repository.startswith((".", "/", "~")) or repository.count("/") != 1
+    if looks_local:
+        raise CheckpointError(f"there is no adapter folder {repository}.")
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[TENSORS, DESCRIPTION]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"there is no adapter folder {repository}, and the Hub did not give one: {reason}"
+        ) from error

@@ -1,0 +1,408 @@
+"""Attach a prefix to a model in place, and take it off again; for any backbone."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit.backbones import BACKBONES, find_backbone
+from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
+from zinit.config import PrefixConfig
+from zinit.errors import BackboneError, ConfigError
+from zinit.prefix import ZeroGatedPrefix
+from zinit.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from zinit.adapter_file import AdapterFile
+
+ATTRIBUTE = "_zinit"
+
+
+@dataclass
+class Attachment:
+    """What zinit did to one model: enough to undo all of it. Lives on the model, shared by its adapters."""
+
+    backbone: Backbone
+    sites: dict[str, AttentionSite]
+    handles: dict[str, Handle] = field(default_factory=dict)
+    slots: dict[str, PrefixSlot] = field(default_factory=dict)
+    trained_before: list[nn.Parameter] = field(default_factory=list)
+    wraps_generate: bool = False
+    generations: int = 0
+
+
+def attach(
+    model: nn.Module,
+    config: PrefixConfig | None = None,
+    *,
+    name: str = "default",
+    backbone: str | None = None,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> Handle:
+    """Adds a prefix to the topmost layers of a model, in place, and freezes everything else.
+
+    The model keeps its class, its API and its parameters' names. A second adapter may be attached under another name;
+    the newest is the active one. If anything is wrong nothing has been changed.
+
+    Args:
+        model: any model that a registered backbone knows.
+        config: K, L and ablations; default: 10 prompts in every layer.
+        name: of this adapter on this model.
+        backbone: a registered backbone's name; default: the one that knows the model.
+        device: where the prefixes live; default: beside each host's weights.
+        seed: for the random start of the prompts; default: torch's global generator.
+
+    Returns:
+        The handle: parameters, gates, save, switch, detach.
+
+    Raises:
+        BackboneError: if no backbone knows the model, or it has fewer layers than asked for.
+        ConfigError: if an adapter of that name is attached already.
+
+    Example:
+        >>> import zinit, transformers
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=64))
+        >>> handle = zinit.attach(model, zinit.PrefixConfig(length=5, layers=3))
+        >>> handle.num_trainable  # 3 layers x (5 prompts x 32 + 4 gates)
+        492
+    """
+    config = config or PrefixConfig()
+    model = getattr(model, "_orig_mod", model)  # a compiled model: its graph is remade at the next call
+    attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
+    if not name.isidentifier():
+        raise ConfigError(f"an adapter's name must be an identifier such as 'default' or 'chat_v2'; got {name!r}.")
+    if attachment is not None and name in attachment.handles:
+        raise ConfigError(
+            f"this {type(model).__name__} has an adapter named {name!r} already. Detach it first, or pass another name."
+        )
+    if attachment is None:
+        chosen = BACKBONES.get(backbone) if backbone else find_backbone(model)
+        attachment = Attachment(chosen, {site.name: site for site in chosen.sites(model)})
+    sites = select_sites(model, list(attachment.sites.values()), config)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    prefixes = {
+        site.name: ZeroGatedPrefix(
+            config, **site.shape(), device=_device_of(site.module) if device is None else device, generator=generator
+        )
+        for site in sites
+    }
+    # From here on nothing fails.
+    if getattr(model, ATTRIBUTE, None) is None:
+        attachment.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in attachment.trained_before:
+            parameter.requires_grad_(False)
+        setattr(model, ATTRIBUTE, attachment)
+        if callable(getattr(type(model), "generate", None)) and "generate" not in vars(model):
+            # An attribute of this one model, so that pipelines and users who call model.generate get it too.
+            method = functools.wraps(type(model).generate)(_generate)  # pyright: ignore[reportAttributeAccessIssue]
+            vars(model)["generate"] = types.MethodType(method, model)
+            attachment.wraps_generate = True
+    for site in sites:
+        if site.name not in attachment.slots:
+            attachment.slots[site.name] = PrefixSlot(site.project_kv)
+            attachment.backbone.install(model, site, attachment.slots[site.name])
+        attachment.slots[site.name][name] = prefixes[site.name]
+    handle = Handle(model, name, config, prefixes)
+    attachment.handles[name] = handle
+    handle.activate()
+    return handle
+
+
+class Handle:
+    """One adapter on one model. Made by `attach` and `load`.
+
+    Attributes:
+        model: the adapted model.
+        name: the adapter's name on it.
+        config: as attached.
+        prefixes: {site name: prefix}.
+    """
+
+    def __init__(self, model: nn.Module, name: str, config: PrefixConfig, prefixes: dict[str, ZeroGatedPrefix]) -> None:
+        self.model, self.name, self.config, self.prefixes = model, name, config, prefixes
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "inactive"
+        return f"<zinit adapter {self.name!r}: {len(self.prefixes)} layers, {self.num_trainable:,} parameters, {state}>"
+
+    @property
+    def attachment(self) -> Attachment:
+        """What zinit did to the model.
+
+        Raises:
+            ConfigError: after `detach`.
+        """
+        attachment = getattr(self.model, ATTRIBUTE, None)
+        if attachment is None or self.name not in attachment.handles:
+            raise ConfigError(f"the adapter {self.name!r} is no longer attached. Attach or load it again.")
+        return attachment
+
+    @property
+    def backbone(self) -> str:
+        """The backbone's registered name."""
+        return self.attachment.backbone.name
+
+    @property
+    def sites(self) -> list[AttentionSite]:
+        """The adapted attention modules, lowest layer first."""
+        return [self.attachment.sites[name] for name in self.prefixes]
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the adapter that the model uses now."""
+        return all(self.attachment.slots[site].active == self.name for site in self.prefixes)
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers this adapter learns."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("model.layers.7.self_attn.gate", parameter) and so on, in the order of the layers."""
+        for site, prefix in self.prefixes.items():
+            for name, parameter in prefix.named_parameters():
+                yield f"{site}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This adapter's parameters."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def gates(self) -> dict[str, Tensor]:
+        """{site name: (H,) gates after squashing}, detached."""
+        return {site: prefix.gates().detach() for site, prefix in self.prefixes.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{parameter name: detached tensor}: exactly what is saved."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copies values in.
+
+        Raises:
+            CheckpointError: if names or shapes differ in any way; nothing is changed then.
+        """
+        from zinit.adapter_file import check_tensors
+
+        own = dict(self.named_parameters())
+        check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def activate(self) -> None:
+        """Makes this the model's adapter. Others stay attached, frozen and unused."""
+        for site, slot in self.attachment.slots.items():
+            slot.active = self.name if site in self.prefixes else None
+            slot.frozen = None
+        for handle in self.attachment.handles.values():
+            for parameter in handle.parameters():
+                parameter.requires_grad_(handle is self)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The frozen model, bit for bit, while inside."""
+        slots = self.attachment.slots
+        before = {name: slot.active for name, slot in slots.items()}
+        for slot in slots.values():
+            slot.active = None
+        try:
+            yield
+        finally:
+            for name, slot in slots.items():
+                slot.active = before[name]
+
+    @contextmanager
+    def context(self, context: Tensor) -> Iterator[None]:
+        """Adds a per-sample context to every layer's prompts while inside, `generate` included (paper, Eq. 10).
+
+        For training under gradient checkpointing pass ``zinit_context=context`` to the model instead: layers that are
+        recomputed after the scope has closed must see it too.
+
+        Args:
+            context: (B, 1 or K, C).
+
+        Raises:
+            ConfigError: if the shape does not fit, or the adapter learns keys and values (which take no context).
+        """
+        if self.config.parametrization != "prompt":
+            raise ConfigError("learned keys and values take no context; use parametrization='prompt'.")
+        width = self.sites[0].width
+        if context.dim() != 3 or context.shape[1] not in (1, self.config.length) or context.shape[2] != width:
+            raise ConfigError(
+                f"a context must be (batch, 1 or {self.config.length}, {width}); got {tuple(context.shape)}."
+            )
+        slots = [self.attachment.slots[name] for name in self.prefixes]
+        for slot in slots:
+            slot.context = context
+        try:
+            yield
+        finally:
+            for slot in slots:
+                slot.context = None
+
+    @contextmanager
+    def frozen_prefix(self) -> Iterator[None]:
+        """Computes every prompt's keys and values once for all forward passes inside that want no gradient.
+
+        `model.generate` does this by itself. Weights changed inside are not noticed; outside nothing is kept.
+        """
+        with _frozen_prefix(self.attachment):
+            yield
+
+    def detach(self) -> None:
+        """Takes this adapter off; with the last one the model is again what it was before `attach`."""
+        attachment = self.attachment
+        for site in self.prefixes:
+            slot = attachment.slots[site]
+            del slot[self.name]
+            if slot.active == self.name:
+                slot.active = None
+            if not len(slot):
+                attachment.backbone.uninstall(self.model, attachment.sites[site])
+                del attachment.slots[site]
+        del attachment.handles[self.name]
+        if not attachment.handles:
+            for parameter in attachment.trained_before:
+                parameter.requires_grad_(True)
+            if attachment.wraps_generate:
+                del vars(self.model)["generate"]
+            delattr(self.model, ATTRIBUTE)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``adapter.safetensors`` and ``adapter.json``; each appears whole or not at all.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
+        from zinit.adapter_file import AdapterFile
+
+        AdapterFile.of(self).write(directory)
+
+    def export(self, path: str | Path, *, format: str, **options: Any) -> None:
+        """Writes the adapter in another implementation's format ("official-v1", "peft").
+
+        Raises:
+            CheckpointError: if that format cannot express this adapter; the message says why.
+        """
+        from zinit.interop import export_adapter
+
+        export_adapter(self, path, format=format, **options)
+
+
+def load(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    name: str = "default",
+    check_weights: bool = True,
+    revision: str | None = None,
+) -> Handle:
+    """Attaches a saved adapter.
+
+    Args:
+        model: the model it was made for.
+        source: a folder that `Handle.save` wrote, or a Hub id.
+        name: of the adapter on this model.
+        check_weights: compare a sample of the model's weights with the ones the adapter was trained on. Turn it off
+            for a base that was tuned a little since.
+        revision: of the Hub repository.
+
+    Raises:
+        CheckpointError: if the adapter is missing or damaged, or was made for another model: the message names the
+            field that differs. The model is unchanged then.
+    """
+    from zinit.adapter_file import AdapterFile
+
+    file: AdapterFile = AdapterFile.read(source, revision=revision)
+    model = getattr(model, "_orig_mod", model)
+    file.check_model(model, weights=check_weights)
+    handle = attach(model, file.config, name=name, backbone=file.backbone)
+    try:
+        handle.load_state_dict(file.tensors)
+    except BaseException:
+        handle.detach()
+        raise
+    return handle
+
+
+def select_sites(model: nn.Module, sites: list[AttentionSite], config: PrefixConfig) -> list[AttentionSite]:
+    """The sites that ``config.layers`` asks for.
+
+    Raises:
+        BackboneError: if there are fewer.
+    """
+    if config.layers is None:
+        return sites
+    if isinstance(config.layers, int):
+        if config.layers > len(sites):
+            raise BackboneError(
+                f"{type(model).__name__} has {len(sites)} attention layers, but layers={config.layers} asks for more. "
+                f"Choose 1 to {len(sites)}, or null for all."
+            )
+        return sites[-config.layers :]
+    if config.layers[-1] >= len(sites):
+        raise BackboneError(
+            f"{type(model).__name__} has attention layers 0 to {len(sites) - 1}, but layers={list(config.layers)} "
+            f"asks for {config.layers[-1]}."
+        )
+    return [sites[index] for index in config.layers]
+
+
+def get_handle(model: nn.Module, name: str = "default") -> Handle:
+    """The handle of an adapter that is attached already.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    attachment: Attachment | None = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
+    handles = attachment.handles if attachment else {}
+    if name not in handles:
+        raise ConfigError(f"this {type(model).__name__} has no adapter named {name!r}.{did_you_mean(name, handles)}")
+    return handles[name]
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of an adapted model: prefix keys and values are computed once, not per token."""
+    with _frozen_prefix(getattr(model, ATTRIBUTE)):
+        return type(model).generate(model, *args, **kwargs)
+
+
+@contextmanager
+def _frozen_prefix(attachment: Attachment) -> Iterator[None]:
+    attachment.generations += 1
+    try:
+        if attachment.generations == 1:
+            for name, slot in attachment.slots.items():
+                _freeze(slot, attachment.sites[name].module)
+        yield
+    finally:
+        attachment.generations -= 1
+        if attachment.generations == 0:
+            for slot in attachment.slots.values():
+                slot.frozen = None
+
+
+@torch.no_grad()
+def _freeze(slot: PrefixSlot, host: nn.Module) -> None:
+    prefix = slot.prefix()
+    weights = [p for name, p in host.named_parameters() if not name.startswith("zinit.")]
+    if prefix is None or any(type(weight).__name__ == "DTensor" for weight in weights):
+        return  # sharded weights are whole only inside the host's own forward
+    floating = [weight.dtype for weight in weights if weight.is_floating_point()]
+    dtype = floating[0] if floating else torch.get_default_dtype()
+    slot.frozen = prefix.keys_values(lambda tokens: slot.project_kv(host, tokens), dtype, slot.context)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

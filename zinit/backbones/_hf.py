@@ -1,0 +1,212 @@
+"""The seam into transformers.
+
+Every attention module there looks its implementation up by ``self.config._attn_implementation`` and hands it the final
+query (rotated where the model rotates); what comes back is projected by the module itself. So one registered attention
+function serves every family: it calls the implementation the model would have used and adds the gated prefix.
+
+To route a module through that function, its ``config`` attribute is replaced by a view of the same config that differs
+in this one name. The model's own config stays as it is: masks are still made for the host's implementation,
+``set_attn_implementation`` keeps working after attaching, nothing is written into ``config.json``, and modules without
+a prefix are not touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zinit.backbones.base import AttentionSite, PrefixSlot
+from zinit.errors import BackboneError
+from zinit.prefix import join_words
+
+IMPLEMENTATION = "zinit"
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class ConfigView:
+    """A model's config as one adapted attention module sees it: live, but naming zinit's attention function.
+
+    Args:
+        host: the model's config.
+        eager: the eager attention of the file that defines the module.
+        interface: the registry of attention functions that file uses.
+    """
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, host: Any, eager: Attention, interface: Any) -> None:
+        self.zinit_host, self.zinit_eager, self.zinit_interface = host, eager, interface
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("__", "zinit_")):  # not there while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.zinit_host, name)
+
+    def host_attention(self) -> tuple[str, Attention]:
+        """The implementation that the module would have called, by name and as a function."""
+        name = self.zinit_host._attn_implementation or "eager"
+        return name, self.zinit_interface.get_interface(name, self.zinit_eager)
+
+
+class HostView:
+    """An attention module as flash implementations must see it: with the model's own config."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self.module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: the host's own result plus the gated prefix.
+
+    Args:
+        module: the host attention module.
+        query: (B, H, T, D), final.
+        key: (B, G, S, D), cache included.
+        value: (B, G, S, D).
+        attention_mask: in whatever form the host's implementation takes.
+        kwargs: the host's; ``zinit_context`` (B, 1 or K, C), a per-sample addition to the prompts, is ours.
+
+    Returns:
+        (B, T, H, D) and whatever attention weights the host's implementation returns (words only).
+    """
+    config: ConfigView = module.config  # pyright: ignore[reportAssignmentType]
+    name, attention = config.host_attention()
+    host = HostView(module, config.zinit_host) if "flash" in name else module
+    context = kwargs.pop("zinit_context", None)
+    slot: PrefixSlot = module.zinit  # pyright: ignore[reportAssignmentType]
+    prefix = slot.prefix()
+    if prefix is None:
+        return attention(host, query, key, value, attention_mask, **kwargs)
+
+    prompt_key, prompt_value = slot.keys_values(module, prefix, query.dtype, context)
+    if not prefix.config.separate_softmax:
+        if name not in ("sdpa", "eager"):
+            raise BackboneError(
+                f"plain prefix tuning (separate_softmax=False) needs the attention implementation 'sdpa' or 'eager', "
+                f"not {name!r}. Call model.set_attn_implementation('sdpa')."
+            )
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        key, value, attention_mask = join_words(
+            query, key, value, attention_mask, causal and name == "sdpa", (prompt_key, prompt_value)
+        )
+        if attention_mask is None:
+            kwargs["is_causal"] = False  # every query sees every key: the causal case has a mask by now
+        return attention(host, query, key, value, attention_mask, **kwargs)
+
+    out, weights = attention(host, query, key, value, attention_mask, **kwargs)
+    scale = kwargs.get("scaling")
+    addition = prefix(query, prompt_key, prompt_value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return out + addition.transpose(1, 2), weights
+
+
+def attention_home(module: nn.Module) -> Any:
+    """The file that defines an attention module: it holds the eager version and the registry the module looks in.
+
+    Raises:
+        BackboneError: if the module does not use the attention interface.
+    """
+    for cls in type(module).__mro__:
+        home = sys.modules[cls.__module__]
+        if hasattr(home, "ALL_ATTENTION_FUNCTIONS") and hasattr(home, "eager_attention_forward"):
+            return home
+    raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersBackbone:
+    """A transformers family whose attention has separate key and value projections.
+
+    Args:
+        name: the registry's name.
+        default_task: what `zinit train` does with it unless told otherwise.
+        model_types: ``config.model_type`` of the models it knows.
+        attention: attribute name of the attention modules inside a layer.
+        query: attribute names of the projections, linear modules.
+        key: see ``query``.
+        value: see ``query``.
+    """
+
+    name: str
+    default_task: str
+    model_types: tuple[str, ...]
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model's config names one of the family's types."""
+        return getattr(getattr(model, "config", None), "model_type", None) in self.model_types
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """The attention modules, lowest layer first.
+
+        Raises:
+            BackboneError: if the model has none, or one of them lacks what the family has.
+        """
+        found = [
+            self._site(name, module)
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] == self.attention and "zinit" not in name.split(".")
+        ]
+        if not found:
+            raise BackboneError(f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to.")
+        return found
+
+    def _site(self, name: str, module: nn.Module) -> AttentionSite:
+        for part in (self.query, self.key, self.value):
+            if not hasattr(getattr(module, part, None), "out_features"):
+                raise BackboneError(f"{name} ({type(module).__name__}) has no linear projection {part!r}.")
+        if not hasattr(module, "head_dim") or not hasattr(module, "config"):
+            raise BackboneError(f"{name} ({type(module).__name__}) does not say its head_dim or its config.")
+        query, key = getattr(module, self.query), getattr(module, self.key)
+        head_dim = int(module.head_dim)  # pyright: ignore[reportArgumentType]
+        return AttentionSite(
+            name=name,
+            module=module,
+            width=key.in_features,
+            num_heads=query.out_features // head_dim,
+            num_kv_heads=key.out_features // head_dim,
+            head_dim=head_dim,
+            project_kv=self.project_kv,
+        )
+
+    def project_kv(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, C) or (B, K, C) through the host's frozen projections, their biases included; no norm, no rotation."""
+        tokens = tokens if tokens.dim() == 3 else tokens[None]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+
+        return heads(getattr(host, self.key)(tokens)), heads(getattr(host, self.value)(tokens))
+
+    def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
+        """Adds the child ``zinit`` and routes the module through `attend`."""
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.register(IMPLEMENTATION, attend)
+        host: Any = site.module
+        home = attention_home(host)
+        host.config = ConfigView(host.config, home.eager_attention_forward, home.ALL_ATTENTION_FUNCTIONS)
+        host.add_module("zinit", slot)
+
+    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
+        """Takes the child and the view away again."""
+        host: Any = site.module
+        del host.zinit
+        host.config = host.config.zinit_host

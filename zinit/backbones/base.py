@@ -1,0 +1,107 @@
+"""What a backbone must answer: where its attention is, how its keys and values are made, how to reach in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zinit.prefix import ZeroGatedPrefix
+
+ProjectHostKV = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+"""(host module, (K, C) or (B, K, C)) to two of (1 or B, G, K, D). A plain function: a prefix never holds its host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One self-attention module that can take a prefix.
+
+    Args:
+        name: its path in the model, "model.layers.7.self_attn": stable, and the checkpoint's key.
+        module: the host.
+        width: C, what the key and value projections take in.
+        num_heads: H.
+        num_kv_heads: G, divides H.
+        head_dim: D, read from the module, never C // H.
+        project_kv: the host's frozen key and value projections.
+    """
+
+    name: str
+    module: nn.Module
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    project_kv: ProjectHostKV
+
+    def shape(self) -> dict[str, int]:
+        """C, H, G and D by name: what an adapter must agree with."""
+        return {
+            "width": self.width,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+        }
+
+
+class Backbone(Protocol):
+    """A family of models. Implementations are tables of facts; nobody else asks what a model is."""
+
+    name: str
+    default_task: str
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether this backbone knows the model."""
+        ...
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """All attention modules that can take a prefix, from the lowest layer to the topmost.
+
+        Raises:
+            BackboneError: if the model has something the backbone cannot reproduce.
+        """
+        ...
+
+    def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
+        """Makes the host add what the slot's active prefix computes."""
+        ...
+
+    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
+        """Undoes `install` completely."""
+        ...
+
+
+class PrefixSlot(nn.ModuleDict):
+    """The child ``zinit`` of an attention module: its prefixes by adapter name, and which of them is on.
+
+    Args:
+        project_kv: the host's key and value projections.
+    """
+
+    def __init__(self, project_kv: ProjectHostKV) -> None:
+        super().__init__()
+        self.project_kv = project_kv
+        self.active: str | None = None
+        self.context: Tensor | None = None
+        self.frozen: tuple[Tensor, Tensor] | None = None
+
+    def prefix(self) -> ZeroGatedPrefix | None:
+        """The active prefix, if one is on here."""
+        if self.active is None or self.active not in self:
+            return None
+        return self[self.active]  # pyright: ignore[reportReturnType]
+
+    def keys_values(
+        self, host: nn.Module, prefix: ZeroGatedPrefix, dtype: torch.dtype, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The active prefix's keys and gated values: frozen for the length of a generation, else computed anew.
+
+        Frozen ones are used only where no gradient could be wanted.
+        """
+        if self.frozen is not None and context is None and not torch.is_grad_enabled():
+            return self.frozen
+        context = self.context if context is None else context
+        return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype, context)

@@ -1,0 +1,9 @@
+"""LLaMA and decoders laid out like it: separate ``q_proj``, ``k_proj``, ``v_proj``; keys rotated, not normalised."""
+
+from zinit.backbones._hf import TransformersBackbone
+
+LLAMA = TransformersBackbone(
+    name="llama",
+    default_task="alpaca",
+    model_types=("llama", "mistral", "qwen2"),
+)

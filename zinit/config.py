@@ -1,0 +1,114 @@
+"""Frozen settings: they name themselves in errors and round-trip through JSON and TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from zinit.errors import ConfigError
+from zinit.registry import did_you_mean
+
+
+class JsonConfig:
+    """What every settings class shares: strict construction from plain dictionaries, and back."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Builds the settings from plain values (JSON, TOML).
+
+        Raises:
+            ConfigError: on an unknown name (with the nearest known one), a missing one, or a wrong value.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}.{did_you_mean(name, fields)}")
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        }
+
+    def _check_choices(self) -> None:
+        """Every ``Literal`` field holds one of its values."""
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
+                got = getattr(self, name)
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {got!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig(JsonConfig):
+    """How a prefix is built and where it goes. The paper's ablations are settings here, not other classes.
+
+    Args:
+        length: K, prompts per adapted layer. Paper (Alpaca): 10.
+        layers: L, how many of the topmost layers; ``None`` is all of them; a tuple names absolute 0-based layers.
+            Paper (LLaMA-7B): 30 of 32.
+        gate: how a stored gate is squashed: ``"tanh"`` (ICLR version, Eq. 7, and the reference's training code) or
+            ``"identity"`` (first arXiv versions, the reference's inference code, PEFT, LitGPT).
+        gate_per: one gate per ``"head"`` (all versions of the paper, "in practice") or one per ``"layer"``.
+        gate_init: where every gate starts. 0 is zero-init attention; ``"random"`` draws from N(0, 1), the paper's
+            ablation of it.
+        gating: ``False`` leaves the gate out: the prompts' attention is added with weight one.
+        separate_softmax: ``False`` lets prompts and words share one softmax, which is plain prefix tuning. There is
+            no gate then (``gating`` must be ``False``).
+        parametrization: what is learned: ``"prompt"``, K vectors of the model's width that pass the host's frozen key
+            and value projections (LLaMA-Adapter), or ``"key_value"``, the keys and values themselves (P-tuning v2).
+        init_std: prompts (or keys and values) start from N(0, init_std^2). The reference uses 1.
+    """
+
+    length: int = 10
+    layers: int | tuple[int, ...] | None = None
+    gate: Literal["tanh", "identity"] = "tanh"
+    gate_per: Literal["head", "layer"] = "head"
+    gate_init: float | Literal["random"] = 0.0
+    gating: bool = True
+    separate_softmax: bool = True
+    parametrization: Literal["prompt", "key_value"] = "prompt"
+    init_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
+            raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {self.length!r}.")
+        if isinstance(self.layers, tuple):
+            if not self.layers or any(not isinstance(i, int) or i < 0 for i in self.layers):
+                raise ConfigError(f"layers must name 0-based layers such as (2, 3, 4); got {self.layers!r}.")
+            if list(self.layers) != sorted(set(self.layers)):
+                raise ConfigError(f"layers must be ascending without repeats; got {self.layers!r}.")
+        elif self.layers is not None and (
+            isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1
+        ):
+            raise ConfigError(
+                f"layers must be a count of topmost layers (at least 1), a list of 0-based layers, or null for all; "
+                f"got {self.layers!r}."
+            )
+        if isinstance(self.gate_init, str):
+            if self.gate_init != "random":
+                raise ConfigError(f"gate_init must be a number or 'random'; got {self.gate_init!r}.")
+        elif isinstance(self.gate_init, bool) or not isinstance(self.gate_init, int | float):
+            raise ConfigError(f"gate_init must be a number or 'random'; got {self.gate_init!r}.")
+        if not isinstance(self.gating, bool) or not isinstance(self.separate_softmax, bool):
+            raise ConfigError("gating and separate_softmax must be true or false.")
+        if not isinstance(self.init_std, int | float) or not self.init_std >= 0:
+            raise ConfigError(f"init_std must be a number of at least 0; got {self.init_std!r}.")
+        if not self.separate_softmax and self.gating:
+            raise ConfigError(
+                "a softmax shared by prompts and words (separate_softmax=False, plain prefix tuning) has no gate: "
+                "set gating=False as well."
+            )

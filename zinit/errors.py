@@ -1,0 +1,24 @@
+"""Errors that are the user's to mend. Each message says what was got, what was expected and what to do next.
+
+The command line prints these without a traceback and exits with status 2; anything else is a fault of zinit's.
+"""
+
+
+class ZinitError(Exception):
+    """Base class of all errors that a user can cause and mend."""
+
+
+class ConfigError(ZinitError):
+    """A setting has an impossible value, or two settings contradict each other."""
+
+
+class BackboneError(ZinitError):
+    """A model cannot take the prefix that was asked for."""
+
+
+class CheckpointError(ZinitError):
+    """An adapter or a resume checkpoint is missing, damaged, or made for something else."""
+
+
+class DataError(ZinitError):
+    """A data file is missing, unreadable or lacks a field."""

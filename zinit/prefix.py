@@ -1,0 +1,173 @@
+"""Zero-init attention: the formula, and nothing else.
+
+Shapes: B batch, T queries, S words, H query heads, G key/value heads (G divides H), D head width, K prefix length,
+C model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
+
+ProjectKV = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The host's frozen key and value projections: (K, C) or (B, K, C) to two of (1 or B, G, K, D)."""
+
+
+class PromptTable(nn.Module):
+    """K learned prompts of width C, to which a per-sample context may be added (a projected image, say).
+
+    Where prompts come from is a part of its own: anything with this ``forward`` can stand here.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        """(K, C); or (B, K, C) with a context of (B, 1 or K, C), as in Eq. 10 of the paper."""
+        return self.weight if context is None else self.weight + context
+
+
+class ZeroGatedPrefix(nn.Module):
+    r"""Adds ``act(g_h) * softmax(q_h P_k^T * scale) P_v`` to head ``h`` of a frozen attention's output.
+
+    LLaMA-Adapter (ICLR 2024), Eq. 5-8, in the form of a sum: the words' attention stays exactly the pretrained one,
+    the K prompts have a softmax of their own in float32, and only their part is gated. The host projects the sum.
+
+        o_h  =  softmax(q_h k^T * scale + mask) v   +   act(g_h) * softmax(q_h P_k^T * scale) P_v
+                the host's, untouched                   this module;  P_k = W_k P,  P_v = W_v P
+
+    P_k and P_v come from the prompts P through the host's frozen projections, neither normalised nor rotated. Every
+    query sees every prompt: prompts take no position and no mask.
+
+    Invariant: with gate 0 and finite keys and values the addition is exactly zero in every dtype.
+    Gradient: while the gate is 0 only the gate has one; the prompts' is exactly zero until the gate has moved.
+    Departure from the paper's Eq. 5: the scale is the host's, 1/sqrt(D), as in the reference code, not 1/sqrt(C).
+    Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
+
+    Args:
+        config: K, gate and ablations.
+        width: C.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
+        device: where the parameters live.
+        generator: a CPU generator that the random start is drawn from (default: torch's own).
+
+    Raises:
+        ConfigError: if G does not divide H.
+    """
+
+    def __init__(
+        self,
+        config: PrefixConfig,
+        *,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ConfigError(f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly.")
+        self.config = config
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+
+        def normal(*shape: int) -> Tensor:  # drawn on the CPU, so a seed means the same on every device
+            if device is not None and torch.device(device).type == "meta":
+                return torch.empty(shape, device="meta")
+            return torch.empty(shape, device="cpu").normal_(generator=generator).to(device)
+
+        if config.parametrization == "prompt":
+            self.prompt = PromptTable(config.init_std * normal(config.length, width))
+        else:
+            self.key = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
+            self.value = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
+        if config.gating:
+            start = normal(num_heads if config.gate_per == "head" else 1)
+            self.gate = nn.Parameter(
+                start if isinstance(config.gate_init, str) else torch.full_like(start, config.gate_init)
+            )
+
+    def gates(self) -> Tensor:
+        """(H,) gates after squashing: what each head's prompt attention is multiplied by. Ones without gating."""
+        if not self.config.gating:
+            return next(self.parameters()).new_ones(self.num_heads)
+        return (self.gate.tanh() if self.config.gate == "tanh" else self.gate).expand(self.num_heads)
+
+    def keys_values(
+        self, project: ProjectKV, dtype: torch.dtype, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """All that does not depend on the text: the prompts' keys and gated values, each (1 or B, H, K, D).
+
+        Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
+        number per head, and costs K x D instead of T x K multiplications. With a shared softmax there is no gate and
+        the heads stay grouped: (1 or B, G, K, D).
+        """
+        if self.config.parametrization == "prompt":
+            key, value = project(self.prompt(context).to(dtype))
+        else:
+            key, value = self.key[None], self.value[None]
+        if self.config.separate_softmax:
+            shared_by = self.num_heads // self.num_kv_heads
+            key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+            if self.config.gating:
+                value = self.gates().view(-1, 1, 1) * value
+        return key.to(dtype), value.to(dtype)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The addition to the host's attention output, before its output projection.
+
+        Args:
+            query: (B, H, T, D), the host's own, rotated where the host rotates.
+            key: (1 or B, H, K, D) from `keys_values`.
+            value: (1 or B, H, K, D) from `keys_values`, gated.
+            scale: the host's factor on the scores.
+
+        Returns:
+            (B, H, T, D). The softmax runs in float32 inside torch's fused kernels.
+        """
+        key, value = (for_each_sample(x, query) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def for_each_sample(x: Tensor, query: Tensor) -> Tensor:
+    """Spreads (1 or B, ...) over the batch of ``query``, in its dtype; beams of one sample lie side by side there."""
+    x = x.to(query.dtype)
+    batch = query.shape[0]
+    if x.shape[0] == 1:
+        return x.expand(batch, -1, -1, -1)
+    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
+
+
+def join_words(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, prefix: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Plain prefix tuning: prompts in front of the words, so that the host's one softmax covers both.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D) of the words; ``value`` alike.
+        value: see ``key``.
+        mask: (B or 1, H or 1, T, S), boolean (True is visible) or additive, or None.
+        causal: without a mask, whether word queries see earlier words only.
+        prefix: keys and values of the prompts, (1 or B, G, K, D).
+
+    Returns:
+        Keys and values (B, G, K + S, D), and a mask that shows every prompt to every query.
+    """
+    prompt_key, prompt_value = (for_each_sample(x, query) for x in prefix)
+    queries, words, length = query.shape[2], key.shape[2], prompt_key.shape[2]
+    if mask is None and causal and queries > 1:
+        mask = torch.ones(queries, words, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None:
+        mask = F.pad(mask[..., :words], (length, 0), value=1 if mask.dtype == torch.bool else 0)
+    return torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2), mask

@@ -1,0 +1,78 @@
+"""One small lazy registry, used for backbones, tasks, methods and metrics."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from zinit.errors import ConfigError
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known name (if one is near) and all of them.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(names)}."
+
+
+class Registry:
+    """Names to ``"module:object"`` addresses, imported on first use, so that listing costs nothing.
+
+    Args:
+        kind: what the entries are, for messages ("backbone", "task").
+        entries: the names zinit ships.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._where: dict[str, str] = dict(entries)
+
+    def register(self, name: str, where: str) -> None:
+        """Adds an entry.
+
+        Args:
+            name: how users will call it.
+            where: ``"package.module:OBJECT"``; imported when first asked for.
+
+        Raises:
+            ConfigError: if the name is taken by something else, or the address has no colon.
+        """
+        if ":" not in where:
+            raise ConfigError(f"the {self.kind} {name!r} needs an address like 'package.module:OBJECT', got {where!r}.")
+        there = self._where.get(name, where)
+        if there != where:
+            raise ConfigError(f"a {self.kind} named {name!r} exists already ({there}). Choose another name.")
+        self._where[name] = where
+
+    def get(self, name: str) -> Any:
+        """The object behind a name.
+
+        Raises:
+            ConfigError: if the name is unknown (with the nearest known one) or its address cannot be imported.
+        """
+        if name not in self._where:
+            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self._where)}")
+        where = self._where[name]
+        module, _, attribute = where.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the {self.kind} {name!r} cannot be loaded from {where!r}: {error}") from error
+
+    def where(self, name: str) -> str:
+        """The address of an entry, without importing it."""
+        return self._where[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._where))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
