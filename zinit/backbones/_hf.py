@@ -184,6 +184,7 @@ class TransformersBackbone:
             num_kv_heads=key.out_features // head_dim,
             head_dim=head_dim,
             project_kv=self.project_kv,
+            project_query=self.project_query,
         )
 
     def project_kv(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +195,11 @@ class TransformersBackbone:
             return x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2)  # pyright: ignore[reportArgumentType]
 
         return heads(getattr(host, self.key)(tokens)), heads(getattr(host, self.value)(tokens))
+
+    def project_query(self, host: nn.Module, tokens: Tensor) -> Tensor:
+        """(K, C) through the host's frozen query projection to (1, H, K, D); no norm, no rotation."""
+        query = getattr(host, self.query)(tokens[None])
+        return query.unflatten(-1, (-1, host.head_dim)).transpose(1, 2)  # pyright: ignore[reportArgumentType]
 
     def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
         """Adds the child ``zinit`` and routes the module through `attend`."""

@@ -27,6 +27,8 @@ class AttentionSite:
         num_kv_heads: G, divides H.
         head_dim: D, read from the module, never C // H.
         project_kv: the host's frozen key and value projections.
+        project_query: (host module, (K, C)) to (1, H, K, D), neither normalised nor rotated; only importers of
+            other implementations' files ask, and a backbone need not answer.
     """
 
     name: str
@@ -36,6 +38,7 @@ class AttentionSite:
     num_kv_heads: int
     head_dim: int
     project_kv: ProjectHostKV
+    project_query: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def shape(self) -> dict[str, int]:
         """C, H, G and D by name: what an adapter must agree with."""

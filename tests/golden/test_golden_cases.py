@@ -1,0 +1,250 @@
+"""Numbers that other implementations produced, from their own files: logits, loss, gradients, greedy generation.
+
+The files lie beside the repository, in ``../shared/golden``; where they are absent these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import zinit
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files: {GOLDEN} is absent")
+
+CASES = {  # case: how it is imported, and the label that its loss ignores (None: no loss in the case)
+    "official-v1-text": ({"format": "official-v1", "length": 5}, 0),
+    "official-v1-text-zero-gate": ({"format": "official-v1", "length": 5}, 0),
+    "official-v1-text-greedy": ({"format": "official-v1", "length": 5, "gate": "identity"}, None),
+    "official-v1-initial-scalar-greedy": ({"format": "official-v1", "length": 5}, None),
+    "peft-llama": ({"format": "peft"}, -100),
+    "peft-mistral": ({"format": "peft"}, -100),
+    "litgpt-adapter-v1": ({"format": "litgpt"}, -100),
+    "litgpt-adapter-v1-legacy": ({"format": "litgpt-legacy"}, -100),
+}
+WITH_LOSS = [case for case, (_, ignored) in CASES.items() if ignored is not None]
+WITH_GENERATION = [case for case in CASES if not case.startswith("official-v1-text") or case.endswith("greedy")]
+REFUSED = {  # case: how one might try, and what the message must name
+    "peft-gpt2": ({"format": "peft"}, "after the output projection"),
+    "litgpt-adapter-v2": ({"format": "litgpt"}, "output scales and biases"),
+    "litgpt-adapter-v2-legacy": ({"format": "litgpt-legacy"}, "output scales and biases"),
+    "official-v2-multimodal-bias": ({"format": "official-v1", "length": 5}, "visual projection"),
+    "official-v2-multimodal-lora": ({"format": "official-v1", "length": 5}, "visual projection"),
+    "official-v2-chat": ({"format": "official-v1", "length": 5}, "input scales"),
+    "official-v2-chat-noprompt": ({"format": "official-v1", "length": 5}, "input scales"),
+    "imagebind-llm": ({"format": "official-v1", "length": 1}, "ImageBind feature"),
+}
+
+
+def adapter_path(case: str) -> Path:
+    folder = GOLDEN / case
+    return next(path for name in ("adapter.pth", "adapter", "lit_model.pth.adapter*") for path in folder.glob(name))
+
+
+def base_model(case: str, implementation: str = "sdpa") -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        GOLDEN / case / "base", attn_implementation=implementation, dtype=torch.float32
+    ).eval()
+
+
+def adapted(case: str, implementation: str = "sdpa") -> tuple[torch.nn.Module, zinit.Handle]:
+    model = base_model(case, implementation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return model, zinit.import_adapter(model, adapter_path(case), **CASES[case][0])
+
+
+def tensors(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return load_file(GOLDEN / case / "inputs.safetensors"), load_file(GOLDEN / case / "expected.safetensors")
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5, absolute: float = 0.0) -> None:
+    assert got.shape == expected.shape
+    difference, bound = (got - expected).abs().max().item(), relative * expected.abs().max().item() + absolute
+    assert difference <= bound, f"{difference:.3g} > {bound:.3g}"
+
+
+def fused_blocks(module: torch.nn.Module) -> torch.Tensor:
+    """LitGPT's fused projection by blocks of D rows, (H + 2G, D, C): all queries, all keys, all values."""
+    weight = torch.cat([module.q_proj.weight, module.k_proj.weight, module.v_proj.weight])
+    return weight.unflatten(0, (-1, module.head_dim))
+
+
+def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch.Tensor]:
+    """Gradients of the imported parameters, under the names and in the shapes of the adapter's own file."""
+    own = {name: parameter.grad for name, parameter in handle.named_parameters()}
+    prompts = {site.name: own.get(f"{site.name}.prompt.weight") for site in handle.sites}
+    found = {}
+    for index, site in enumerate(handle.sites, start=4 - len(handle.sites)):
+        gate = own[f"{site.name}.gate"]
+        if case.startswith("official"):
+            found[f"layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
+        elif case.startswith("peft"):
+            found[f"base_model.model.{site.name}.adaption_gate"] = gate
+            found[f"base_model.model.{site.name}.adaption_prompt"] = prompts[site.name][None]
+        else:
+            found[f"transformer.h.{index}.attn.gating_factor"] = gate.view(1, 1, -1, 1)
+            prompt = prompts[site.name]
+            if prompt is None:  # through the rows that LitGPT used: key of group g is block g(H/G + 2) + H/G
+                blocks, per_group = fused_blocks(site.module), site.num_heads // site.num_kv_heads
+                prompt = torch.zeros(handle.config.length, site.width)
+                for group in range(site.num_kv_heads):
+                    row = group * (per_group + 2) + per_group
+                    prompt += own[f"{site.name}.key"][group] @ blocks[row]
+                    prompt += own[f"{site.name}.value"][group] @ blocks[row + 1]
+            found[f"transformer.h.{index}.attn.adapter_wte.weight"] = prompt
+    if case.startswith("official"):
+        found["adapter_query.weight"] = torch.cat(list(prompts.values()))
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, implementation):
+    model, handle = adapted(case, implementation)
+    inputs, expected = tensors(case)
+    rows = {"input_ids": inputs.get("full_ids", inputs["input_ids"])}
+    if "attention_mask" in inputs:
+        rows["attention_mask"] = inputs["attention_mask"]
+    with torch.no_grad():
+        got = model(**rows).logits
+        with handle.disabled():
+            base = model(**rows).logits
+    counted = torch.ones_like(rows["input_ids"], dtype=torch.bool)
+    if "full_ids" in inputs:  # a row counts up to its own end
+        ends = inputs["prompt_lengths"] + expected["generated_ids"].shape[1]
+        counted = torch.arange(counted.shape[1]) < ends[:, None]
+    assert_close(got[counted], expected["logits"][counted])
+    assert_close(base[counted], expected["base_logits"][counted])
+    if case == "official-v1-text-zero-gate":
+        assert torch.equal(got, base)
+    else:
+        assert (got - base).abs().max() > 1  # the case shows something
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", WITH_LOSS)
+def test_loss_and_gradients(case, implementation):
+    model, handle = adapted(case, implementation)
+    inputs, expected = tensors(case)
+    logits = model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=CASES[case][1])
+    loss.backward()
+    assert_close(loss.detach(), expected["loss"])
+    got = gradients_in_file_layout(case, handle)
+    wanted = {name.removeprefix("grad."): value for name, value in expected.items() if name.startswith("grad.")}
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert_close(got[name], gradient, relative=1e-4, absolute=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", WITH_GENERATION)
+def test_greedy_generation(case, implementation):
+    model, _ = adapted(case, implementation)
+    inputs, expected = tensors(case)
+    prompts = inputs.get("prompt_ids", inputs["input_ids"])
+    for row, (prompt, length) in enumerate(zip(prompts, inputs["prompt_lengths"], strict=True)):
+        out = model.generate(
+            prompt[None, :length],
+            do_sample=False,
+            max_new_tokens=expected["generated_ids"].shape[1],
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        assert torch.equal(out.sequences[0, length:], expected["generated_ids"][row])
+        assert_close(torch.cat(out.logits), expected["step_logits"][row])
+
+
+def test_every_case_is_either_imported_or_refused():
+    assert {path.name for path in GOLDEN.iterdir() if path.is_dir()} == CASES.keys() | REFUSED.keys()
+    assert all((GOLDEN / case / "meta.json").is_file() for case in CASES)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_prefix_cannot_express_is_refused_with_the_reason(case):
+    model, (how, reason) = base_model(case), REFUSED[case]
+    before = {name for name, _ in model.named_modules()}, dict(vars(model))
+    with pytest.raises(zinit.CheckpointError, match=reason):
+        zinit.import_adapter(model, adapter_path(case), **how)
+    assert ({name for name, _ in model.named_modules()}, dict(vars(model))) == before
+
+
+def test_litgpt_since_0_5_5_warns_that_keys_and_values_were_imported():
+    with pytest.warns(UserWarning, match="wrong rows"):
+        handle = zinit.import_adapter(
+            base_model("litgpt-adapter-v1"), adapter_path("litgpt-adapter-v1"), format="litgpt"
+        )
+    assert handle.config.parametrization == "key_value"
+
+
+def test_the_length_and_the_squashing_that_the_file_does_not_say_are_taken_from_the_caller():
+    case = "official-v1-text"
+    assert json.loads((GOLDEN / case / "meta.json").read_text())["sizes"]["K"] == 5
+    for length, reason in ((4, "not 4 prompts"), (10, "not 10 prompts"), (15, "trained gate"), (3, "not 3 prompts")):
+        with pytest.raises(zinit.CheckpointError, match=reason):
+            zinit.import_adapter(base_model(case), adapter_path(case), length=length)
+    model = base_model(case)
+    zinit.import_adapter(model, adapter_path(case), length=5, gate="identity")
+    inputs, expected = tensors(case)
+    with torch.no_grad():
+        difference = (model(inputs["input_ids"]).logits - expected["logits"]).abs().max()
+    assert difference > 0.1 * expected["logits"].abs().max()  # 0.16 by the case's own account
+
+
+def test_files_of_older_litgpt_versions_must_be_named_so():
+    """The same file, read as of the other generation, is another adapter: nothing in it tells them apart."""
+    case = "litgpt-adapter-v1"
+    model = base_model(case)
+    zinit.import_adapter(model, adapter_path(case), format="litgpt-legacy")
+    inputs, expected = tensors(case)
+    with torch.no_grad():
+        difference = (model(inputs["input_ids"]).logits - expected["logits"]).abs().max()
+    assert difference > 0.5 * expected["logits"].abs().max()  # 0.89 by the case's own account
+
+
+@pytest.mark.parametrize("case", ["peft-llama", "peft-mistral"])
+def test_peft_reads_what_we_write_of_its_own_adapter(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    _, handle = adapted(case)
+    handle.export(tmp_path, format="peft")
+    original = load_file(adapter_path(case) / "adapter_model.safetensors")
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert original.keys() == written.keys()
+    assert all(torch.equal(original[name], written[name]) for name in original)
+    theirs = peft.PeftModel.from_pretrained(base_model(case), tmp_path).eval()
+    inputs, expected = tensors(case)
+    with torch.no_grad():
+        got = theirs(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert_close(got, expected["logits"])
+
+
+def test_an_official_file_survives_the_way_in_and_out_to_the_bit(tmp_path):
+    case = "official-v1-text"
+    _, handle = adapted(case)
+    handle.export(tmp_path / "adapter.pth", format="official-v1")
+    original = torch.load(adapter_path(case), weights_only=True)
+    written = torch.load(tmp_path / "adapter.pth", weights_only=True)
+    assert original.keys() - written.keys() == {"layers.0.attention.gate"}  # the one that nothing reads
+    assert all(torch.equal(original[name], written[name]) for name in written)
+
+
+def test_written_for_the_inference_script_it_holds_the_squashed_gates(tmp_path):
+    case = "official-v1-text"
+    _, handle = adapted(case)
+    handle.export(tmp_path / "adapter.pth", format="official-v1", reader="inference")
+    model = base_model(case)
+    zinit.import_adapter(model, tmp_path / "adapter.pth", length=5, gate="identity")
+    inputs, expected = tensors(case)
+    with torch.no_grad():
+        assert_close(model(inputs["input_ids"]).logits, expected["logits"])

@@ -1,0 +1,195 @@
+"""Reading other people's files safely, and telling by the names of their tensors whose they are."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zinit.errors import CheckpointError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def read_pickle(path: Path, *, allow: tuple[type, ...] = ()) -> Any:
+    """What ``torch.save`` wrote, rebuilt from tensors and plain values only; no code in the file is run.
+
+    Args:
+        path: the file.
+        allow: harmless classes that such files hold besides.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or asks for anything else to be built.
+    """
+    _check_file(path)
+    try:
+        with torch.serialization.safe_globals(list(allow)):
+            # Mapped, not read: a full training checkpoint is 13 GB of which the adapter is 5 MB.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        asks_for = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+        if asks_for:
+            raise CheckpointError(
+                f"{path} was not loaded: besides tensors it asks for {asks_for[1]}, which could run code on this "
+                f"machine. If you trust where it came from, save its tensors alone and import those."
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged, or not a file that torch.save wrote ({path.stat().st_size:,} bytes). Download or copy "
+            f"it again."
+        ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    _check_file(path)
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or not a safetensors file ({path.stat().st_size:,} bytes): {error}. Download or copy "
+            f"it again."
+        ) from error
+
+
+def tensors_in(content: Any, path: Path, *, unwrap: str | None = None) -> dict[str, Tensor]:
+    """The named tensors of a loaded pickle.
+
+    Args:
+        content: what `read_pickle` returned.
+        path: for messages.
+        unwrap: the entry that may hold them instead of the top level.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    if unwrap is not None and isinstance(content, dict) and isinstance(content.get(unwrap), dict):
+        content = content[unwrap]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}. Expected a dictionary of named tensors.")
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no named tensors. Expected an adapter.")
+    return tensors
+
+
+def pickled(content: Any) -> bytes:
+    """``torch.save`` to memory, so that the file can be written whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}. Expected an adapter's file.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if start == LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself. Run `git lfs pull` "
+            f"where it was cloned, or download the file."
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that can be told by its tensors' names.
+
+    Args:
+        title: what it is.
+        formats: the names under which zinit imports it, if it does.
+        why_not: if it does not, what the file holds that a prefix cannot express.
+        has: whether one name betrays the kind.
+    """
+
+    title: str
+    formats: tuple[str, ...]
+    why_not: str
+    has: Callable[[str], bool]
+
+
+KINDS = (  # the first that fits; see how each is written in the modules of this package
+    Kind(
+        "an official ImageBind-LLM adapter",
+        (),
+        "its prompts are one projected ImageBind feature per sample, its gates scale values that no softmax weighs, "
+        "and biases, norms and LoRA of the language model may be in it too",
+        lambda name: name.startswith("image_bind_"),
+    ),
+    Kind(
+        "an official V1 caption adapter",
+        (),
+        "its prompts are the sum of a table and a projected CLIP image, made by layers that are in the file too",
+        lambda name: name.startswith("cap_adapter_query.") or name.endswith(".attention.cap_gate"),
+    ),
+    Kind(
+        "an official V2 multi-modal adapter",
+        (),
+        "besides prompts and gates it holds a visual projection that is added to every prompt, and biases, norms or "
+        "LoRA of the language model, all trained together",
+        lambda name: name.startswith(("visual_query.", "visual_blocks.", "prefix_projector.")),
+    ),
+    Kind(
+        "an official V2 chat adapter",
+        (),
+        "it holds biases, input scales and norms of every linear layer, which also act on the prompts (the released "
+        "65B file has no prompts and no gates at all)",
+        lambda name: re.search(r"\.w[qkvo123]_(bias|scale)$", name) is not None,
+    ),
+    Kind(
+        "a LitGPT adapter_v2",
+        (),
+        "besides prompts and gates it holds output scales and biases of every linear layer, the head's included, and "
+        "norms, all trained together",
+        lambda name: name.endswith((".adapter_bias", ".adapter_scale")),
+    ),
+    Kind(
+        "a LitGPT adapter",
+        ("litgpt", "litgpt-legacy"),
+        "",
+        lambda name: name.endswith(".adapter_wte.weight"),
+    ),
+    Kind("a PEFT AdaptionPrompt", ("peft",), "", lambda name: name.endswith(".adaption_prompt")),
+    Kind("an official V1 adapter", ("official-v1",), "", lambda name: name == "adapter_query.weight"),
+)
+
+
+def check_kind(names: Collection[str], path: Path, format: str) -> None:
+    """The file is of the format that was asked for.
+
+    Args:
+        names: of its tensors.
+        path: for messages.
+        format: the name under which the user imports it.
+
+    Raises:
+        CheckpointError: saying what the file is instead, and under which name it can be imported or why it cannot.
+    """
+    kind = next((kind for kind in KINDS if any(kind.has(name) for name in names)), None)
+    if kind is None:
+        raise CheckpointError(
+            f"{path} holds no adapter that zinit knows. Its tensors are named {', '.join(sorted(names)[:3])} ..."
+        )
+    if kind.why_not:
+        raise CheckpointError(f"{path} is {kind.title}, which zinit does not import: {kind.why_not}.")
+    if format not in kind.formats:
+        known = " or ".join(f"format={name!r}" for name in kind.formats)
+        raise CheckpointError(f"{path} is {kind.title}. Import it with {known}; got format={format!r}.")

@@ -1,0 +1,175 @@
+"""What all formats share: prompts and gates by layer on their side, a `PrefixConfig` and named tensors on ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zinit.attach import ATTRIBUTE
+from zinit.backbones import find_backbone
+from zinit.backbones.base import AttentionSite
+from zinit.config import PrefixConfig
+from zinit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from zinit.attach import Attachment, Handle
+
+Gate = Literal["tanh", "identity"]
+Imported = tuple[PrefixConfig, dict[str, Tensor]]
+"""How the prefixes are built, and {parameter name: tensor}: what `zinit.attach` and ``load_state_dict`` take."""
+
+
+class Reader(Protocol):
+    """Reads a file of one format. It may look at the model, but does not touch it."""
+
+    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported: ...
+
+
+class Writer(Protocol):
+    """Writes an adapter in one format."""
+
+    def __call__(self, handle: Handle, path: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """Another implementation's checkpoint format.
+
+    Args:
+        title: whose it is.
+        read: the importer.
+        write: the exporter, if there is one; it may take options of its own.
+        needs_weights: whether importing needs the model's weights; elsewhere its shape is enough.
+    """
+
+    title: str
+    read: Reader
+    write: Writer | None = None
+    needs_weights: bool = False
+
+
+def sites_of(model: nn.Module) -> list[AttentionSite]:
+    """All attention modules that can take a prefix, lowest layer first; the model may have adapters already."""
+    model = getattr(model, "_orig_mod", model)
+    attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
+    return list(attachment.sites.values()) if attachment else find_backbone(model).sites(model)
+
+
+def to_prefix(
+    prompts: dict[int, Tensor],
+    gates: dict[int, Tensor],
+    sites: list[AttentionSite],
+    *,
+    gate: Gate,
+    gate_per: Literal["head", "layer"],
+    path: Path,
+) -> Imported:
+    """Prompts and gates by absolute layer, checked against the model and named as zinit names them.
+
+    Args:
+        prompts: {layer: (K, C)}.
+        gates: {layer: gate of any shape that holds H numbers, or one}; layers without prompts are ignored.
+        sites: of the model.
+        gate: how the stored gates are squashed.
+        gate_per: "head" for H numbers, "layer" for one.
+        path: for messages.
+
+    Raises:
+        CheckpointError: naming what was got and what was expected.
+    """
+    depth, lengths = max(prompts) + 1, {prompt.shape[0] for prompt in prompts.values()}
+    if depth != len(sites):
+        raise CheckpointError(
+            f"{path} was made for a model of {depth} layers (its topmost prompt is in layer {depth - 1}), "
+            f"but this model has {len(sites)}."
+        )
+    if len(lengths) > 1:
+        raise CheckpointError(f"{path} has prompts of different lengths, {sorted(lengths)}. Expected one length.")
+    tensors: dict[str, Tensor] = {}
+    for layer, prompt in sorted(prompts.items()):
+        site = sites[layer]
+        if prompt.dim() != 2 or prompt.shape[1] != site.width:
+            raise CheckpointError(
+                f"{path} has prompts of shape {tuple(prompt.shape)} in layer {layer}, but this model takes "
+                f"(K, {site.width}): the adapter was made for another width."
+            )
+        if layer not in gates:
+            raise CheckpointError(f"{path} has prompts but no gate for layer {layer}.")
+        stored, count = gates[layer], site.num_heads if gate_per == "head" else 1
+        if stored.numel() != count or (stored.dim() and max(stored.shape) != count):
+            raise CheckpointError(
+                f"{path} has a gate of shape {tuple(stored.shape)} in layer {layer}. Expected {count} number(s): "
+                f"this model has {site.num_heads} heads."
+            )
+        tensors[f"{site.name}.prompt.weight"] = _clean(prompt, path)
+        tensors[f"{site.name}.gate"] = _clean(stored.reshape(count), path)
+    layers = tuple(sorted(prompts))
+    config = PrefixConfig(
+        length=lengths.pop(),
+        layers=len(layers) if layers == tuple(range(len(sites) - len(layers), len(sites))) else layers,
+        gate=gate,
+        gate_per=gate_per,
+    )
+    return config, tensors
+
+
+def _clean(tensor: Tensor, path: Path) -> Tensor:
+    if not tensor.is_floating_point() or tensor.is_meta:
+        raise CheckpointError(f"{path} holds {tensor.dtype} where numbers with a fraction are expected.")
+    tensor = tensor.to(torch.float32, copy=True)  # off the mapped file
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{path} holds numbers that are not finite: the run that made it diverged.")
+    return tensor
+
+
+@dataclass(frozen=True)
+class LayerOfPrompts:
+    """One adapted layer on its way out: ``prompt`` (K, C), ``gate`` (H,) as stored and ``effective`` after squashing.
+
+    Without gating both are ones.
+    """
+
+    site: AttentionSite
+    prompt: Tensor
+    gate: Tensor
+    effective: Tensor
+
+
+def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
+    """The adapter as formats without a layer list hold it: prompts and gates of the topmost layers, lowest first.
+
+    Raises:
+        CheckpointError: if it is not of that form; the message says why.
+    """
+    config, every = handle.config, list(handle.attachment.sites.values())
+    if config.parametrization != "prompt":
+        raise cannot(format, "it learns keys and values themselves, and the format holds prompts")
+    if not config.separate_softmax:
+        raise cannot(
+            format, "its prompts share one softmax with the words, and the format's have a softmax of their own"
+        )
+    if handle.sites != every[-len(handle.sites) :]:
+        raise cannot(
+            format,
+            f"it adapts layers {list(config.layers) if isinstance(config.layers, tuple) else config.layers} "
+            f"of {len(every)}, and the format holds the topmost layers only, without a gap",
+        )
+    layers = []
+    for site in handle.sites:
+        prefix = handle.prefixes[site.name]
+        tensors = {name: value.detach().to("cpu", torch.float32) for name, value in prefix.named_parameters()}
+        if not tensors.keys() <= {"prompt.weight", "gate"}:
+            raise cannot(format, f"its prompts come from {type(prefix.prompt).__name__}, and the format holds a table")
+        effective = prefix.gates().detach().to("cpu", torch.float32).contiguous()
+        gate = tensors["gate"].expand(site.num_heads).contiguous() if "gate" in tensors else effective
+        layers.append(LayerOfPrompts(site, tensors["prompt.weight"], gate, effective))
+    return layers
+
+
+def cannot(format: str, reason: str) -> CheckpointError:
+    """The error that says why a format cannot express an adapter."""
+    return CheckpointError(f"this adapter cannot be written as {format}: {reason}. Save it in zinit's own format.")

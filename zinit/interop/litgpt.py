@@ -1,0 +1,100 @@
+"""Lightning-AI/litgpt, ``adapter`` (version 1).
+
+``lit_model.pth.adapter``: a dictionary under ``model`` with ``transformer.h.{l}.attn.adapter_wte.weight`` (K, C) and
+``.gating_factor`` for each adapted layer l. The gate is per head and not squashed: (1, 1, H, 1) since August 2023,
+(1, H, 1, 1) before, one number in the first weeks.
+
+Version 0.5.5 reordered the fused query-key-value projection from one block per group to all queries, all keys, all
+values, but its prompt branch still cuts it up by group. So what it trains against are not the host's keys and values
+(most of them are queries). A file does not tell which version made it: the user must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zinit.backbones.base import AttentionSite
+from zinit.errors import CheckpointError
+from zinit.interop._files import check_kind, read_pickle, tensors_in
+from zinit.interop._layers import Format, Gate, Imported, sites_of, to_prefix
+
+PROMPT, GATE = ".attn.adapter_wte.weight", ".attn.gating_factor"
+_LAYER = re.compile(r"transformer\.h\.(\d+)")
+
+
+def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
+    """A file of a version before 0.5.5. ``length`` and ``gate`` are not asked: the file and LitGPT say them.
+
+    Raises:
+        CheckpointError: if the file is damaged, something else (adapter_v2, say), or does not fit the model.
+    """
+    tensors = tensors_in(read_pickle(path), path, unwrap="model")
+    check_kind(tensors, path, "litgpt-legacy")
+    prompts, gates = _by_layer(tensors, PROMPT), _by_layer(tensors, GATE)
+    if not prompts:
+        raise CheckpointError(f"{path} has prompts under names that LitGPT does not use. Expected 'transformer.h.0'.")
+    scalar = all(value.dim() == 1 for value in gates.values())
+    return to_prefix(
+        prompts, gates, sites_of(model), gate="identity", gate_per="layer" if scalar else "head", path=path
+    )
+
+
+def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
+    """A file of version 0.5.5 or later, as learned keys and values: those its prompts had where it was trained.
+
+    Raises:
+        CheckpointError: as `read_legacy`; also if the model's weights are not at hand, or not to be had by row.
+    """
+    config, tensors = read_legacy(path, model, length=length, gate=gate)
+    for site in sites_of(model):
+        prompt = tensors.pop(f"{site.name}.prompt.weight", None)
+        if prompt is not None:
+            tensors[f"{site.name}.key"], tensors[f"{site.name}.value"] = fused_rows(site, prompt)
+    warnings.warn(
+        f"{path}: LitGPT 0.5.5 and later reads a prompt's keys and values from the wrong rows of the fused projection. "
+        f"The adapter was imported as learned keys and values computed from those rows: it gives the same outputs, but "
+        f"trains on as keys and values, not as prompts. For a file of an older version pass format='litgpt-legacy'.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, parametrization="key_value"), tensors
+
+
+@torch.no_grad()
+def fused_rows(site: AttentionSite, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """What LitGPT 0.5.5 and later takes for a prompt's keys and values, each (G, K, D).
+
+    The fused projection has H + 2G blocks of D rows, q_1 .. q_H, k_1 .. k_G, v_1 .. v_G; read as if it were stored by
+    group, each with its H/G queries, one key and one value, group g's key is block g (H/G + 2) + H/G and its value the
+    block after that.
+    """
+    weight = next(site.module.parameters())
+    if site.project_query is None or weight.is_meta:
+        raise CheckpointError(
+            "importing LitGPT's format needs the weights of the model's query, key and value projections, and they are "
+            "not to be had here. Load the model with its weights."
+        )
+    tokens = prompt.to(weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype())
+    key, value = site.project_kv(site.module, tokens)
+    blocks = torch.cat([site.project_query(site.module, tokens), key, value], dim=1)[0].float().cpu()
+    shared_by = site.num_heads // site.num_kv_heads
+    first = torch.arange(site.num_kv_heads) * (shared_by + 2) + shared_by
+    return blocks[first].contiguous(), blocks[first + 1].contiguous()
+
+
+def _by_layer(tensors: dict[str, Tensor], suffix: str) -> dict[int, Tensor]:
+    return {
+        int(layer[1]): value
+        for name, value in tensors.items()
+        if name.endswith(suffix) and (layer := _LAYER.fullmatch(name.removesuffix(suffix)))
+    }
+
+
+LITGPT = Format("LitGPT 0.5.5 and later, adapter", read, needs_weights=True)
+LITGPT_LEGACY = Format("LitGPT before 0.5.5, adapter", read_legacy)

@@ -1,0 +1,131 @@
+"""OpenGVLab/LLaMA-Adapter, V1 text adapters.
+
+One dictionary written by ``torch.save``: a table of all prompts, ``adapter_query.weight`` (L x K, C), the lowest
+adapted layer first, and ``layers.{i}.attention.gate`` for every layer i of the model. Only the topmost L gates are
+used. Neither K nor L is in the file, only their product. A full training checkpoint holds the same names, among
+LLaMA's own, under ``model``, beside the trainer's arguments.
+
+A gate is (1, H, 1, 1), one number per head, which the project's trainer squashes with tanh and its released inference
+script does not (issue 39 there); or (1,), from the first release, which knew no tanh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zinit.adapter_file import write_atomically
+from zinit.attach import Handle
+from zinit.errors import CheckpointError, ConfigError
+from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
+from zinit.interop._layers import Format, Gate, Imported, cannot, sites_of, to_prefix, topmost_layers
+
+TABLE, GATE = "adapter_query.weight", "layers.{}.attention.gate"
+
+
+def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
+    """A V1 adapter, or the adapter in a full training checkpoint.
+
+    Args:
+        path: the file.
+        model: a LLaMA in transformers' layout (prompts and gates are the same in both layouts).
+        length: K.
+        gate: "tanh" for the model that was trained, "identity" for what the released inference script computes. A
+            file with one gate per layer is read with "identity": no trainer for it was ever published.
+
+    Raises:
+        CheckpointError: if the file is damaged, something else, or does not fit ``length`` or the model.
+    """
+    tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
+    check_kind(tensors, path, "official-v1")
+    sites, table = sites_of(model), tensors[TABLE]
+    if table.dim() != 2 or table.shape[0] % length or not 0 < table.shape[0] // length <= len(sites):
+        raise CheckpointError(
+            f"{path} has a prompt table of shape {tuple(table.shape)}, which is not {length} prompts for each of at "
+            f"most {len(sites)} layers. Pass length=K; the file's name may tell it ('len10' is 10)."
+        )
+    if any(site.num_kv_heads != site.num_heads for site in sites):
+        raise CheckpointError(
+            f"this model shares {sites[-1].num_kv_heads} key/value heads among {sites[-1].num_heads} query heads; "
+            f"official V1 adapters are made for the first LLaMA, which shares none. {path} belongs to another model."
+        )
+    gates = {int(found[1]): value for name, value in tensors.items() if (found := _GATE.fullmatch(name))}
+    first = len(sites) - table.shape[0] // length
+    if gates and max(gates) >= len(sites):
+        raise CheckpointError(f"{path} has gates for {max(gates) + 1} layers, but this model has {len(sites)}.")
+    unused = [layer for layer, value in gates.items() if layer < first and value.count_nonzero()]
+    if unused:
+        raise CheckpointError(
+            f"with length={length}, {path} adapts layers {first} to {len(sites) - 1}, but layer {min(unused)} has a "
+            f"trained gate as well. Pass a smaller length (its table has {table.shape[0]} rows)."
+        )
+    scalar = any(value.numel() == 1 and (value.dim() == 1 or sites[0].num_heads > 1) for value in gates.values())
+    prompts = {first + block: rows for block, rows in enumerate(table.split(length))}
+    if scalar:
+        return to_prefix(prompts, gates, sites, gate="identity", gate_per="layer", path=path)
+    return to_prefix(prompts, gates, sites, gate=gate, gate_per="head", path=path)
+
+
+def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"] = "training") -> None:
+    """A V1 adapter of the topmost layers. Gates of the other layers, which nothing reads, are left out.
+
+    Args:
+        handle: the adapter.
+        path: the file.
+        reader: who will read it. "training": the project's trainer (and `zinit.import_adapter` as it is by default),
+            which squashes the stored gate with tanh. "inference": the released inference script, which takes it as it
+            is. An adapter without gating is written as gates of 1.
+
+    Raises:
+        CheckpointError: if the format cannot express the adapter.
+        ConfigError: if there is no such reader.
+    """
+    if reader not in ("training", "inference"):
+        raise ConfigError(f"reader must be 'training' or 'inference'; got {reader!r}.")
+    layers, format = topmost_layers(handle, "official-v1"), "official-v1"
+    _check_base(handle, format)
+    depth = len(handle.attachment.sites)
+    tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
+    for index, layer in enumerate(layers, start=depth - len(layers)):
+        gate = layer.effective
+        if reader == "training":
+            if handle.config.gating and handle.config.gate == "tanh":
+                gate = layer.gate
+            elif layer.effective.abs().max() >= 1:
+                raise cannot(
+                    f"{format} for the trainer",
+                    f"its reader takes the tanh of what is stored, and no tanh gives the gate "
+                    f"{layer.effective[layer.effective.abs().argmax()]:.4g} of layer {index} (reader='inference' can)",
+                )
+            else:
+                gate = layer.effective.double().atanh().float()
+        tensors[GATE.format(index)] = gate.view(1, -1, 1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, pickled(tensors))
+
+
+def _check_base(handle: Handle, format: str) -> None:
+    """The project's code runs the first LLaMA: no shared key/value heads, no biases."""
+    model_type = getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
+    if model_type != "llama":
+        raise cannot(format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type!r}")
+    for site in handle.sites:
+        if site.num_kv_heads != site.num_heads or site.num_heads * site.head_dim != site.width:
+            raise cannot(
+                format,
+                f"the code that reads it runs the first LLaMA, whose heads each have keys and values of their own and "
+                f"together the model's width; this model has {site.num_heads} heads of {site.head_dim}, "
+                f"{site.num_kv_heads} of them with keys and values, and width {site.width}",
+            )
+        if any(name.endswith("bias") for name, _ in site.module.named_parameters()):
+            raise cannot(format, "the code that reads it knows no biases, and this model's attention has them")
+
+
+_GATE = re.compile(re.escape(GATE).replace(r"\{\}", r"(\d+)"))
+
+OFFICIAL_V1 = Format("OpenGVLab/LLaMA-Adapter, V1 text", read, write)

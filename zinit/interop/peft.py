@@ -1,0 +1,171 @@
+"""Hugging Face PEFT, ``AdaptionPrompt``.
+
+A folder: ``adapter_config.json`` says K (``adapter_len``) and L (``adapter_layers``, from the top);
+``adapter_model.safetensors`` (older: ``.bin``) holds ``base_model.model.{module}.adaption_prompt`` (1, K, C) and
+``.adaption_gate`` (1,) for every adapted attention module. The gate is one number per layer, not squashed.
+
+PEFT passes its branch through the attention's ``o_proj`` on its own and adds the result to the attention's. That is
+our sum, unless ``o_proj`` has a bias, which then counts twice even while every gate is closed. In GPT-2 its branch
+does not pass the output projection at all, which is another function.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zinit.adapter_file import write_atomically
+from zinit.attach import Handle
+from zinit.backbones.base import AttentionSite
+from zinit.errors import CheckpointError
+from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
+from zinit.interop._layers import Format, Gate, Imported, cannot, sites_of, to_prefix, topmost_layers
+
+CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX, PROMPT, GATE = "base_model.model.", ".adaption_prompt", ".adaption_gate"
+MODEL_TYPES = ("llama", "mistral")
+"""The model types that PEFT attaches an AdaptionPrompt to before the output projection."""
+
+
+def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
+    """An AdaptionPrompt of a LLaMA or Mistral. ``length`` and ``gate`` are not asked: the folder and PEFT say them.
+
+    Raises:
+        CheckpointError: if files are missing or damaged, of another method, do not fit the model, or mean a function
+            that a prefix is not.
+    """
+    config = _read_config(path / CONFIG)
+    if (path / TENSORS).is_file():
+        tensors = read_safetensors(path / TENSORS)
+    elif (path / LEGACY_TENSORS).is_file():
+        tensors = tensors_in(read_pickle(path / LEGACY_TENSORS), path / LEGACY_TENSORS)
+    else:
+        raise CheckpointError(f"{path} holds neither {TENSORS} nor {LEGACY_TENSORS}.")
+    check_kind(tensors, path, "peft")
+    modules = {name.removesuffix(PROMPT): value for name, value in tensors.items() if name.endswith(PROMPT)}
+    if any(module.endswith(".attn") for module in modules):
+        raise CheckpointError(
+            f"{path} is an AdaptionPrompt of GPT-2, which zinit does not import: PEFT adds its branch after the output "
+            f"projection without passing it through, so it is another function than a gated prefix."
+        )
+    sites = sites_of(model)
+    if any(_output_bias(site) for site in sites):
+        raise CheckpointError(
+            f"{path} cannot be imported onto this model: its output projection has a bias, which PEFT adds a second "
+            f"time in every adapted layer. The imported adapter would not be the one that was trained."
+        )
+    prompts, gates = {}, {}
+    for module, prompt in modules.items():
+        layer = _layer(module.removeprefix(PREFIX), sites, path)
+        if prompt.dim() != 3 or prompt.shape[:2] != (1, config["adapter_len"]):
+            raise CheckpointError(
+                f"{path / CONFIG} says adapter_len {config['adapter_len']!r}, but {module}{PROMPT} has shape "
+                f"{tuple(prompt.shape)}. Expected (1, adapter_len, width)."
+            )
+        prompts[layer] = prompt[0]
+        if module + GATE in tensors:
+            gates[layer] = tensors[module + GATE]
+    if len(prompts) != config["adapter_layers"]:
+        raise CheckpointError(
+            f"{path / CONFIG} says adapter_layers {config['adapter_layers']!r}, but there are prompts for "
+            f"{len(prompts)} layers."
+        )
+    return to_prefix(prompts, gates, sites, gate="identity", gate_per="layer", path=path)
+
+
+def write(handle: Handle, path: Path) -> None:
+    """A folder for ``peft.PeftModel.from_pretrained``. An adapter without gating is written as gates of 1.
+
+    Args:
+        handle: the adapter; its gates must be equal over the heads of each layer.
+        path: the folder.
+
+    Raises:
+        CheckpointError: if the format cannot express the adapter.
+    """
+    from safetensors.torch import save
+
+    layers, format = topmost_layers(handle, "peft"), "peft"
+    _check_base(handle, format)
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        if not (layer.effective == layer.effective[0]).all():
+            raise cannot(
+                format,
+                f"it has one gate per layer, and those of {layer.site.name} differ from head to head (from "
+                f"{layer.effective.min():.4g} to {layer.effective.max():.4g}). Train with gate_per='layer' for PEFT",
+            )
+        tensors[f"{PREFIX}{layer.site.name}{PROMPT}"] = layer.prompt[None].contiguous()
+        tensors[f"{PREFIX}{layer.site.name}{GATE}"] = layer.effective[:1].clone()
+    base: Any = getattr(handle.model, "config", None)
+    config = {
+        "adapter_layers": len(layers),
+        "adapter_len": handle.config.length,
+        "auto_mapping": None,
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "peft_type": "ADAPTION_PROMPT",
+        "revision": getattr(base, "_commit_hash", None),
+        "target_modules": layers[0].site.name.rpartition(".")[2],
+        "task_type": "CAUSAL_LM",
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / TENSORS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        method = config["peft_type"]
+    except OSError as error:
+        raise CheckpointError(f"{path.parent} holds no {CONFIG}. Expected a folder that PEFT saved.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if method != "ADAPTION_PROMPT":
+        raise CheckpointError(f"{path.parent} is a PEFT adapter of type {method}. Expected ADAPTION_PROMPT.")
+    for name in ("adapter_len", "adapter_layers"):
+        if not isinstance(config.get(name), int):
+            raise CheckpointError(f"{path} has {name} {config.get(name)!r}. Expected a whole number.")
+    return config
+
+
+def _layer(module: str, sites: list[AttentionSite], path: Path) -> int:
+    """The site that a file calls ``module``; what stands in front of "layers" follows the class PEFT had wrapped."""
+    found = [
+        index
+        for index, site in enumerate(sites)
+        if site.name == module or site.name.endswith("." + module) or module.endswith("." + site.name)
+    ]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{path} has prompts for {module!r}, but this model's layers are named {sites[-1].name!r}."
+        )
+    return found[0]
+
+
+def _output_bias(site: AttentionSite) -> bool:
+    return getattr(getattr(site.module, "o_proj", None), "bias", None) is not None
+
+
+def _check_base(handle: Handle, format: str) -> None:
+    """PEFT can attach to the model, and means the same by it."""
+    model_type = getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
+    if model_type not in MODEL_TYPES:
+        known = " and ".join(MODEL_TYPES)
+        raise cannot(format, f"PEFT attaches it to {known} models only, and this adapter's model is {model_type!r}")
+    for site in handle.sites:
+        if _output_bias(site):
+            raise cannot(format, "PEFT adds the bias of this model's output projection twice in every adapted layer")
+        if site.num_heads * site.head_dim != site.width:
+            raise cannot(
+                format,
+                f"PEFT works only where heads times their width is the model's: here {site.num_heads} x "
+                f"{site.head_dim} is not {site.width}",
+            )
+
+
+PEFT = Format("Hugging Face PEFT, AdaptionPrompt", read, write)
