@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -20,6 +21,8 @@ class JsonConfig:
         Raises:
             ConfigError: on an unknown name (with the nearest known one), a missing one, or a wrong value.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__} is built from named settings; got {values!r}.")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
         for name in values:
             if name not in fields:
@@ -49,6 +52,10 @@ class JsonConfig:
             if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
                 got = getattr(self, name)
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {got!r}.")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,10 @@ class PrefixConfig(JsonConfig):
         self._check_choices()
         if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
             raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {self.length!r}.")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, tuple):
-            if not self.layers or any(not isinstance(i, int) or i < 0 for i in self.layers):
+            if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
                 raise ConfigError(f"layers must name 0-based layers such as (2, 3, 4); got {self.layers!r}.")
             if list(self.layers) != sorted(set(self.layers)):
                 raise ConfigError(f"layers must be ascending without repeats; got {self.layers!r}.")
@@ -101,14 +110,85 @@ class PrefixConfig(JsonConfig):
         if isinstance(self.gate_init, str):
             if self.gate_init != "random":
                 raise ConfigError(f"gate_init must be a number or 'random'; got {self.gate_init!r}.")
-        elif isinstance(self.gate_init, bool) or not isinstance(self.gate_init, int | float):
-            raise ConfigError(f"gate_init must be a number or 'random'; got {self.gate_init!r}.")
+        elif not _is_finite(self.gate_init):
+            raise ConfigError(f"gate_init must be a finite number or 'random'; got {self.gate_init!r}.")
         if not isinstance(self.gating, bool) or not isinstance(self.separate_softmax, bool):
-            raise ConfigError("gating and separate_softmax must be true or false.")
-        if not isinstance(self.init_std, int | float) or not self.init_std >= 0:
-            raise ConfigError(f"init_std must be a number of at least 0; got {self.init_std!r}.")
+            got = f"gating={self.gating!r} and separate_softmax={self.separate_softmax!r}"
+            raise ConfigError(f"gating and separate_softmax must be true or false; got {got}.")
+        if not _is_finite(self.init_std) or self.init_std < 0:
+            raise ConfigError(f"init_std must be a finite number of at least 0; got {self.init_std!r}.")
         if not self.separate_softmax and self.gating:
             raise ConfigError(
                 "a softmax shared by prompts and words (separate_softmax=False, plain prefix tuning) has no gate: "
                 "set gating=False as well."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(JsonConfig):
+    """How to train. Defaults are the paper's Alpaca run where it states them, else ours.
+
+    Args:
+        epochs: passes over the training examples.
+        steps: optimizer steps instead of epochs, if given.
+        batch_size: examples per optimizer step, over all processes.
+        micro_batch_size: examples per forward pass of one process; the rest accumulates.
+        learning_rate: peak rate, applied as it stands (not scaled by the batch).
+        warmup_epochs: linear warm-up, then half a cosine down to ``min_learning_rate`` at the end.
+        warmup_steps: instead of ``warmup_epochs``, if given.
+        min_learning_rate: at the last step.
+        weight_decay: AdamW's, on prompts and heads.
+        decay_gates: whether gates decay too (the reference's code does it; zero-init attention does not need it).
+        beta1: AdamW.
+        beta2: AdamW.
+        clip_norm: largest norm of the gradient; None does not clip (the reference does not).
+        mixed_precision: autocast of the forward pass. A bfloat16 host needs none.
+        gradient_checkpointing: recompute activations of the host in the backward pass.
+        compile: pass the model through ``torch.compile``.
+        evaluate_every: steps between evaluations of the held-out loss; 0 only at the end, None ten times a run.
+        save_every: steps between resume checkpoints; 0 never, None ten times a run.
+        workers: processes that prepare batches; 0 does it in the training process.
+        tensorboard: also log to TensorBoard, in the run's folder.
+    """
+
+    epochs: float = 5
+    steps: int | None = None
+    batch_size: int = 64
+    micro_batch_size: int = 8
+    learning_rate: float = 9e-3 * 64 / 256
+    warmup_epochs: float = 2
+    warmup_steps: int | None = None
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.02
+    decay_gates: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float | None = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    workers: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        for name in ("steps", "warmup_steps", "evaluate_every", "save_every", "workers"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(f"{name} must be a whole number of at least 0; got {value!r}.")
+        for name in ("epochs", "learning_rate", "warmup_epochs", "min_learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0; got {value!r}.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ConfigError(f"{name} must lie in [0, 1); got {value!r}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be above 0, or null for no clipping; got {self.clip_norm!r}.")

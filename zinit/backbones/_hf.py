@@ -134,6 +134,7 @@ class TransformersBackbone:
     Args:
         name: the registry's name.
         default_task: what `zinit train` does with it unless told otherwise.
+        demo_model: address of a function that says where the embedded model lies; empty if there is none.
         model_types: ``config.model_type`` of the models it knows.
         attention: attribute name of the attention modules inside a layer.
         query: attribute names of the projections, linear modules.
@@ -143,6 +144,7 @@ class TransformersBackbone:
 
     name: str
     default_task: str
+    demo_model: str = ""
     model_types: tuple[str, ...]
     attention: str = "self_attn"
     query: str = "q_proj"
@@ -208,8 +210,8 @@ class TransformersBackbone:
         AttentionInterface.register(IMPLEMENTATION, attend)
         host: Any = site.module
         home = attention_home(host)
-        host.config = ConfigView(host.config, home.eager_attention_forward, home.ALL_ATTENTION_FUNCTIONS)
         host.add_module("zinit", slot)
+        host.config = ConfigView(host.config, home.eager_attention_forward, home.ALL_ATTENTION_FUNCTIONS)
 
     def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
         """Takes the child and the view away again."""

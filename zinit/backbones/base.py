@@ -55,6 +55,7 @@ class Backbone(Protocol):
 
     name: str
     default_task: str
+    demo_model: str
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this backbone knows the model."""
@@ -88,8 +89,13 @@ class PrefixSlot(nn.ModuleDict):
         super().__init__()
         self.project_kv = project_kv
         self.active: str | None = None
-        self.context: Tensor | None = None
+        self.contexts: dict[str, Tensor] = {}
         self.frozen: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def can_hold(cls, name: str) -> bool:
+        """Whether a prefix may go by this name: an identifier that is no attribute of the slot itself."""
+        return name.isidentifier() and not hasattr(cls(lambda host, tokens: (tokens, tokens)), name)
 
     def prefix(self) -> ZeroGatedPrefix | None:
         """The active prefix, if one is on here."""
@@ -102,9 +108,11 @@ class PrefixSlot(nn.ModuleDict):
     ) -> tuple[Tensor, Tensor]:
         """The active prefix's keys and gated values: frozen for the length of a generation, else computed anew.
 
-        Frozen ones are used only where no gradient could be wanted.
+        Frozen ones are used only where no gradient could be wanted. A context given here comes before the one that
+        `Handle.context` has set for the active adapter.
         """
         if self.frozen is not None and context is None and not torch.is_grad_enabled():
             return self.frozen
-        context = self.context if context is None else context
+        if context is None and self.active is not None:
+            context = self.contexts.get(self.active)
         return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype, context)

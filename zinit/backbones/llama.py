@@ -5,5 +5,6 @@ from zinit.backbones._hf import TransformersBackbone
 LLAMA = TransformersBackbone(
     name="llama",
     default_task="alpaca",
+    demo_model="zinit.demo:llama_path",
     model_types=("llama", "mistral", "qwen2"),
 )

@@ -1,0 +1,103 @@
+"""Talking to a tuned causal language model: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zinit.errors import ConfigError
+from zinit.run import load_run
+from zinit.tasks.alpaca import Alpaca, format_conversation, format_prompt
+
+
+class Speaker:
+    """A tuned model, its tokenizer and how to sample from it.
+
+    Args:
+        run_dir: of a finished run.
+        temperature: 0 is greedy. Paper: 0.1.
+        top_p: nucleus sampling. Paper: 0.75.
+        max_new_tokens: longest answer.
+        seed: of the sampling.
+        frozen: switch the adapter off.
+
+    Raises:
+        ConfigError: if the run's task does not generate text.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        frozen: bool = False,
+    ) -> None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or torch.device("cpu")
+        config, model, self.tokenizer, self.handle = load_run(run_dir, device)
+        if config.task != Alpaca.name:
+            raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
+        self.model: Any = model.to(device).eval()
+        self.device, self.frozen = device, frozen
+        self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+
+    def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
+        """The answer to one instruction; streamed to the standard output as it comes.
+
+        Args:
+            instruction: what to do.
+            input: further context.
+            raw: continue ``instruction`` as it stands, without the template.
+            stream: print while generating.
+        """
+        return self._complete(instruction if raw else format_prompt(instruction, input), stream)
+
+    def converse(self) -> None:
+        """Reads instructions from the standard input and answers each, all earlier turns in view."""
+        turns: list[tuple[str, str]] = []
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print("Ask something. /new starts over, /quit ends.")
+        while True:
+            try:
+                said = input("> " if interactive else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if said == "/quit":
+                break
+            if said == "/new":
+                turns = []
+            elif said:
+                turns.append((said, self._complete(format_conversation(turns, said), stream=True)))
+
+    @torch.no_grad()
+    def _complete(self, prompt: str, stream: bool) -> str:
+        from transformers import TextStreamer
+
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = bos + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and len(ids) >= room:
+            raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}. Start over.")
+        inputs = torch.tensor([ids], device=self.device)
+        eos = self.tokenizer.eos_token_id
+        with self.handle.disabled() if self.frozen else nullcontext():
+            generated = self.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+                pad_token_id=eos,
+                eos_token_id=eos,
+                **self.sampling,
+            )
+        return self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()

@@ -1,0 +1,256 @@
+"""The command line: parses, calls, prints. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from zinit.errors import ConfigError, ZinitError
+
+app = typer.Typer(
+    name="zinit",
+    help="Zero-init attention for any pretrained Transformer: train, evaluate, talk to it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RunDirectory = Annotated[str, typer.Argument(help="The folder of a finished run.", metavar="RUN_DIR")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--option", metavar="KEY=VALUE", help="Any setting: -o prefix.length=20 -o train.epochs=3."),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.", min=0.0)]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
+
+
+@app.command()
+def train(
+    backbone: Annotated[str | None, typer.Option(help="llama, ... ; see 'zinit ls backbones'.")] = None,
+    task: Annotated[str | None, typer.Option(help="Default: the backbone's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the embedded demo.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or Hub id. Default: the embedded demo's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Published or demo settings; see 'zinit ls presets'.")] = None,
+    config: Annotated[str | None, typer.Option(help="A TOML file of settings.")] = None,
+    option: Options = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    output: Annotated[str | None, typer.Option(help="A new folder. Default: runs/<backbone>-<task>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Adapt a model and evaluate it, frozen and adapted.
+
+    With nothing but --backbone the embedded demo is trained, offline.
+
+    Examples:
+      zinit train --backbone llama
+      zinit train --backbone llama --model DIR_OR_ID --data alpaca.json --preset alpaca/llama-7b
+      zinit train --resume --output runs/my-run
+    """
+    from zinit.console import RunView, print_json, print_metrics
+    from zinit.engine import Interrupted
+    from zinit.run import read_run, train_run
+    from zinit.settings import override, resolve
+
+    if resume:
+        if output is None:
+            raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
+        saved, document = read_run(output)
+        preset_name: str | None = document.get("preset")
+        settings = override(saved, model=model, data=data, seed=seed, options=option or ())
+    else:
+        settings, preset_name = resolve(
+            backbone=backbone,
+            task=task,
+            model=model,
+            data=data,
+            preset=preset,
+            config_file=config,
+            seed=seed,
+            options=option or (),
+        )
+        # Processes of one launch must agree on the name, so it comes from what the launcher gave them all.
+        stamp = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "-" + os.environ.get("MASTER_PORT", "")
+        stamp = time.strftime("%Y%m%d-%H%M%S") if "RANK" not in os.environ else stamp
+        output = output or f"runs/{settings.backbone}-{settings.task}-{stamp}"
+    view = RunView(quiet=as_json)
+    try:
+        results = train_run(settings, output, preset=preset_name, resume=resume, on_event=view)
+    except Interrupted as interruption:
+        view.close()
+        print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
+        print(f"Go on with: zinit train --resume --output {output}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        view.close()
+    if as_json:
+        print_json({"output": str(output), **results})
+        return
+    print_metrics(results, title=f"{settings.backbone} / {settings.task}")
+    view.console.print(f"\nEverything is in {output}; look at {output}/report.html", markup=False)
+    view.console.print(f"Talk to it: zinit chat {output}", markup=False)
+
+
+@app.command()
+def eval(
+    run_dir: RunDirectory,
+    data: Annotated[str | None, typer.Option(help="Evaluate on all of this instead of the held-out part.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples to generate an answer for.", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a finished run, frozen and adapted."""
+    from zinit.console import print_json, print_metrics
+    from zinit.run import evaluate_run
+
+    results = evaluate_run(run_dir, data=data, limit=limit)
+    if as_json:
+        print_json(results)
+    else:
+        print_metrics(results, title=run_dir)
+
+
+@app.command()
+def generate(
+    run_dir: RunDirectory,
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    input: Annotated[str, typer.Option(help="Further context for the instruction.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the template.")] = False,
+    temperature: Temperature = 0.1,
+    top_p: TopP = 0.75,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    frozen: Frozen = False,
+    as_json: Json = False,
+) -> None:
+    """Answer one instruction; the answer streams to the standard output."""
+    from zinit.chat import Speaker
+    from zinit.console import print_json
+
+    speaker = Speaker(
+        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
+    )
+    answer = speaker.answer(prompt, input=input, raw=raw, stream=not as_json)
+    if as_json:
+        print_json({"prompt": prompt, "input": input, "answer": answer, "frozen": frozen, "seed": seed})
+
+
+@app.command()
+def chat(
+    run_dir: RunDirectory,
+    temperature: Temperature = 0.1,
+    top_p: TopP = 0.75,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    frozen: Frozen = False,
+) -> None:
+    """Talk to a tuned model over several turns. /new starts over, /quit (or Ctrl-D) ends."""
+    from zinit.chat import Speaker
+
+    speaker = Speaker(
+        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
+    )
+    speaker.converse()
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or a backbone's name for its embedded demo.")],
+    backbone: Annotated[str | None, typer.Option(help="Default: the one that knows the model.")] = None,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
+    """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
+    from zinit.console import print_json, print_table
+    from zinit.inspection import inspect_model
+
+    found = inspect_model(model, backbone=backbone, options=option or ())
+    if as_json:
+        print_json(found)
+        return
+    shape = ("width", "num_heads", "num_kv_heads", "head_dim")
+    rows = [
+        [site["name"], *(str(site[key]) for key in shape), "yes" if site["adapted"] else ""] for site in found["sites"]
+    ]
+    print_table(
+        f"{found['class']} (backbone {found['backbone']})",
+        ["attention", "width C", "heads H", "kv heads G", "head dim D", "prefix"],
+        rows,
+    )
+    print(
+        f"trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
+        f"({100 * found['num_trainable'] / found['num_parameters']:.3f} %), {found['file_bytes'] / 1e6:.2f} MB saved"
+    )
+
+
+@app.command(name="ls")
+def list_entries(
+    what: Annotated[str, typer.Argument(help="backbones, tasks, presets or metrics.")],
+    as_json: Json = False,
+) -> None:
+    """List what there is to choose from."""
+    from zinit.console import print_json, print_table
+    from zinit.inspection import list_kind
+
+    entries = list_kind(what)
+    if as_json:
+        print_json(entries)
+    else:
+        print_table(what, ["name", "what it is"], [[name, text] for name, text in entries.items()])
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="An adapter: a file or a folder.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where the converted one goes; must not exist.")],
+    source_format: Annotated[str, typer.Option("--from", help="zinit, official-v1, peft, litgpt, litgpt-legacy.")],
+    target_format: Annotated[str, typer.Option("--to", help="zinit, official-v1, peft.")],
+    model: Annotated[str, typer.Option(help="The model the adapter belongs to: folder or Hub id.")],
+    length: Annotated[int, typer.Option(help="K; official files do not say it.", min=1)] = 10,
+    gate: Annotated[str, typer.Option(help="tanh or identity; official files do not say it.")] = "tanh",
+    as_json: Json = False,
+) -> None:
+    """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
+    from zinit.console import print_json
+    from zinit.inspection import convert_adapter
+
+    done = convert_adapter(source, destination, source_format, target_format, model=model, length=length, gate=gate)
+    if as_json:
+        print_json(done)
+    else:
+        print(f"wrote {destination}: {done['layers']} layers, {done['num_trainable']:,} parameters ({target_format})")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, devices, the embedded demo, and that a closed gate changes nothing."""
+    from zinit.console import print_json, print_table
+    from zinit.inspection import examine
+
+    report = examine()
+    if as_json:
+        print_json(report)
+    else:
+        print_table("zinit doctor", ["check", "found"], [[k, str(v)] for k, v in report["found"].items()])
+        for problem in report["problems"]:
+            print(f"problem: {problem}")
+        print("all well" if not report["problems"] else f"{len(report['problems'])} problems")
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: the user's errors are one message and status 2; a fault of zinit's shows its traceback, status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ZinitError as error:
+        print(f"zinit: {error}", file=sys.stderr)
+        sys.exit(2)

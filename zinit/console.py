@@ -1,0 +1,125 @@
+"""What a person sees while a run goes on: stages, a progress bar with rate and time left, results."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+QUIET_SECONDS = 20.0
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that talks (launchers number theirs)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class RunView:
+    """Shows the events of a run on the standard error stream; nothing with ``--json`` or on other processes.
+
+    Args:
+        total: steps of the run.
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet or not is_main_process())
+        self.progress: Progress | None = None
+        self.last_line = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Takes one event of the engine or of the run."""
+        kind = event["event"]
+        if kind == "stage":
+            self._stop()
+            self.console.print(f"{event['text']} ...", markup=False, style="dim")
+        elif kind == "plan":
+            self._start(event)
+        elif kind == "resume":
+            self.console.print(f"going on after step {event['step']}", markup=False)
+        elif kind == "step":
+            self._step(event)
+        elif kind == "eval":
+            self.console.print(f"step {event['step']}: held-out loss {event['loss']:.4f}", markup=False)
+        elif kind in ("stop", "end"):
+            self._stop()
+
+    def _start(self, event: dict[str, Any]) -> None:
+        self.total = event["steps"]
+        if not self.console.is_terminal or self.console.quiet:
+            return
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.bar = self.progress.add_task("", total=event["steps"], completed=event["done"], status="")
+        self.progress.start()
+
+    def _step(self, event: dict[str, Any]) -> None:
+        status = f"loss {event['loss']:.4f}  {event['examples_per_second']:.0f} examples/s"
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=event["step"], status=status)
+        elif time.monotonic() - self.last_line > QUIET_SECONDS:  # a log file: a line now and then
+            self.last_line = time.monotonic()
+            self.console.print(f"step {event['step']} of {self.total}: {status}", markup=False)
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._stop()
+
+
+def print_json(document: Any) -> None:
+    """One machine-readable document on the standard output."""
+    if is_main_process():
+        json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+        sys.stdout.write("\n")
+
+
+def print_metrics(results: dict[str, Any], *, title: str) -> None:
+    """Frozen beside adapted, with the counts and the seed that belong to the figures."""
+    if not is_main_process():
+        return
+    console = Console(highlight=False)
+    columns = list(results["metrics"])
+    table = Table(title=title, title_justify="left")
+    table.add_column("held-out")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name in results["metrics"][columns[0]]:
+        table.add_row(name, *(f"{results['metrics'][column].get(name, float('nan')):.4f}" for column in columns))
+    console.print(table)
+    counts = results.get("counts", {})
+    answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
+    console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}", markup=False)
+    odd = {name: n for name, n in counts.items() if n and ("skipped" in name or "truncated" in name or "empty" in name)}
+    if odd:
+        console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()), markup=False)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A plain table on the standard output."""
+    if not is_main_process():
+        return
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)

@@ -1,0 +1,137 @@
+"""Records from local files and the Hub, with errors that name file, record and field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from zinit.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def read_records(source: str, *, required: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Text records of a JSON array, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
+
+    Args:
+        source: path, or Hub id such as ``tatsu-lab/alpaca`` (its ``train`` split; ``id:split`` names another).
+        required: fields that every record must have.
+        optional: fields that are empty text where a record lacks them.
+
+    Raises:
+        DataError: if the source is missing, unreadable, empty or lacks a field; it names the record.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _single_file(path)
+    if path.is_file():
+        records: Iterable[Any] = _read_file(path)
+        name = str(path)
+    elif _looks_like_path(source):
+        raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
+    else:
+        records, name = _read_hub(source), source
+    found = [_pick(record, index, name, required, optional) for index, record in enumerate(records)]
+    if not found:
+        raise DataError(f"{name} holds no records.")
+    return found
+
+
+def _pick(record: Any, index: int, name: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
+    where = f"{name}, record {index + 1}"
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object with the fields {', '.join(required)}; got {_short(record)}.")
+    picked = {}
+    for field in (*required, *optional):
+        value = record.get(field)
+        if value is None and field in optional:
+            value = ""
+        if value is None:
+            raise DataError(
+                f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. "
+                f"Name the fields with -o task.fields=instruction,input,output if they are called otherwise."
+            )
+        if not isinstance(value, str):
+            raise DataError(f"{where}: the field {field!r} must be text; got {_short(value)}.")
+        picked[field] = value
+    return picked
+
+
+def _read_file(path: Path) -> Iterable[Any]:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file, not {path.suffix or 'one without a suffix'}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty.")
+    with path.open("rb") as file:
+        if file.read(42).startswith(b"version https://git-lfs.github.com/spec"):
+            raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+    if path.suffix == ".jsonl":
+        return _read_lines(path, text)
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.lineno > 1 and error.msg == "Extra data":
+            return _read_lines(path, text)  # JSON lines under the suffix .json, as Hub files often are
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a JSON array of records; got {_short(records)}.")
+    return records
+
+
+def _read_lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+
+
+def _read_parquet(path: Path) -> Iterable[Any]:
+    from datasets import Dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)  # no copy goes to a cache
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    return Dataset(table)
+
+
+def _read_hub(source: str) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")  # pyright: ignore[reportReturnType]
+    except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"there is no data file {source}, and the Hub did not give a data set of that name: {reason}"
+        ) from error
+
+
+def _single_file(folder: Path) -> Path:
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files[:5]) or "none"
+        raise DataError(f"{folder}: expected one {', '.join(SUFFIXES)} file in the folder; found {found}. Name one.")
+    return files[0]
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES or source.count("/") > 1
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

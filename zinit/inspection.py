@@ -1,0 +1,161 @@
+"""What the commands ``inspect``, ``ls``, ``convert`` and ``doctor`` find out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zinit.adapter_file import AdapterFile
+from zinit.attach import attach
+from zinit.backbones import BACKBONES, find_backbone
+from zinit.config import PrefixConfig
+from zinit.errors import CheckpointError, ConfigError
+from zinit.hosts import load_on_meta
+from zinit.metrics import METRICS
+from zinit.registry import did_you_mean
+from zinit.run import demo_model, versions
+from zinit.settings import list_presets, parse_value
+from zinit.tasks import TASKS
+
+
+def inspect_model(source: str, *, backbone: str | None = None, options: Iterable[str] = ()) -> dict[str, Any]:
+    """The attention modules of a model and what a prefix would train; on the meta device, without weights.
+
+    Args:
+        source: folder, Hub id, or a backbone's name for its embedded demo.
+        backbone: registered name.
+        options: ``prefix.length=20`` and the like.
+    """
+    values: dict[str, Any] = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        values[name.removeprefix("prefix.")] = parse_value(text)
+    config = PrefixConfig.from_dict(values)
+    if source in BACKBONES and not Path(source).exists():
+        source = str(demo_model(source))
+    model = load_on_meta(source)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    known = BACKBONES.get(backbone) if backbone else find_backbone(model)
+    sites = known.sites(model)
+    handle = attach(model, config, backbone=backbone)
+    return {
+        "class": type(model).__name__,
+        "backbone": known.name,
+        "num_parameters": num_parameters,
+        "num_trainable": handle.num_trainable,
+        "file_bytes": 4 * handle.num_trainable,
+        "prefix": config.to_dict(),
+        "sites": [{"name": s.name, **s.shape(), "adapted": s.name in handle.prefixes} for s in sites],
+    }
+
+
+def list_kind(kind: str) -> dict[str, str]:
+    """{name: one line about it} of a kind of entry.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    registries = {"backbones": BACKBONES, "tasks": TASKS, "metrics": METRICS}
+    if kind == "presets":
+        return list_presets()
+    if kind not in registries:
+        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*registries, 'presets'])}")
+    registry = registries[kind]
+    return {name: _first_line(registry.get(name), registry.where(name)) for name in registry}
+
+
+def _first_line(entry: Any, where: str) -> str:
+    import importlib
+
+    module = importlib.import_module(where.partition(":")[0])
+    return (module.__doc__ or entry.__doc__ or "").strip().split("\n")[0]
+
+
+def convert_adapter(
+    source: str,
+    destination: str,
+    source_format: str,
+    target_format: str,
+    *,
+    model: str,
+    length: int,
+    gate: str,
+) -> dict[str, Any]:
+    """Reads an adapter in one format and writes it in another; the model says the shapes.
+
+    Args:
+        source: file or folder.
+        destination: must not exist yet.
+        source_format: see `zinit.import_adapter`; "zinit" for zinit's own.
+        target_format: see `Handle.export`.
+        model: folder or Hub id.
+        length: K, for formats that do not say it.
+        gate: squashing, for formats that do not say it.
+    """
+    from zinit.hosts import load_causal_lm
+    from zinit.interop import convert
+
+    if Path(destination).exists():
+        raise CheckpointError(f"{destination} exists already; name a place that does not.")
+    host, _ = load_causal_lm(model, dtype=torch.float32)
+    handle = convert(
+        host,
+        source,
+        destination,
+        source_format=source_format,
+        target_format=target_format,
+        length=length,
+        gate=gate,
+    )
+    return {"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable}
+
+
+def examine() -> dict[str, Any]:
+    """The state of this machine: {"found": {...}, "problems": [...]}."""
+    found: dict[str, Any] = dict(versions())
+    problems: list[str] = []
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found["device"] = f"{torch.accelerator.device_count()} x {accelerator}" if accelerator else "cpu"
+    found["cpu threads"] = torch.get_num_threads()
+    found["free disk"] = f"{shutil.disk_usage('.').free / 1e9:.1f} GB"
+    found["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online"
+    found["tensorboard"] = (
+        "installed" if find_spec("tensorboard") else "not installed (pip install 'zinit[tensorboard]')"
+    )
+    for name in BACKBONES:
+        if BACKBONES.get(name).demo_model:
+            try:
+                found[f"demo {name}"] = _self_test(name)
+            except Exception as error:  # a doctor reports, whatever it is
+                found[f"demo {name}"] = "broken"
+                problems.append(f"demo {name}: {type(error).__name__}: {error}")
+    return {"found": found, "problems": problems}
+
+
+@torch.no_grad()
+def _self_test(backbone: str) -> str:
+    """A closed gate changes nothing, an open one does, and an adapter survives saving."""
+    known = BACKBONES.get(backbone)
+    model, _ = TASKS.get(known.default_task).load_model(demo_model(backbone), dtype=torch.float32)
+    model.eval()
+    ids = torch.arange(1, 25)[None]
+    before = model(input_ids=ids).logits
+    handle = attach(model, PrefixConfig(length=4))
+    if not torch.equal(model(input_ids=ids).logits, before):
+        raise CheckpointError("a closed gate changed the output")
+    for prefix in handle.prefixes.values():
+        prefix.gate.fill_(0.5)
+    after = model(input_ids=ids).logits
+    if torch.equal(after, before):
+        raise CheckpointError("an open gate changed nothing")
+    with tempfile.TemporaryDirectory() as folder:
+        handle.save(folder)
+        AdapterFile.read(folder).check_model(model)
+    return f"closed gate exact, open gate changes logits by up to {(after - before).abs().max():.2f}"

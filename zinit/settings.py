@@ -1,0 +1,258 @@
+"""The settings of a run, resolved from presets, a config file and options."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from zinit.backbones import BACKBONES
+from zinit.config import JsonConfig, PrefixConfig, TrainConfig
+from zinit.errors import ConfigError
+from zinit.registry import did_you_mean
+from zinit.tasks import TASKS
+
+PRESETS = resources.files("zinit.tasks") / "presets"
+SECTIONS = ("prefix", "train", "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(JsonConfig):
+    """Everything that decides what a run computes.
+
+    Args:
+        backbone: registered name.
+        task: registered name.
+        model: folder or Hub id; None is the backbone's embedded demo.
+        revision: of the model on the Hub.
+        data: file, folder or Hub id; None is the task's embedded demo data.
+        seed: of the prompts' start, the split and the order of the examples.
+        dtype: of the frozen model; "auto" is bfloat16 on a GPU, float32 on a CPU.
+        prefix: the adapter.
+        train: the loop.
+        options: the task's own settings.
+    """
+
+    backbone: str
+    task: str
+    model: str | None = None
+    revision: str | None = None
+    data: str | None = None
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    options: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values: scalars, then the tables ``prefix``, ``train`` and ``task`` (with its ``name``)."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECTIONS and f.name != "options"}
+        task = {"name": self.task, **self.options.to_dict()}
+        return {**plain, "prefix": self.prefix.to_dict(), "train": self.train.to_dict(), "task": task}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """From nested plain values, as `to_dict` makes them and TOML files hold them.
+
+        Raises:
+            ConfigError: naming the setting that is unknown or wrong.
+        """
+        values = dict(values)
+        sections = {name: dict(values.pop(name, {})) for name in SECTIONS}
+        known = {f.name for f in fields(cls)} - {"options", "task"}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(name, known | set(SECTIONS))}")
+        task = sections["task"].pop("name", None)
+        if task is None:
+            raise ConfigError("a run needs a task: --task NAME, or name = ... in the table [task].")
+        return cls(
+            **values,
+            task=task,
+            prefix=PrefixConfig.from_dict(sections["prefix"]),
+            train=TrainConfig.from_dict(sections["train"]),
+            options=TASKS.get(task).Config.from_dict(sections["task"]),
+        )
+
+
+def list_presets() -> dict[str, str]:
+    """{"alpaca/llama-7b": its description, ...}."""
+    return {name: read_preset(name).get("description", "") for name in _preset_names()}
+
+
+def _preset_names() -> list[str]:
+    found = []
+    for folder in PRESETS.iterdir():
+        if folder.is_dir():
+            found += [f"{folder.name}/{f.name.removesuffix('.toml')}" for f in folder.iterdir() if f.name != "__init__"]
+    return sorted(found)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's values, its ``description`` included.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    known = _preset_names()
+    if name not in known:
+        raise ConfigError(f"no preset named {name!r}.{did_you_mean(name, known)}")
+    folder, _, file = name.partition("/")
+    return _none(tomllib.loads((PRESETS / folder / f"{file}.toml").read_text()))
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """A TOML file of settings.
+
+    Raises:
+        ConfigError: if it is missing or not TOML.
+    """
+    try:
+        return _none(tomllib.loads(Path(path).read_text()))
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from error
+
+
+def resolve(
+    *,
+    backbone: str | None = None,
+    task: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    preset: str | None = None,
+    config_file: str | None = None,
+    seed: int | None = None,
+    options: Iterable[str] = (),
+) -> tuple[RunConfig, str | None]:
+    """The settings of a run: preset, then config file, then what was said on the command line.
+
+    Without a model the embedded demo is trained, with the task's ``demo`` preset unless another is named.
+
+    Args:
+        backbone: see `RunConfig`; task, model, data and seed alike.
+        task: default: the backbone's own.
+        model: folder or Hub id.
+        data: file, folder or Hub id.
+        preset: ``alpaca/llama-7b``, or ``llama-7b`` for the task at hand.
+        config_file: TOML.
+        seed: for everything random.
+        options: ``section.key=value``; the section may be left out where the key is unique.
+
+    Returns:
+        The settings, and the preset's full name.
+
+    Raises:
+        ConfigError: naming the setting that is unknown or wrong.
+    """
+    from_file = read_config_file(config_file) if config_file else {}
+    for name in ("prefix", "train", "task"):
+        if not isinstance(from_file.get(name, {}), dict):
+            raise ConfigError(f"{config_file}: {name} must be a table: [{name}].")
+    preset = preset or from_file.pop("preset", None)
+    backbone = backbone or from_file.get("backbone")
+    task = task or from_file.get("task", {}).get("name")
+    if backbone is None and preset and "/" in preset:
+        backbone = read_preset(preset).get("backbone")
+    if backbone is None:
+        raise ConfigError(f"say which backbone to train: --backbone {'|'.join(BACKBONES)}.")
+    task = task or (preset.split("/")[0] if preset and "/" in preset else BACKBONES.get(backbone).default_task)
+    assert task is not None
+    TASKS.get(task)
+    model = model or from_file.get("model")
+    data = data or from_file.get("data")
+    if preset is None and model is None:
+        preset = f"{task}/demo"
+    if preset is not None and "/" not in preset:
+        preset = f"{task}/{preset}"
+    values: dict[str, Any] = {}
+    if preset is not None:
+        values = read_preset(preset)
+        values.pop("description", None)
+    _merge(values, from_file)
+    said = {"backbone": backbone, "model": model, "data": data, "seed": seed, "task": {"name": task}}
+    _merge(values, {name: value for name, value in said.items() if value is not None})
+    for option in options:
+        _merge(values, _parse_option(option, task))
+    if values.get("model") is not None and values.get("data") is None:
+        raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
+    return RunConfig.from_dict(values), preset
+
+
+def _parse_option(option: str, task: str) -> dict[str, Any]:
+    name, equals, text = option.partition("=")
+    if not equals:
+        raise ConfigError(f"an option is key=value, such as train.epochs=3; got {option!r}.")
+    keys = {
+        "": [f.name for f in fields(RunConfig) if f.name not in (*SECTIONS, "options")],
+        "prefix": [f.name for f in fields(PrefixConfig)],
+        "train": [f.name for f in fields(TrainConfig)],
+        "task": [f.name for f in fields(TASKS.get(task).Config)],
+    }
+    full = [f"{section}.{key}" if section else key for section, names in keys.items() for key in names]
+    matching = [known for known in full if name == known] or [known for known in full if name == known.split(".")[-1]]
+    if len(matching) != 1:
+        raise ConfigError(f"no option named {name!r}.{did_you_mean(name, matching or full)}")
+    section, _, key = matching[0].rpartition(".")
+    value = parse_value(text)
+    if key == "fields" and isinstance(value, str):
+        value = value.split(",")
+    return {section: {key: value}} if section else {key: value}
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML would read it; what TOML cannot read is text, "none" is nothing."""
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return _none(value)
+
+
+def _none(value: Any) -> Any:
+    """TOML has no null: the word "none" stands for it."""
+    if isinstance(value, dict):
+        return {key: _none(item) for key, item in value.items()}
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def override(
+    config: RunConfig,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    seed: int | None = None,
+    options: Iterable[str] = (),
+) -> RunConfig:
+    """The settings of an earlier run with some said anew.
+
+    Args:
+        config: as saved.
+        model: see `RunConfig`; data and seed alike.
+        data: file, folder or Hub id.
+        seed: for everything random.
+        options: see `resolve`.
+    """
+    values = config.to_dict()
+    _merge(values, {k: v for k, v in {"model": model, "data": data, "seed": seed}.items() if v is not None})
+    for option in options:
+        _merge(values, _parse_option(option, config.task))
+    return RunConfig.from_dict(values)

@@ -1,0 +1,5 @@
+"""Tasks by name. A new one is one file and one line here (or `zinit.register_task`)."""
+
+from zinit.registry import Registry
+
+TASKS = Registry("task", {"alpaca": "zinit.tasks.alpaca:Alpaca"})

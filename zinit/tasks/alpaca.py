@@ -1,0 +1,339 @@
+"""Instruction tuning in Alpaca's format (paper, section 4.1): two templates, loss on the response only."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.data import read_records
+from zinit.errors import ConfigError, DataError
+from zinit.metrics import METRICS
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.attach import Handle
+
+IGNORED = -100
+HEADER = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
+
+
+def format_prompt(instruction: str, input: str = "") -> str:
+    """Alpaca's prompt: the template with an input section if there is an input, else the one without.
+
+    Args:
+        instruction: what to do.
+        input: further context; may be empty.
+    """
+    if input:
+        return (
+            f"{HEADER}, paired with an input that provides further context. {REQUEST}\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+        )
+    return f"{HEADER}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:"
+
+
+def format_conversation(turns: Sequence[tuple[str, str]], instruction: str) -> str:
+    """A prompt that holds the earlier turns of a chat, each as an instruction with its response.
+
+    Args:
+        turns: (instruction, response) pairs so far.
+        instruction: the one to answer now.
+    """
+    sections = [f"### Instruction:\n{asked}\n\n### Response:{answered}" for asked, answered in turns]
+    return "\n\n".join([f"{HEADER}. {REQUEST}", *sections, f"### Instruction:\n{instruction}\n\n### Response:"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlpacaConfig(JsonConfig):
+    """What the task does with its data.
+
+    Args:
+        max_length: tokens per example, BOS and EOS included; longer ones are cut at the end. Reference code: 512.
+        held_out: examples kept from training for evaluation, at most a tenth of the data. (The reference evaluates
+            on training examples.)
+        held_out_data: a source of its own for the held-out examples instead.
+        fields: what the data calls instruction, input and output.
+        evaluation_limit: held-out examples that an answer is generated for.
+        max_new_tokens: longest generated answer.
+    """
+
+    max_length: int = 512
+    held_out: int = 200
+    held_out_data: str | None = None
+    fields: tuple[str, ...] = ("instruction", "input", "output")
+    evaluation_limit: int = 200
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 8), ("held_out", 1), ("evaluation_limit", 0), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if len(self.fields) != 3 or not all(isinstance(field, str) and field for field in self.fields):
+            raise ConfigError(f"fields must name instruction, input and output; got {self.fields!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One encoded record.
+
+    Attributes:
+        ids: BOS, prompt, response, EOS (cut at max_length).
+        prompt_length: how many of the first ids carry no loss.
+        prompt: as text.
+        response: as text.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    prompt: str
+    response: str
+
+
+class Alpaca(Task):
+    """See the module. Needs a causal language model and its tokenizer.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        handle: the adapter on the model.
+        config: data handling.
+        data: source of the records; None is the embedded demo's.
+        seed: of the held-out split.
+    """
+
+    name = "alpaca"
+    Config = AlpacaConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        handle: Handle | None,
+        config: AlpacaConfig,
+        *,
+        data: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token, which ends a response.")
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        train, held_out, self._counts = _split(config, data, seed)
+        self.train_examples = self._encode(train, "train")
+        self.held_out_examples = self._encode(held_out, "held_out")
+        if not self.train_examples or not self.held_out_examples:
+            raise DataError(
+                f"nothing is left to train or evaluate on: {self._counts}. Raise task.max_length (now "
+                f"{config.max_length}) or give more data."
+            )
+        self.train_stream = _stream("train", self.train_examples)
+        self.held_out_stream = _stream("held_out", self.held_out_examples)
+
+    @staticmethod
+    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+        """A causal language model and its tokenizer.
+
+        Args:
+            source: folder or Hub id.
+            dtype: of the weights.
+            revision: on the Hub.
+        """
+        from zinit.hosts import load_causal_lm
+
+        return load_causal_lm(source, dtype=dtype, revision=revision)
+
+    def _encode(self, records: list[dict[str, str]], part: str) -> list[Example]:
+        """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
+
+        Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
+        the same tokens in training and in generation.
+        """
+        instruction, input, output = self.config.fields
+        prompts = [format_prompt(record[instruction], record[input]) for record in records]
+        responses = [record[output] for record in records]
+        encoded = self._encode_texts([*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        examples = []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            start, whole = encoded[i], encoded[len(records) + i]
+            if whole[: len(start)] != start:
+                whole = start + self._encode_texts([response])[0]
+            ids = [*bos, *whole, self.tokenizer.eos_token_id]
+            prompt_length = len(bos) + len(start)
+            self._counts[f"{part}_truncated"] += len(ids) > self.config.max_length
+            self._counts[f"{part}_empty_response"] += not response.strip()
+            if prompt_length >= self.config.max_length:
+                self._counts[f"{part}_skipped_prompt_too_long"] += 1
+                continue
+            ids = ids[: self.config.max_length]
+            examples.append(Example(ids=ids, prompt_length=prompt_length, prompt=prompt, response=response))
+        self._counts[part] = len(examples)
+        return examples
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The tokens a generation starts from: BOS + prompt."""
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return bos + self._encode_texts([prompt])[0]
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """Right-padded ``input_ids`` (B, T), the ``positions`` (P,) that some example is supervised at, and ``targets``
+        (B, P), ignored where it is not.
+
+        There is no attention mask: under a causal mask no real token sees the padding behind it.
+        """
+        examples = self.train_examples if stream is self.train_stream else self.held_out_examples
+        chosen = [examples[index] for index in indices]
+        longest = max(len(example.ids) for example in chosen)
+        ids = torch.full((len(chosen), longest), self._padding, dtype=torch.long)
+        labels = torch.full((len(chosen), longest), IGNORED, dtype=torch.long)
+        for row, example in enumerate(chosen):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            labels[row, example.prompt_length : len(example.ids)] = torch.tensor(example.ids[example.prompt_length :])
+        targets = labels[:, 1:]
+        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        return {"input_ids": ids, "positions": positions, "targets": targets[:, positions]}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the response tokens, EOS included. Logits are made only where a label exists."""
+        positions, targets = batch["positions"], batch["targets"]
+        if self._keeps_logits:
+            logits = self.model(input_ids=batch["input_ids"], logits_to_keep=positions, use_cache=False).logits
+        else:
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, positions]
+        flat = logits.float().flatten(0, 1)
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Greedy answers to held-out instructions: exact match and ROUGE-L."""
+        from accelerate.utils import gather_object
+
+        self.eval()
+        limit = self.config.evaluation_limit if limit is None else limit
+        chosen = self.held_out_examples[:limit]
+        mine = list(range(accelerator.process_index, len(chosen), accelerator.num_processes))
+        answers = dict(zip(mine, self.answer([chosen[index].prompt for index in mine]), strict=True))
+        if accelerator.num_processes > 1:
+            answers = dict(gather_object(list(answers.items())))
+        if not chosen:
+            return Evaluation(metrics={})
+        predictions = [answers[index] for index in range(len(chosen))]
+        references = [example.response.strip() for example in chosen]
+        metrics: dict[str, float] = {}
+        for name in ("exact_match", "rouge_l"):
+            metrics |= METRICS.get(name)().compute(predictions=predictions, references=references)
+        samples = [
+            {"prompt": example.prompt, "expected": example.response, "output": answers[index]}
+            for index, example in enumerate(chosen[:8])
+        ]
+        return Evaluation(metrics=metrics, counts={"answered": len(chosen)}, samples=samples)
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[str], *, batch_size: int = 32) -> list[str]:
+        """Greedy continuations, neighbours in length together, left-padded.
+
+        Args:
+            prompts: as text, template included.
+            batch_size: prompts per forward pass.
+        """
+        device = next(self.model.parameters()).device
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = max(len(encoded[index]) for index in chosen)
+            ids = torch.full((len(chosen), longest), self._padding, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(chosen):
+                ids[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
+                mask[row, longest - len(encoded[index]) :] = 1
+            generated = self.model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self.config.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self._padding,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+            texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text.strip()
+        return answers
+
+    @property
+    def _padding(self) -> int:
+        padding = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if padding is None else padding
+
+    def data_report(self) -> dict[str, Any]:
+        """Counts of records read, kept, truncated and skipped."""
+        return dict(self._counts)
+
+    def fingerprint(self) -> str:
+        """Over the token ids of both parts."""
+        digest = hashlib.sha256()
+        for example in (*self.train_examples, *self.held_out_examples):
+            digest.update(repr((example.ids, example.prompt_length)).encode())
+        return digest.hexdigest()
+
+
+def _stream(name: str, examples: list[Example]) -> Stream:
+    return Stream(
+        name=name,
+        lengths=[len(example.ids) for example in examples],
+        counts=[len(example.ids) - example.prompt_length for example in examples],
+    )
+
+
+def _split(
+    config: AlpacaConfig, data: str | None, seed: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]], dict[str, int]]:
+    """Training and held-out records: no (instruction, input) is in both."""
+    instruction, input, output = config.fields
+
+    def read(source: str) -> list[dict[str, str]]:
+        return read_records(source, required=(instruction, output), optional=(input,))
+
+    if data is None:
+        from zinit.demo import instructions
+
+        train, held_out = instructions()
+    elif config.held_out_data is not None:
+        train, held_out = read(data), read(config.held_out_data)
+    else:
+        records = read(data)
+        if len(records) < 2:
+            raise DataError(f"{data} holds {len(records)} record; at least 2 are needed, one of them held out.")
+        count = min(config.held_out, max(1, len(records) // 10))
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+        kept = set(order[:count])
+        held_out = [records[index] for index in order[:count]]
+        train = [record for index, record in enumerate(records) if index not in kept]
+    parts = ("train", "held_out")
+    kinds = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
+    counts = {"read": len(train) + len(held_out)} | {f"{part}{kind}": 0 for part in parts for kind in kinds}
+    asked = {(record[instruction], record[input]) for record in held_out}
+    clean = [record for record in train if (record[instruction], record[input]) not in asked]
+    counts["train_skipped_also_held_out"] = len(train) - len(clean)
+    return clean, held_out, counts

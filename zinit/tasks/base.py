@@ -1,0 +1,111 @@
+"""What a task must answer. The engine sees only this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.attach import Handle
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One source of training examples.
+
+    Attributes:
+        name: for logs and errors.
+        lengths: of each example, in tokens (or patches): micro-batches are sorted by it.
+        counts: supervised units of each example: what the loss is averaged over.
+    """
+
+    name: str
+    lengths: Sequence[int]
+    counts: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: name to value.
+        counts: how many examples each part of it saw.
+        samples: a few inputs with the expected and the model's output.
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, int] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+class Task(nn.Module, ABC):
+    """Owns the adapted model, a head if it needs one, and the loss: batches in, a summed loss out.
+
+    A task is one `nn.Module`, so that the engine can hand it whole to whatever wraps it (DDP, FSDP2). What it trains
+    is what has ``requires_grad``: the prefix, and its own head.
+
+    Attributes:
+        name: registered name.
+        model: the adapted model.
+        handle: the adapter on it; None for methods that have none.
+        held_out: examples kept from training.
+    """
+
+    name: str
+    model: nn.Module
+    handle: Handle | None
+    train_stream: Stream
+    held_out_stream: Stream
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, summed over the batch's supervised units. A scalar, float32."""
+
+    @abstractmethod
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """The examples of one micro-batch as tensors on the CPU. A pure function of its arguments."""
+
+    @abstractmethod
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Everything that is reported of the held-out examples, the loss aside; the same on every process.
+
+        Args:
+            accelerator: for sharing the work.
+            limit: at most so many examples where an example is expensive (generation); None is all.
+        """
+
+    def data_report(self) -> dict[str, Any]:
+        """What was read, split, truncated and skipped: counts in equal counts out plus counts skipped."""
+        return {"train": len(self.train_stream), "held_out": len(self.held_out_stream)}
+
+    def fingerprint(self) -> str:
+        """A hash of the examples and how they are encoded: a resumed run must find the same."""
+        raise NotImplementedError
+
+    def parameter_groups(self, weight_decay: float, *, decay_gates: bool) -> Iterator[dict[str, Any]]:
+        """Groups for the optimizer: gates apart, so that they can be spared weight decay.
+
+        Args:
+            weight_decay: of everything but the gates.
+            decay_gates: whether the gates decay too, as in the reference's training code.
+        """
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        gates = set()
+        if self.handle is not None:
+            gates = {id(prefix.gate) for prefix in self.handle.prefixes.values() if prefix.config.gating}
+        yield {"params": [p for _, p in named if id(p) not in gates], "weight_decay": weight_decay}
+        if gates:
+            decay = weight_decay if decay_gates else 0.0
+            yield {"params": [p for _, p in named if id(p) in gates], "weight_decay": decay}
