@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.config import PrefixConfig
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import BackboneError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from zinit.attach import Handle
@@ -103,17 +103,27 @@ class AdapterFile:
                 )
             config = PrefixConfig.from_dict(description["config"])
             backbone, model, sha256 = description["backbone"], description["model"], description["sha256"]
-        except (ValueError, KeyError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}. Save the adapter again.") from error
-        data = (folder / TENSORS).read_bytes()
+            if not isinstance(backbone, str) or not isinstance(model, dict):
+                raise TypeError("backbone must be a name and model its description")
+            data = (folder / TENSORS).read_bytes()
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{folder / DESCRIPTION} is damaged or unreadable: {what}. Save or copy the adapter again."
+            ) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise CheckpointError(
                 f"{folder / TENSORS} is damaged: it is not the file that {DESCRIPTION} beside it describes "
                 f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
             )
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        return cls(config=config, backbone=backbone, fingerprint=model, tensors=load(data))
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / TENSORS} is no safetensors file: {error}. Save it again.") from error
+        return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors)
 
     def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
         """Compares the model with the one the adapter was made for.
@@ -127,7 +137,13 @@ class AdapterFile:
         if hasattr(model, ATTRIBUTE):
             sites = list(getattr(model, ATTRIBUTE).sites.values())
         else:
-            sites = BACKBONES.get(self.backbone).sites(model)
+            try:
+                sites = BACKBONES.get(self.backbone).sites(model)
+            except (BackboneError, ConfigError) as error:
+                raise CheckpointError(
+                    f"this adapter was made for another model: backbone is {self.backbone!r}, and that cannot take "
+                    f"{type(model).__name__}: {error}"
+                ) from error
         found = fingerprint(model, sites)
         for field, expected in self.fingerprint.items():
             if field in ("key_probe", "name_or_path", "revision"):

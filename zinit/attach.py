@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
 from zinit.config import PrefixConfig
-from zinit.errors import BackboneError, ConfigError
+from zinit.errors import BackboneError, CheckpointError, ConfigError
 from zinit.prefix import ZeroGatedPrefix
 from zinit.registry import did_you_mean
 
@@ -66,7 +66,7 @@ def attach(
 
     Raises:
         BackboneError: if no backbone knows the model, or it has fewer layers than asked for.
-        ConfigError: if an adapter of that name is attached already.
+        ConfigError: if an adapter of that name is attached already, or the name cannot be used.
 
     Example:
         >>> import zinit, transformers
@@ -79,15 +79,27 @@ def attach(
     config = config or PrefixConfig()
     model = getattr(model, "_orig_mod", model)  # a compiled model: its graph is remade at the next call
     attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
-    if not name.isidentifier():
-        raise ConfigError(f"an adapter's name must be an identifier such as 'default' or 'chat_v2'; got {name!r}.")
+    if not PrefixSlot.can_hold(name):
+        raise ConfigError(
+            f"an adapter's name must be an identifier such as 'default' or 'chat_v2' that is no attribute of a torch "
+            f"module; got {name!r}."
+        )
     if attachment is not None and name in attachment.handles:
         raise ConfigError(
             f"this {type(model).__name__} has an adapter named {name!r} already. Detach it first, or pass another name."
         )
     if attachment is None:
+        if any(isinstance(module, PrefixSlot) for module in model.modules()):
+            raise ConfigError(
+                f"this {type(model).__name__} shares layers with a model that has an adapter already. "
+                f"Attach to that model under another name, or detach there first."
+            )
         chosen = BACKBONES.get(backbone) if backbone else find_backbone(model)
-        attachment = Attachment(chosen, {site.name: site for site in chosen.sites(model)})
+        attachment = Attachment(
+            chosen,
+            {site.name: site for site in chosen.sites(model)},
+            trained_before=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        )
     sites = select_sites(model, list(attachment.sites.values()), config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     prefixes = {
@@ -96,22 +108,25 @@ def attach(
         )
         for site in sites
     }
+    with ExitStack() as undo:  # an installation that fails takes the earlier ones back
+        for site in sites:
+            if site.name not in attachment.slots:
+                slot = PrefixSlot(site.project_kv)
+                attachment.backbone.install(model, site, slot)
+                undo.callback(_uninstall, model, attachment, site)
+                attachment.slots[site.name] = slot
+        undo.pop_all()
     # From here on nothing fails.
+    for site in sites:
+        attachment.slots[site.name][name] = prefixes[site.name]
     if getattr(model, ATTRIBUTE, None) is None:
-        attachment.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in attachment.trained_before:
             parameter.requires_grad_(False)
         setattr(model, ATTRIBUTE, attachment)
         if callable(getattr(type(model), "generate", None)) and "generate" not in vars(model):
             # An attribute of this one model, so that pipelines and users who call model.generate get it too.
-            method = functools.wraps(type(model).generate)(_generate)  # pyright: ignore[reportAttributeAccessIssue]
-            vars(model)["generate"] = types.MethodType(method, model)
+            vars(model)["generate"] = types.MethodType(_frozen_generate(type(model)), model)
             attachment.wraps_generate = True
-    for site in sites:
-        if site.name not in attachment.slots:
-            attachment.slots[site.name] = PrefixSlot(site.project_kv)
-            attachment.backbone.install(model, site, attachment.slots[site.name])
-        attachment.slots[site.name][name] = prefixes[site.name]
     handle = Handle(model, name, config, prefixes)
     attachment.handles[name] = handle
     handle.activate()
@@ -132,7 +147,8 @@ class Handle:
         self.model, self.name, self.config, self.prefixes = model, name, config, prefixes
 
     def __repr__(self) -> str:
-        state = "active" if self.active else "inactive"
+        attached = self.name in getattr(getattr(self.model, ATTRIBUTE, None), "handles", {})
+        state = ("active" if self.active else "inactive") if attached else "detached"
         return f"<zinit adapter {self.name!r}: {len(self.prefixes)} layers, {self.num_trainable:,} parameters, {state}>"
 
     @property
@@ -199,6 +215,8 @@ class Handle:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+        for site in self.prefixes:
+            self.attachment.slots[site].frozen = None
 
     def activate(self) -> None:
         """Makes this the model's adapter. Others stay attached, frozen and unused."""
@@ -211,7 +229,7 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The frozen model, bit for bit, while inside."""
+        """The frozen model, bit for bit, while inside. An adapter that is activated inside stays on."""
         slots = self.attachment.slots
         before = {name: slot.active for name, slot in slots.items()}
         for slot in slots.values():
@@ -219,12 +237,13 @@ class Handle:
         try:
             yield
         finally:
-            for name, slot in slots.items():
-                slot.active = before[name]
+            if all(slot.active is None for slot in slots.values()):
+                for name, slot in slots.items():
+                    slot.active = before.get(name)
 
     @contextmanager
     def context(self, context: Tensor) -> Iterator[None]:
-        """Adds a per-sample context to every layer's prompts while inside, `generate` included (paper, Eq. 10).
+        """Adds a per-sample context to this adapter's prompts while inside, `generate` included (paper, Eq. 10).
 
         For training under gradient checkpointing pass ``zinit_context=context`` to the model instead: layers that are
         recomputed after the scope has closed must see it too.
@@ -235,21 +254,23 @@ class Handle:
         Raises:
             ConfigError: if the shape does not fit, or the adapter learns keys and values (which take no context).
         """
-        if self.config.parametrization != "prompt":
-            raise ConfigError("learned keys and values take no context; use parametrization='prompt'.")
-        width = self.sites[0].width
-        if context.dim() != 3 or context.shape[1] not in (1, self.config.length) or context.shape[2] != width:
-            raise ConfigError(
-                f"a context must be (batch, 1 or {self.config.length}, {width}); got {tuple(context.shape)}."
-            )
         slots = [self.attachment.slots[name] for name in self.prefixes]
-        for slot in slots:
-            slot.context = context
+        for prefix in self.prefixes.values():
+            prefix.check_context(context)
+        before = slots[0].contexts.get(self.name)
+
+        def put(context: Tensor | None) -> None:
+            for slot in slots:
+                slot.frozen = None  # what a surrounding `frozen_prefix` computed is of another context
+                slot.contexts.pop(self.name, None)
+                if context is not None:
+                    slot.contexts[self.name] = context
+
+        put(context)
         try:
             yield
         finally:
-            for slot in slots:
-                slot.context = None
+            put(before)
 
     @contextmanager
     def frozen_prefix(self) -> Iterator[None]:
@@ -266,11 +287,11 @@ class Handle:
         for site in self.prefixes:
             slot = attachment.slots[site]
             del slot[self.name]
+            slot.contexts.pop(self.name, None)
             if slot.active == self.name:
                 slot.active = None
             if not len(slot):
-                attachment.backbone.uninstall(self.model, attachment.sites[site])
-                del attachment.slots[site]
+                _uninstall(self.model, attachment, attachment.sites[site])
         del attachment.handles[self.name]
         if not attachment.handles:
             for parameter in attachment.trained_before:
@@ -327,7 +348,10 @@ def load(
     file: AdapterFile = AdapterFile.read(source, revision=revision)
     model = getattr(model, "_orig_mod", model)
     file.check_model(model, weights=check_weights)
-    handle = attach(model, file.config, name=name, backbone=file.backbone)
+    try:
+        handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
+    except BackboneError as error:
+        raise CheckpointError(f"the adapter in {source} does not fit: {error}") from error
     try:
         handle.load_state_dict(file.tensors)
     except BaseException:
@@ -372,18 +396,28 @@ def get_handle(model: nn.Module, name: str = "default") -> Handle:
     return handles[name]
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _frozen_generate(model_class: Any) -> Callable[..., Any]:
     """``generate`` of an adapted model: prefix keys and values are computed once, not per token."""
-    with _frozen_prefix(getattr(model, ATTRIBUTE)):
-        return type(model).generate(model, *args, **kwargs)
+
+    @functools.wraps(model_class.generate)
+    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _frozen_prefix(getattr(model, ATTRIBUTE)):
+            return model_class.generate(model, *args, **kwargs)
+
+    return generate
+
+
+def _uninstall(model: nn.Module, attachment: Attachment, site: AttentionSite) -> None:
+    attachment.backbone.uninstall(model, site)
+    attachment.slots.pop(site.name, None)
 
 
 @contextmanager
 def _frozen_prefix(attachment: Attachment) -> Iterator[None]:
     attachment.generations += 1
     try:
-        if attachment.generations == 1:
-            for name, slot in attachment.slots.items():
+        for name, slot in attachment.slots.items():
+            if slot.frozen is None:
                 _freeze(slot, attachment.sites[name].module)
         yield
     finally:
@@ -401,7 +435,7 @@ def _freeze(slot: PrefixSlot, host: nn.Module) -> None:
         return  # sharded weights are whole only inside the host's own forward
     floating = [weight.dtype for weight in weights if weight.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
-    slot.frozen = prefix.keys_values(lambda tokens: slot.project_kv(host, tokens), dtype, slot.context)
+    slot.frozen = slot.keys_values(host, prefix, dtype)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -79,7 +79,7 @@ class ZeroGatedPrefix(nn.Module):
         if num_heads % num_kv_heads:
             raise ConfigError(f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly.")
         self.config = config
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.width, self.num_heads, self.num_kv_heads = width, num_heads, num_kv_heads
 
         def normal(*shape: int) -> Tensor:  # drawn on the CPU, so a seed means the same on every device
             if device is not None and torch.device(device).type == "meta":
@@ -103,6 +103,18 @@ class ZeroGatedPrefix(nn.Module):
             return next(self.parameters()).new_ones(self.num_heads)
         return (self.gate.tanh() if self.config.gate == "tanh" else self.gate).expand(self.num_heads)
 
+    def check_context(self, context: Tensor) -> None:
+        """A per-sample context is (B, 1 or K, C), and there are prompts to add it to.
+
+        Raises:
+            ConfigError: if not.
+        """
+        if self.config.parametrization != "prompt":
+            raise ConfigError("learned keys and values take no context; use parametrization='prompt'.")
+        if context.dim() != 3 or context.shape[1] not in (1, self.config.length) or context.shape[2] != self.width:
+            allowed = f"1 or {self.config.length}" if self.config.length > 1 else "1"
+            raise ConfigError(f"a context must be (batch, {allowed}, {self.width}); got {tuple(context.shape)}.")
+
     def keys_values(
         self, project: ProjectKV, dtype: torch.dtype, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -111,7 +123,12 @@ class ZeroGatedPrefix(nn.Module):
         Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
         number per head, and costs K x D instead of T x K multiplications. With a shared softmax there is no gate and
         the heads stay grouped: (1 or B, G, K, D).
+
+        Raises:
+            ConfigError: if the context does not fit.
         """
+        if context is not None:
+            self.check_context(context)
         if self.config.parametrization == "prompt":
             key, value = project(self.prompt(context).to(dtype))
         else:
@@ -140,11 +157,17 @@ class ZeroGatedPrefix(nn.Module):
 
 
 def for_each_sample(x: Tensor, query: Tensor) -> Tensor:
-    """Spreads (1 or B, ...) over the batch of ``query``, in its dtype; beams of one sample lie side by side there."""
+    """Spreads (1 or B, ...) over the batch of ``query``, in its dtype; beams of one sample lie side by side there.
+
+    Raises:
+        ConfigError: if the batch is no multiple of B.
+    """
     x = x.to(query.dtype)
     batch = query.shape[0]
     if x.shape[0] == 1:
         return x.expand(batch, -1, -1, -1)
+    if batch % x.shape[0]:
+        raise ConfigError(f"a context for {x.shape[0]} samples does not fit a batch of {batch}: give one for each.")
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
 
 

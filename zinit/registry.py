@@ -20,7 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Known: {', '.join(names)}."
+    return f"{hint} Known: {', '.join(names) or 'none'}."
 
 
 class Registry:
@@ -43,9 +43,10 @@ class Registry:
             where: ``"package.module:OBJECT"``; imported when first asked for.
 
         Raises:
-            ConfigError: if the name is taken by something else, or the address has no colon.
+            ConfigError: if the name is taken by something else, or the address is not of that form.
         """
-        if ":" not in where:
+        module, _, attribute = where.partition(":")
+        if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
             raise ConfigError(f"the {self.kind} {name!r} needs an address like 'package.module:OBJECT', got {where!r}.")
         there = self._where.get(name, where)
         if there != where:
@@ -58,9 +59,7 @@ class Registry:
         Raises:
             ConfigError: if the name is unknown (with the nearest known one) or its address cannot be imported.
         """
-        if name not in self._where:
-            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self._where)}")
-        where = self._where[name]
+        where = self.where(name)
         module, _, attribute = where.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -68,7 +67,13 @@ class Registry:
             raise ConfigError(f"the {self.kind} {name!r} cannot be loaded from {where!r}: {error}") from error
 
     def where(self, name: str) -> str:
-        """The address of an entry, without importing it."""
+        """The address of an entry, without importing it.
+
+        Raises:
+            ConfigError: if the name is unknown (with the nearest known one).
+        """
+        if name not in self._where:
+            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self._where)}")
         return self._where[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,109 @@
+"""Tiny random models for every backbone of the registry, and what the contract needs to know about each.
+
+A new backbone needs one entry in `CASES`; `test_backbone.py::test_every_backbone_has_a_tiny_model` fails until it has.
+Everything else picks it up unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+def text_batch(padding: str, vocabulary: int = 61) -> Batch:
+    """Three ragged texts of 9, 6 and 2 words; ``padding`` is "left", "right" or "none" (all of 9 words)."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocabulary, (3, 9), generator=generator)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    for row, length in enumerate((9, 6, 2)):
+        if padding == "left":
+            mask[row, : 9 - length] = 0
+        elif padding == "right":
+            mask[row, length:] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Gives every parameter a life of its own, norms and biases too, so that nothing cancels by being 0 or 1."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.empty(parameter.shape).normal_(generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise * 1.2 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def causal_lm(kind: str, **changes: Any) -> nn.Module:
+    """A decoder of three layers: C 32, H 4, G 2, D 8 unless changed."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = getattr(transformers, f"{kind}Config")(**settings | changes)
+    config._attn_implementation = "sdpa"
+    return randomized(getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    return model(**batch, **kwargs).logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One tiny model.
+
+    Attributes:
+        name: of the case.
+        backbone: the registry's name.
+        build: makes it, always with the same weights, in evaluation mode.
+        batch: its input, given the side to pad on.
+        output: the tensor that the contract compares. Keyword arguments go to the model.
+        paddings: sides that its input can be padded on ("none" where there is nothing to pad).
+        implementations: of attention that it runs with on a CPU; none where the model offers no choice.
+        generates: whether it has ``generate``.
+        width: C of the topmost site.
+    """
+
+    name: str
+    backbone: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[str], Batch] = text_batch
+    output: Callable[..., Tensor] = field(default=logits)
+    paddings: tuple[str, ...] = ("left", "right")
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+    generates: bool = True
+    width: int = 32
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES: list[Case] = [
+    Case(name="llama", backbone="llama", build=lambda: causal_lm("Llama")),
+    Case(
+        name="llama-bias-wide-heads",
+        backbone="llama",
+        build=lambda: causal_lm("Llama", head_dim=12, attention_bias=True, tie_word_embeddings=True),
+    ),
+    Case(name="mistral", backbone="llama", build=lambda: causal_lm("Mistral", sliding_window=4)),
+    Case(name="qwen2", backbone="llama", build=lambda: causal_lm("Qwen2")),
+]
