@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +139,14 @@ def convert(
         from zinit.adapter_file import AdapterFile
 
         file = AdapterFile.read(source)
-        model = model or file.fingerprint.get("name_or_path")
-    if model is None or model == "":
+        model = file.fingerprint.get("name_or_path") or None if model is None else model
+    if model is None:
         raise ConfigError(
             f"converting from {source_format!r} needs the model that the adapter was made for: pass its folder or id."
         )
     if isinstance(model, str | Path):
         model = _causal_lm(str(model), weights=source_format != OWN and FORMATS.get(source_format).needs_weights)
-    with _Unused(model) as name:
+    with _unused_name(model) as name:
         if file is None:
             handle = import_adapter(model, source, format=source_format, length=length, gate=gate, name=name)
         else:
@@ -156,31 +158,20 @@ def convert(
             export_adapter(handle, destination, format=target_format, **options)
 
 
-class _Unused:
+@contextmanager
+def _unused_name(model: nn.Module) -> Iterator[str]:
     """A name for an adapter that is on the model only while inside; afterwards the model is as before."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from zinit.attach import ATTRIBUTE
-
-        attachment = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
-        self.model, self.handles = model, dict(attachment.handles) if attachment else {}
-        self.active = [handle for handle in self.handles.values() if handle.active]
-
-    def __enter__(self) -> str:
-        self.name = "converted"
-        while self.name in self.handles:
-            self.name += "_"
-        return self.name
-
-    def __exit__(self, *_: object) -> None:
-        from zinit.attach import get_handle
-
-        try:
-            get_handle(self.model, self.name).detach()
-        except ConfigError:
-            return  # it never was attached
-        for handle in self.active:
-            handle.activate()
+    before = _active(model)
+    name = "converted"
+    while name in _handles(model):
+        name += "_"
+    try:
+        yield name
+    finally:
+        if name in _handles(model):
+            _handles(model)[name].detach()
+            if before is not None:
+                before.activate()
 
 
 def _attach(
@@ -190,13 +181,27 @@ def _attach(
 
     # Beside each host's weights; where those have no storage (a model made of its config alone) on the CPU.
     device = "cpu" if next(model.parameters()).is_meta else None
+    before = _active(model)
     handle = attach(model, config, name=name, backbone=backbone, device=device)
     try:
         handle.load_state_dict(tensors)
     except BaseException:
         handle.detach()
+        if before is not None:
+            before.activate()
         raise
     return handle
+
+
+def _handles(model: nn.Module) -> dict[str, Handle]:
+    from zinit.attach import ATTRIBUTE
+
+    attachment = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
+    return attachment.handles if attachment else {}
+
+
+def _active(model: nn.Module) -> Handle | None:
+    return next((handle for handle in _handles(model).values() if handle.active), None)
 
 
 def _causal_lm(source: str, *, weights: bool) -> nn.Module:

@@ -118,7 +118,7 @@ def to_prefix(
 
 
 def _clean(tensor: Tensor, path: Path) -> Tensor:
-    if not tensor.is_floating_point() or tensor.is_meta:
+    if not tensor.is_floating_point():
         raise CheckpointError(f"{path} holds {tensor.dtype} where numbers with a fraction are expected.")
     tensor = tensor.to(torch.float32, copy=True)  # off the mapped file
     if not tensor.isfinite().all():

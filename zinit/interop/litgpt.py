@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zinit.attach import select_sites
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
 from zinit.interop._files import check_kind, read_pickle, tensors_in
@@ -34,15 +35,7 @@ def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imp
     Raises:
         CheckpointError: if the file is damaged, something else (adapter_v2, say), or does not fit the model.
     """
-    tensors = tensors_in(read_pickle(path), path, unwrap="model")
-    check_kind(tensors, path, "litgpt-legacy")
-    prompts, gates = _by_layer(tensors, PROMPT), _by_layer(tensors, GATE)
-    if not prompts:
-        raise CheckpointError(f"{path} has prompts under names that LitGPT does not use. Expected 'transformer.h.0'.")
-    scalar = all(value.dim() == 1 for value in gates.values())
-    return to_prefix(
-        prompts, gates, sites_of(model), gate="identity", gate_per="layer" if scalar else "head", path=path
-    )
+    return _read(path, sites_of(model), "litgpt-legacy")
 
 
 def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
@@ -51,11 +44,11 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
     Raises:
         CheckpointError: as `read_legacy`; also if the model's weights are not at hand, or not to be had by row.
     """
-    config, tensors = read_legacy(path, model, length=length, gate=gate)
-    for site in sites_of(model):
-        prompt = tensors.pop(f"{site.name}.prompt.weight", None)
-        if prompt is not None:
-            tensors[f"{site.name}.key"], tensors[f"{site.name}.value"] = fused_rows(site, prompt)
+    sites = sites_of(model)
+    config, tensors = _read(path, sites, "litgpt")
+    for site in select_sites(model, sites, config):
+        prompt = tensors.pop(f"{site.name}.prompt.weight")
+        tensors[f"{site.name}.key"], tensors[f"{site.name}.value"] = fused_rows(site, prompt)
     warnings.warn(
         f"{path}: LitGPT 0.5.5 and later reads a prompt's keys and values from the wrong rows of the fused projection. "
         f"The adapter was imported as learned keys and values computed from those rows: it gives the same outputs, but "
@@ -64,6 +57,16 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
         stacklevel=3,
     )
     return dataclasses.replace(config, parametrization="key_value"), tensors
+
+
+def _read(path: Path, sites: list[AttentionSite], format: str) -> Imported:
+    tensors = tensors_in(read_pickle(path), path, unwrap="model")
+    check_kind(tensors, path, format)
+    prompts, gates = _by_layer(tensors, PROMPT), _by_layer(tensors, GATE)
+    if not prompts:
+        raise CheckpointError(f"{path} has prompts under names that LitGPT does not use. Expected 'transformer.h.0'.")
+    scalar = all(value.dim() == 1 for value in gates.values())
+    return to_prefix(prompts, gates, sites, gate="identity", gate_per="layer" if scalar else "head", path=path)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
         )
     gates = {int(found[1]): value for name, value in tensors.items() if (found := _GATE.fullmatch(name))}
     first = len(sites) - table.shape[0] // length
-    if gates and max(gates) >= len(sites):
+    if gates and max(gates) + 1 != len(sites):
         raise CheckpointError(f"{path} has gates for {max(gates) + 1} layers, but this model has {len(sites)}.")
     unused = [layer for layer, value in gates.items() if layer < first and value.count_nonzero()]
     if unused:
@@ -96,7 +96,7 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
         if reader == "training":
             if handle.config.gating and handle.config.gate == "tanh":
                 gate = layer.gate
-            elif layer.effective.abs().max() >= 1:
+            elif not layer.effective.abs().max() < 1:
                 raise cannot(
                     f"{format} for the trainer",
                     f"its reader takes the tanh of what is stored, and no tanh gives the gate "

@@ -110,7 +110,7 @@ def write(handle: Handle, path: Path) -> None:
         "peft_type": "ADAPTION_PROMPT",
         "revision": getattr(base, "_commit_hash", None),
         "target_modules": layers[0].site.name.rpartition(".")[2],
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if callable(getattr(handle.model, "generate", None)) else None,
     }
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / TENSORS, save(tensors, metadata={"format": "pt"}))
