@@ -317,7 +317,7 @@ def test_a_pickle_without_named_tensors(tmp_path, content):
         (3, {}, "not 3 prompts for each"),  # 5 layers of 3
         (15, {}, "layer 1 has a trained gate as well. Pass a smaller length"),
         (5, {"adapter_query.weight": torch.randn(L * K, 24)}, r"shape \(5, 24\) in layer 1.*takes \(K, 32\)"),
-        (5, {"adapter_query.weight": torch.randn(L, K, C)}, r"prompt table of shape \(3, 5, 32\)"),
+        (5, {"adapter_query.weight": torch.randn(L * K, C, 1)}, r"prompt table of shape \(15, 32, 1\)"),
         (5, {"adapter_query.weight": torch.full((L * K, C), torch.nan)}, "not finite"),
         (5, {"adapter_query.weight": torch.ones(L * K, C, dtype=torch.int8)}, "torch.int8"),
         (5, {"layers.2.attention.gate": torch.rand(1, 8, 1, 1)}, r"gate of shape \(1, 8, 1, 1\) in layer 2.*4 heads"),
@@ -560,6 +560,19 @@ def test_what_a_format_cannot_express_is_not_written(tmp_path, format, make, set
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_that_are_more_than_a_table_are_not_written(tmp_path):
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = torch.nn.Parameter(torch.randn(K, C)), torch.nn.Parameter(torch.ones(1))
+
+    handle = trained(llama(), gate_per="layer")
+    handle.prefixes["model.layers.2.self_attn"].prompt = Network()
+    for format in ("official-v1", "peft"):
+        with pytest.raises(zinit.CheckpointError, match="its prompts come from Network, and the format holds a table"):
+            handle.export(tmp_path / "out", format=format)
+
+
 def test_wrong_options_are_named(tmp_path):
     handle = trained(llama())
     for options, reason in (
@@ -592,7 +605,8 @@ def test_convert_from_our_format_needs_no_model_where_the_file_names_it(tmp_path
     handle = trained(load_base(base), gate_per="layer")
     handle.save(tmp_path / "ours")
     for format in ("official-v1", "peft"):
-        convert(tmp_path / "ours", tmp_path / format, source_format="zinit", target_format=format)
+        done = convert(tmp_path / "ours", tmp_path / format, source_format="zinit", target_format=format)
+        assert (done.num_trainable, list(done.prefixes)) == (handle.num_trainable, list(handle.prefixes))
         again = load_base(base)
         zinit.import_adapter(again, tmp_path / format, format=format, length=K)
         torch.testing.assert_close(logits(again), logits(handle.model), rtol=1e-5, atol=1e-6)

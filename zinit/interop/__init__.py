@@ -108,11 +108,12 @@ def convert(
     gate: Gate = "tanh",
     force: bool = False,
     **options: Any,
-) -> None:
+) -> Handle:
     """Reads an adapter in one format and writes it in another; "zinit" is a format as well.
 
     Every conversion needs to know the model: which layers it has, and whether the other side means the same by it. Its
-    config is enough, except for LitGPT's newer files, whose keys and values are made with its weights.
+    config is enough, except for LitGPT's newer files, whose keys and values are made with its weights. (Given an id, no
+    weights are read unless they are needed; zinit's own file then holds no sample of them to check a model by.)
 
     Args:
         source: the file or folder to read.
@@ -124,6 +125,9 @@ def convert(
         gate: see `import_adapter`.
         force: write although the destination exists.
         options: see `export_adapter`.
+
+    Returns:
+        What was converted, off the model again: look at its ``num_trainable`` and ``prefixes``.
 
     Raises:
         CheckpointError: if the source cannot be read, or the target format cannot express it.
@@ -156,6 +160,7 @@ def convert(
             handle.save(destination)
         else:
             export_adapter(handle, destination, format=target_format, **options)
+    return handle
 
 
 @contextmanager

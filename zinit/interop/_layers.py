@@ -170,6 +170,11 @@ def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
     return layers
 
 
+def model_type(handle: Handle) -> str:
+    """What the model calls its family: other implementations read a file for certain families only."""
+    return getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
+
+
 def cannot(format: str, reason: str) -> CheckpointError:
     """The error that says why a format cannot express an adapter."""
     return CheckpointError(f"this adapter cannot be written as {format}: {reason}. Save it in zinit's own format.")

@@ -23,7 +23,7 @@ from zinit.adapter_file import write_atomically
 from zinit.attach import Handle
 from zinit.errors import CheckpointError, ConfigError
 from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
-from zinit.interop._layers import Format, Gate, Imported, cannot, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import Format, Gate, Imported, cannot, model_type, sites_of, to_prefix, topmost_layers
 
 TABLE, GATE = "adapter_query.weight", "layers.{}.attention.gate"
 
@@ -111,9 +111,10 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
 
 def _check_base(handle: Handle, format: str) -> None:
     """The project's code runs the first LLaMA: no shared key/value heads, no biases."""
-    model_type = getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
-    if model_type != "llama":
-        raise cannot(format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type!r}")
+    if model_type(handle) != "llama":
+        raise cannot(
+            format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type(handle)!r}"
+        )
     for site in handle.sites:
         if site.num_kv_heads != site.num_heads or site.num_heads * site.head_dim != site.width:
             raise cannot(

@@ -22,7 +22,7 @@ from zinit.attach import Handle
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
 from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
-from zinit.interop._layers import Format, Gate, Imported, cannot, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import Format, Gate, Imported, cannot, model_type, sites_of, to_prefix, topmost_layers
 
 CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT, GATE = "base_model.model.", ".adaption_prompt", ".adaption_gate"
@@ -153,10 +153,11 @@ def _output_bias(site: AttentionSite) -> bool:
 
 def _check_base(handle: Handle, format: str) -> None:
     """PEFT can attach to the model, and means the same by it."""
-    model_type = getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
-    if model_type not in MODEL_TYPES:
+    if model_type(handle) not in MODEL_TYPES:
         known = " and ".join(MODEL_TYPES)
-        raise cannot(format, f"PEFT attaches it to {known} models only, and this adapter's model is {model_type!r}")
+        raise cannot(
+            format, f"PEFT attaches it to {known} models only, and this adapter's model is {model_type(handle)!r}"
+        )
     for site in handle.sites:
         if _output_bias(site):
             raise cannot(format, "PEFT adds the bias of this model's output projection twice in every adapted layer")
