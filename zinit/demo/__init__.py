@@ -1,0 +1,25 @@
+"""Tiny pretrained backbones and data to adapt them to: every command of zinit works offline on a fresh machine.
+
+This package says where things are; importing it loads no model code. :mod:`zinit.demo.world` makes the text data,
+``zinit.demo.pretrain_*`` made the backbones. Figures of the demo say nothing about those of any paper.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zinit.demo import world
+
+
+def llama_path() -> Path:
+    """The folder of the demo's causal language model and its tokenizer, in transformers' format."""
+    return Path(__file__).parent / "llama"
+
+
+def instructions() -> tuple[list[world.Record], list[world.Record]]:
+    """The demo's instruction data: records ``{"instruction", "input", "output"}``, as ``(train, held_out)``.
+
+    All answers are facts of the invented world whose texts the demo's language models were pretrained on. The two
+    parts share no instruction and no entity, so held-out answers can only come from what the frozen model knows.
+    """
+    return world.instructions(world.build())
