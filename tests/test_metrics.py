@@ -103,6 +103,15 @@ def test_bad_pairs_are_refused_and_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("name", list(METRICS))
+def test_a_bad_batch_takes_what_was_added_before_with_it(name: str) -> None:
+    metric = METRICS.get(name)()
+    metric.add(prediction="b", reference="c")
+    with pytest.raises(DataError, match="Mismatch"):
+        metric.compute(predictions=["a"], references=[])
+    assert metric.compute(predictions=["a"], references=["a"]) == {name: 1.0}
+
+
+@pytest.mark.parametrize("name", list(METRICS))
 def test_pairs_may_be_added_bit_by_bit(name: str) -> None:
     metric = METRICS.get(name)()
     metric.add(prediction="a", reference="a")
@@ -112,13 +121,20 @@ def test_pairs_may_be_added_bit_by_bit(name: str) -> None:
 
 def test_metrics_touch_no_disk_and_listing_them_imports_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from zinit.metrics import METRICS; names = list(METRICS)\n"
+        "import os, sys; from zinit.metrics import METRICS; names = list(METRICS)\n"
         "assert 'evaluate' not in sys.modules and 'rouge_score' not in sys.modules\n"
-        "for name in names: assert METRICS.get(name)().compute(predictions=['a'], references=['a']) == {name: 1.0}\n"
+        "for name in names:\n"
+        "    metric = METRICS.get(name)()\n"
+        "    metric.add(prediction='a', reference='a')\n"
+        "    assert os.listdir() == []\n"
+        "    assert metric.compute() == {name: 1.0}\n"
     )
     home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_METRICS_CACHE": str(tmp_path / "metrics")}
     environment = {**os.environ, **home, "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    here = tmp_path / "here"
+    here.mkdir()
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=here) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
     assert not (tmp_path / "metrics").exists()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".arrow", ".lock")]
