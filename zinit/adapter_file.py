@@ -107,7 +107,7 @@ class AdapterFile:
                 raise TypeError("backbone must be a name and model its description")
             data = (folder / TENSORS).read_bytes()
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise CheckpointError(
                 f"{folder / DESCRIPTION} is damaged or unreadable: {what}. Save or copy the adapter again."
             ) from error
@@ -126,13 +126,14 @@ class AdapterFile:
         return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors)
 
     def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
-        """Compares the model with the one the adapter was made for.
+        """Compares the model with the one the adapter was made for, and the tensors with what it will take.
 
         Raises:
-            CheckpointError: naming the field that differs.
+            CheckpointError: naming the field or the tensor that differs.
         """
-        from zinit.attach import ATTRIBUTE
+        from zinit.attach import ATTRIBUTE, select_sites
         from zinit.backbones import BACKBONES
+        from zinit.prefix import ZeroGatedPrefix
 
         if hasattr(model, ATTRIBUTE):
             sites = list(getattr(model, ATTRIBUTE).sites.values())
@@ -151,11 +152,12 @@ class AdapterFile:
             if found.get(field) != expected:
                 raise CheckpointError(
                     f"this adapter was made for another model: {field} is {found.get(field)!r} here, "
-                    f"but {expected!r} where it was trained ({self.fingerprint.get('name_or_path') or 'unnamed'})."
+                    f"but {expected!r} where it was trained. Load it onto "
+                    f"{self.fingerprint.get('name_or_path') or 'the model it was trained on'}."
                 )
         ours, theirs = found.get("key_probe"), self.fingerprint.get("key_probe")
         if weights and ours and theirs:
-            cosine = torch.cosine_similarity(torch.tensor(ours), torch.tensor(theirs), dim=0).item()
+            cosine = _cosine(ours, theirs)
             if not cosine >= SAME_WEIGHTS:
                 raise CheckpointError(
                     f"this adapter was made for other weights of the same shape: key_probe (the first layer's keys "
@@ -163,6 +165,16 @@ class AdapterFile:
                     f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. Pass check_weights=False if the "
                     f"base was merely tuned since."
                 )
+        try:
+            adapted = select_sites(model, sites, self.config)
+        except BackboneError as error:
+            raise CheckpointError(f"the adapter does not fit: {error}") from error
+        expected_shapes: dict[str, tuple[int, ...]] = {}
+        for site in adapted:
+            prefix = ZeroGatedPrefix(self.config, **site.shape(), device="meta", generator=None)
+            for name, parameter in prefix.named_parameters():
+                expected_shapes[f"{site.name}.{name}"] = tuple(parameter.shape)
+        check_tensors(self.tensors, expected_shapes)
 
 
 def fingerprint(model: nn.Module, sites: list[AttentionSite]) -> dict[str, Any]:
@@ -189,6 +201,15 @@ def _key_probe(site: AttentionSite) -> list[float] | None:
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     key, _ = site.project_kv(site.module, vector.to(weight.device, dtype))
     return [round(number, 4) for number in key.flatten()[:PROBE].float().tolist()]
+
+
+def _cosine(ours: list[float], theirs: Any) -> float:
+    if not isinstance(theirs, list) or len(theirs) != len(ours):
+        return 0.0
+    try:
+        return torch.cosine_similarity(torch.tensor(ours), torch.tensor(theirs), dim=0).item()
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        return 0.0
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
 from zinit.config import PrefixConfig
-from zinit.errors import BackboneError, CheckpointError, ConfigError
+from zinit.errors import BackboneError, ConfigError
 from zinit.prefix import ZeroGatedPrefix
 from zinit.registry import did_you_mean
 
@@ -348,15 +348,8 @@ def load(
     file: AdapterFile = AdapterFile.read(source, revision=revision)
     model = getattr(model, "_orig_mod", model)
     file.check_model(model, weights=check_weights)
-    try:
-        handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
-    except BackboneError as error:
-        raise CheckpointError(f"the adapter in {source} does not fit: {error}") from error
-    try:
-        handle.load_state_dict(file.tensors)
-    except BaseException:
-        handle.detach()
-        raise
+    handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
+    handle.load_state_dict(file.tensors)
     return handle
 
 
@@ -378,7 +371,7 @@ def select_sites(model: nn.Module, sites: list[AttentionSite], config: PrefixCon
     if config.layers[-1] >= len(sites):
         raise BackboneError(
             f"{type(model).__name__} has attention layers 0 to {len(sites) - 1}, but layers={list(config.layers)} "
-            f"asks for {config.layers[-1]}."
+            f"asks for {config.layers[-1]}. Choose layers up to {len(sites) - 1}."
         )
     return [sites[index] for index in config.layers]
 
@@ -392,7 +385,8 @@ def get_handle(model: nn.Module, name: str = "default") -> Handle:
     attachment: Attachment | None = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
     handles = attachment.handles if attachment else {}
     if name not in handles:
-        raise ConfigError(f"this {type(model).__name__} has no adapter named {name!r}.{did_you_mean(name, handles)}")
+        hint = did_you_mean(name, handles) if handles else " Known: none. Make one with zinit.attach or zinit.load."
+        raise ConfigError(f"this {type(model).__name__} has no adapter named {name!r}.{hint}")
     return handles[name]
 
 

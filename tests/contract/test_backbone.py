@@ -522,13 +522,13 @@ def test_compiles_without_a_graph_break(leader: Case, implementation: str) -> No
     set_implementation(model, implementation if leader.implementations else None)
     handle = zinit.attach(model, OPEN, seed=0)
     loss_of(leader, model).backward()
-    eager, output = gradients(handle), run(leader, model)
+    eager = gradients(handle)
     model.zero_grad()
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if implementation == "sdpa" else "eager"  # once through autograd's graph is enough
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
     loss_of(leader, compiled).backward()
     for name, grad in gradients(handle).items():
         torch.testing.assert_close(grad, eager[name], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(run(leader, compiled), output, atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
 
 

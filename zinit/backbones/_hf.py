@@ -24,6 +24,7 @@ from zinit.errors import BackboneError
 from zinit.prefix import join_words
 
 IMPLEMENTATION = "zinit"
+NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -124,7 +125,7 @@ def attention_home(module: nn.Module) -> Any:
         home = sys.modules[cls.__module__]
         if hasattr(home, "ALL_ATTENTION_FUNCTIONS") and hasattr(home, "eager_attention_forward"):
             return home
-    raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface.")
+    raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +168,19 @@ class TransformersBackbone:
             if name.rpartition(".")[2] == self.attention and "zinit" not in name.split(".")
         ]
         if not found:
-            raise BackboneError(f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to.")
+            raise BackboneError(
+                f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to. {NEXT_STEP}"
+            )
         return found
 
     def _site(self, name: str, module: nn.Module) -> AttentionSite:
         for part in (self.query, self.key, self.value):
             if not hasattr(getattr(module, part, None), "out_features"):
-                raise BackboneError(f"{name} ({type(module).__name__}) has no linear projection {part!r}.")
+                raise BackboneError(f"{name} ({type(module).__name__}) has no linear projection {part!r}. {NEXT_STEP}")
         if not hasattr(module, "head_dim") or not hasattr(module, "config"):
-            raise BackboneError(f"{name} ({type(module).__name__}) does not say its head_dim or its config.")
+            raise BackboneError(
+                f"{name} ({type(module).__name__}) does not say its head_dim or its config. {NEXT_STEP}"
+            )
         query, key = getattr(module, self.query), getattr(module, self.key)
         head_dim = int(module.head_dim)  # pyright: ignore[reportArgumentType]
         return AttentionSite(
