@@ -212,20 +212,32 @@ def convert(
     destination: Annotated[str, typer.Argument(metavar="DST", help="Where the converted one goes; must not exist.")],
     source_format: Annotated[str, typer.Option("--from", help="zinit, official-v1, peft, litgpt, litgpt-legacy.")],
     target_format: Annotated[str, typer.Option("--to", help="zinit, official-v1, peft.")],
-    model: Annotated[str, typer.Option(help="The model the adapter belongs to: folder or Hub id.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model it belongs to: folder or Hub id. zinit's own adapters name it.")
+    ] = None,
     length: Annotated[int, typer.Option(help="K; official files do not say it.", min=1)] = 10,
     gate: Annotated[str, typer.Option(help="tanh or identity; official files do not say it.")] = "tanh",
     as_json: Json = False,
 ) -> None:
     """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
     from zinit.console import print_json
-    from zinit.inspection import convert_adapter
+    from zinit.interop import convert
 
-    done = convert_adapter(source, destination, source_format, target_format, model=model, length=length, gate=gate)
+    if gate not in ("tanh", "identity"):
+        raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
+    handle = convert(
+        source,
+        destination,
+        source_format=source_format,
+        target_format=target_format,
+        model=model,
+        length=length,
+        gate=gate,
+    )
     if as_json:
-        print_json(done)
+        print_json({"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable})
     else:
-        print(f"wrote {destination}: {done['layers']} layers, {done['num_trainable']:,} parameters ({target_format})")
+        print(f"wrote {destination}: {len(handle.prefixes)} layers, {handle.num_trainable:,} parameters")
 
 
 @app.command()

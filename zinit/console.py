@@ -96,7 +96,7 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
     """Frozen beside adapted, with the counts and the seed that belong to the figures."""
     if not is_main_process():
         return
-    console = Console(highlight=False)
+    console = _output()
     columns = list(results["metrics"])
     table = Table(title=title, title_justify="left")
     table.add_column("held-out")
@@ -122,4 +122,9 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    _output().print(table)
+
+
+def _output() -> Console:
+    """The standard output; wide where nobody looks at it, so that nothing is cut for scripts."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,11 +149,24 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def make_accelerator(config: TrainConfig, *, cpu: bool = False, **options: Any) -> Accelerator:
-    """An Accelerator for this run; how many processes there are is its launcher's business."""
+def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    """An Accelerator for this run; how many processes there are is its launcher's business.
+
+    Raises:
+        ConfigError: if not as many processes came together as were launched.
+    """
     from accelerate import Accelerator
 
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
+    # Said outright: otherwise Accelerate takes each process for a run of its own where there is no accelerator.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but {accelerator.num_processes} came together "
+            f"({accelerator.distributed_type}). Launch with 'torchrun -m zinit ...' or 'accelerate launch -m zinit ...'."
+        )
+    return accelerator
 
 
 def fit(
@@ -233,10 +247,10 @@ def fit(
     if done == 0:
         gates(0)
     with _stop_requests() as stop_requested:
-        for step in range(done, plan.steps):
+        for step, micro_batches in enumerate(ahead, start=done):
             started = time.perf_counter()
             wrapped.train()
-            micro_batches, count = ahead[step - done], plan.count(step)
+            count = plan.count(step)
             losses: list[Tensor] = []
             for position, (_, counts) in enumerate(micro_batches):
                 batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
@@ -287,7 +301,6 @@ def fit(
                 save(done)
             if stopping and done < plan.steps:
                 raise Interrupted(done)
-    evaluate(done)
     return done
 
 

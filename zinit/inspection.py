@@ -1,4 +1,4 @@
-"""What the commands ``inspect``, ``ls``, ``convert`` and ``doctor`` find out."""
+"""What the commands ``inspect``, ``ls`` and ``doctor`` find out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zinit.adapter_file import AdapterFile
 from zinit.attach import attach
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.config import PrefixConfig
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import ConfigError, ZinitError
 from zinit.hosts import load_on_meta
 from zinit.metrics import METRICS
 from zinit.registry import did_you_mean
@@ -78,45 +78,6 @@ def _first_line(entry: Any, where: str) -> str:
     return (module.__doc__ or entry.__doc__ or "").strip().split("\n")[0]
 
 
-def convert_adapter(
-    source: str,
-    destination: str,
-    source_format: str,
-    target_format: str,
-    *,
-    model: str,
-    length: int,
-    gate: str,
-) -> dict[str, Any]:
-    """Reads an adapter in one format and writes it in another; the model says the shapes.
-
-    Args:
-        source: file or folder.
-        destination: must not exist yet.
-        source_format: see `zinit.import_adapter`; "zinit" for zinit's own.
-        target_format: see `Handle.export`.
-        model: folder or Hub id.
-        length: K, for formats that do not say it.
-        gate: squashing, for formats that do not say it.
-    """
-    from zinit.hosts import load_causal_lm
-    from zinit.interop import convert
-
-    if Path(destination).exists():
-        raise CheckpointError(f"{destination} exists already; name a place that does not.")
-    host, _ = load_causal_lm(model, dtype=torch.float32)
-    handle = convert(
-        host,
-        source,
-        destination,
-        source_format=source_format,
-        target_format=target_format,
-        length=length,
-        gate=gate,
-    )
-    return {"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable}
-
-
 def examine() -> dict[str, Any]:
     """The state of this machine: {"found": {...}, "problems": [...]}."""
     found: dict[str, Any] = dict(versions())
@@ -149,12 +110,12 @@ def _self_test(backbone: str) -> str:
     before = model(input_ids=ids).logits
     handle = attach(model, PrefixConfig(length=4))
     if not torch.equal(model(input_ids=ids).logits, before):
-        raise CheckpointError("a closed gate changed the output")
+        raise ZinitError("a closed gate changed the output")
     for prefix in handle.prefixes.values():
         prefix.gate.fill_(0.5)
     after = model(input_ids=ids).logits
     if torch.equal(after, before):
-        raise CheckpointError("an open gate changed nothing")
+        raise ZinitError("an open gate changed nothing")
     with tempfile.TemporaryDirectory() as folder:
         handle.save(folder)
         AdapterFile.read(folder).check_model(model)

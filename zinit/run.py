@@ -19,7 +19,7 @@ from zinit.adapter_file import fingerprint, write_atomically
 from zinit.attach import Handle, attach, load
 from zinit.backbones import BACKBONES
 from zinit.engine import Event, Interrupted, fit, held_out_loss, make_accelerator
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.settings import RunConfig
 from zinit.tasks import TASKS
 
@@ -148,6 +148,8 @@ def train_run(
     started = time.perf_counter()
     on_event({"event": "stage", "text": "loading model and data"})
     task = build_task(config, accelerator.device)
+    if not len(task.train_stream):
+        raise DataError(f"nothing is left to train on: {task.data_report()}.")
     task.to(accelerator.device)
     identity = _identity(config, task)
     accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
@@ -183,7 +185,11 @@ def train_run(
         with task.handle.disabled():
             frozen = _evaluate(task, config, accelerator)
         results = {"metrics": {"frozen": frozen.metrics}, "seed": config.seed, "counts": task.data_report()}
-        results["samples"] = [{**sample, "frozen": sample.pop("output")} for sample in frozen.samples]
+        results["samples"] = [
+            {"prompt": sample["prompt"], "expected": sample["expected"], "frozen": sample["output"]}
+            for sample in frozen.samples
+        ]
+        log({"event": "eval", "step": 0, **frozen.metrics})
         if accelerator.is_main_process:
             write_json(output / "metrics.json", results)
 
@@ -221,6 +227,7 @@ def train_run(
         assert task.handle is not None
         task.handle.save(output)
         write_json(output / "metrics.json", results)
+        log({"event": "eval", "step": steps, **adapted.metrics})
         log({"event": "end", "step": steps})
         _report(output, accelerator)
     accelerator.wait_for_everyone()

@@ -135,10 +135,10 @@ class Alpaca(Task):
         train, held_out, self._counts = _split(config, data, seed)
         self.train_examples = self._encode(train, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
-        if not self.train_examples or not self.held_out_examples:
+        if not self.held_out_examples:
             raise DataError(
-                f"nothing is left to train or evaluate on: {self._counts}. Raise task.max_length (now "
-                f"{config.max_length}) or give more data."
+                f"nothing is left to evaluate on: {self._counts}. Raise task.max_length (now {config.max_length}) or "
+                f"give more data."
             )
         self.train_stream = _stream("train", self.train_examples)
         self.held_out_stream = _stream("held_out", self.held_out_examples)

@@ -1,0 +1,235 @@
+"""Wrong input: one clear message, status 2, no traceback, nothing overwritten or half-made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import QUICK, Zinit
+from tests.tiny import records, save_tiny_llama
+from tests.tiny import zinit as zinit_process
+
+
+@pytest.fixture
+def refused(zinit: Zinit, tmp_path: Path):
+    """Runs a command that must be refused, and checks how."""
+
+    def check(*arguments: object, says: list[str], output: Path | None = None) -> None:
+        done = zinit(*arguments)
+        assert done.code == 2, (done.code, done.out, done.err)
+        assert "Traceback" not in done.err
+        lines = [line for line in done.err.splitlines() if line.startswith("zinit: ")]
+        assert len(lines) == 1, done.err
+        for text in says:
+            assert text in lines[0], lines[0]
+        if output is not None:
+            assert not output.exists(), "a refused run left something behind"
+
+    return check
+
+
+def train(model: Path, data: object, output: Path, *more: object) -> tuple[object, ...]:
+    return ("train", "--backbone", "llama", "--model", model, "--data", data, *QUICK, "--output", output, *more)
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """{kind: (file, what the message says)}."""
+    good = json.dumps(records(6))
+    lines = [json.dumps(record) for record in records(4)]
+    contents: dict[str, tuple[str, bytes, list[str]]] = {
+        "empty": ("empty.json", b"", ["empty.json is empty"]),
+        "no records": ("none.json", b"[]", ["none.json holds no records"]),
+        "truncated": ("cut.json", good[:-20].encode(), ["cut.json, line 1", "not valid JSON"]),
+        "truncated lines": ("cut.jsonl", "\n".join([*lines, lines[0][:9]]).encode(), ["cut.jsonl, line 5", "not"]),
+        "an object": ("one.json", b'{"instruction": "a"}', ["one.json: expected a JSON array", "dict"]),
+        "not objects": ("text.json", b'["a", "b"]', ["text.json, record 1: expected an object", "str"]),
+        "no field": ("field.json", b'[{"instruction":"a","output":"b"},{"instruction":"a"}]',
+                     ["field.json, record 2 has no field 'output'", "task.fields"]),
+        "null field": ("null.json", b'[{"instruction":null,"output":"b"}]', ["record 1 has no field 'instruction'"]),
+        "number": ("number.json", b'[{"instruction":"a","output":7}]', ["record 1", "'output' must be text", "int 7"]),
+        "not text": ("bytes.json", b"\xff\xfe\x00\x01", ["bytes.json is not UTF-8"]),
+        "git lfs": ("lfs.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
+        "parquet": ("broken.parquet", b"PAR1nonsense", ["broken.parquet is not a readable Parquet file"]),
+        "suffix": ("data.csv", b"a,b\n1,2\n", [".csv", ".parquet"]),
+        "one record": ("single.json", b'[{"instruction":"a","output":"b"}]', ["holds 1 record", "at least 2"]),
+    }  # fmt: skip
+    found = {}
+    for kind, (name, content, says) in contents.items():
+        (folder / name).write_bytes(content)
+        found[kind] = (folder / name, says)
+    (folder / "two").mkdir()
+    for name in ("a.json", "b.json"):
+        (folder / "two" / name).write_text(good)
+    found["two files"] = (folder / "two", ["expected one", "a.json, b.json"])
+    found["missing"] = (folder / "nowhere.json", ["there is no data file", "nowhere.json"])
+    found["hub offline"] = (Path("nobody/nothing"), ["there is no data file nobody/nothing", "Hub"])
+    return found
+
+
+KINDS = ["empty", "no records", "truncated", "truncated lines", "an object", "not objects", "no field", "null field",
+         "number", "not text", "git lfs", "parquet", "suffix", "one record", "two files", "missing", "hub offline"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data(kind: str, refused, model: Path, tmp_path: Path) -> None:
+    files = bad_files(tmp_path)
+    assert sorted(files) == sorted(KINDS)
+    file, says = files[kind]
+    output = tmp_path / "out" / "run"
+    refused(*train(model, file, output), says=says, output=output.parent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backbone", "lama"], ["no backbone named 'lama'", "Did you mean 'llama'"]),
+        (["--backbone", "llama", "--task", "alpca"], ["no task named 'alpca'", "Did you mean 'alpaca'"]),
+        (["--backbone", "llama", "--preset", "llama-7"], ["no preset named 'alpaca/llama-7'", "alpaca/llama-7b"]),
+        (["--backbone", "llama", "-o", "train.epoch=3"], ["no option named 'train.epoch'", "train.epochs"]),
+        (["--backbone", "llama", "-o", "lenght=3"], ["no option named 'lenght'", "length"]),
+        (["--backbone", "llama", "-o", "train.epochs"], ["key=value", "train.epochs"]),
+        (["--backbone", "llama", "-o", "prefix.length=0"], ["length", "at least 1", "0"]),
+        (["--backbone", "llama", "-o", "prefix.length=ten"], ["length", "'ten'"]),
+        (["--backbone", "llama", "-o", "prefix.gate=sigmoid"], ["gate", "'tanh', 'identity'", "'sigmoid'"]),
+        (["--backbone", "llama", "-o", "separate_softmax=false"], ["gating=False"]),
+        (["--backbone", "llama", "-o", "learning_rate=-1"], ["learning_rate", "-1"]),
+        (["--backbone", "llama", "-o", "batch_size=0"], ["batch_size", "at least 1"]),
+        (["--backbone", "llama", "-o", "dtype=int8"], ["dtype", "int8"]),
+        (["--backbone", "llama", "--seed", "-3"], ["seed", "-3"]),
+        (["--backbone", "llama", "-o", "max_length=2"], ["max_length", "at least 8"]),
+        (["--backbone", "llama", "--config", "nowhere.toml"], ["config file nowhere.toml"]),
+        (["--backbone", "llama", "--model", "somewhere/model"], ["--data"]),
+        ([], ["--backbone"]),
+        (["--resume"], ["--output"]),
+        (["--resume", "--output", "nowhere"], ["nowhere", "no run"]),
+    ],
+)  # fmt: skip
+def test_settings(arguments: list[str], says: list[str], refused, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    more = [] if "--output" in arguments or arguments == ["--resume"] else ["--output", output]
+    refused("train", *arguments, *more, says=says, output=output)
+
+
+def test_unknown_flag_and_command(zinit: Zinit) -> None:
+    done = zinit("train", "--bakbone", "llama")
+    assert done.code == 2
+    assert "--backbone" in done.err
+    assert zinit("trian").code == 2
+    assert "Traceback" not in done.err
+
+
+def test_config_file(refused, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    for text, says in [
+        ("[train", ["settings.toml is not valid TOML"]),
+        ("[train]\nepoch = 3", ["no setting 'epoch'", "epochs"]),
+        ("[trian]\nepochs = 3", ["'trian'", "train"]),
+        ("train = 3", ["train must be a table"]),
+    ]:
+        file.write_text(text)
+        refused("train", "--backbone", "llama", "--config", file, "--output", tmp_path / "out", says=says,
+                output=tmp_path / "out")  # fmt: skip
+
+
+def test_model(refused, model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(*train(empty, data, output), says=[str(empty), "no config.json"], output=output)
+    refused(*train(tmp_path / "nowhere", data, output), says=["there is no model folder"], output=output)
+    refused(*train(Path("nobody/nothing"), data, output), says=["nobody/nothing cannot be loaded"], output=output)
+    for damage in ("config.json", "model.safetensors"):
+        broken = tmp_path / f"broken-{damage}"
+        shutil.copytree(model, broken)
+        content = (broken / damage).read_bytes()
+        (broken / damage).write_bytes(content[: len(content) // 2])
+        refused(*train(broken, data, output), says=[str(broken), "cannot be loaded"], output=output)
+
+
+def test_more_layers_than_the_model_has(refused, model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    says = ["has 3 attention layers", "layers=30", "1 to 3"]
+    refused(*train(model, data, output, "-o", "layers=30"), says=says, output=output)
+
+
+def test_everything_too_long(refused, model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    refused(*train(model, data, output, "-o", "max_length=20"), says=["nothing is left", "max_length"], output=output)
+
+
+def test_output_that_holds_a_run_or_something_else(
+    refused, finished: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    refused(*train(model, data, finished), says=["already holds a run", "--resume"])
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(*train(model, data, tmp_path), says=["already holds files"])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    refused(*train(model, data, tmp_path / "notes.txt"), says=["is a file"])
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "chat"])
+def test_folder_that_is_no_finished_run(command: str, refused, finished: Path, tmp_path: Path) -> None:
+    more = ["--prompt", "hello"] if command == "generate" else []
+    refused(command, tmp_path, *more, says=[str(tmp_path), "holds no run"])
+    shutil.copy(finished / "run.json", tmp_path)
+    refused(command, tmp_path, *more, says=["has not finished", "zinit train --resume"])
+    (tmp_path / "run.json").write_text("{")
+    refused(command, tmp_path, *more, says=["run.json is damaged"])
+
+
+def test_damaged_adapter(refused, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused("generate", run, "--prompt", "hello", says=["adapter.safetensors is damaged"])
+    (run / "adapter.json").write_text('{"format_version": 99}')
+    refused("generate", run, "--prompt", "hello", says=["format version 99"])
+
+
+def test_adapter_of_another_model(refused, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    document = json.loads((run / "run.json").read_text())
+    for change, says in [
+        ({"layers": 4}, ["num_layers is 4 here, but 3"]),
+        ({"hidden_size": 64}, ["width is 64 here, but 32"]),
+        ({"seed": 5}, ["other weights of the same shape", "key_probe"]),
+    ]:
+        document["config"]["model"] = str(save_tiny_llama(tmp_path / f"model-{next(iter(change))}", **change))
+        (run / "run.json").write_text(json.dumps(document))
+        refused(
+            "generate", run, "--prompt", "hello", says=["another model" if "seed" not in change else "weights", *says]
+        )
+
+
+def test_prompt_longer_than_the_model_has_room_for(refused, finished: Path) -> None:
+    refused("generate", finished, "--prompt", "a" * 600, says=["tokens", "room for 512"])
+
+
+def test_inspect_ls_and_convert(refused, finished: Path, model: Path, tmp_path: Path) -> None:
+    refused("inspect", tmp_path / "nowhere", says=["there is no model folder"])
+    refused("inspect", model, "-o", "lenght=3", says=["'lenght'", "length"])
+    refused("ls", "backbone", says=["'backbone'", "backbones"])
+    there = tmp_path / "there"
+    there.write_text("mine")
+    arguments = ("--from", "zinit", "--to", "official-v1", "--model", model)
+    refused("convert", finished, there, *arguments, says=["exists already"])
+    assert there.read_text() == "mine"
+    target = tmp_path / "new.pth"
+    refused("convert", tmp_path / "nowhere", target, *arguments, says=["nowhere"], output=target)
+    refused("convert", finished, target, "--from", "zinit", "--to", "pef", "--model", model, says=["'pef'", "peft"],
+            output=target)  # fmt: skip
+
+
+def test_a_real_process_exits_with_2(tmp_path: Path) -> None:
+    done = zinit_process("train", "--backbone", "lama", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("zinit: no backbone named 'lama'")
+    assert len(done.stderr.splitlines()) == 1
