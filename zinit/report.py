@@ -260,7 +260,8 @@ def _gates(log: _Log) -> list[tuple[str, Any]]:
     axes.grid(False)
     axes.set_ylabel("layer, and in each its heads" if heads > 1 else "layer")
     axes.tick_params("x", top=True, labeltop=True)
-    _ticks(axes.xaxis, range(len(times)), times, 10)
+    marked = np.unique(np.linspace(0, len(times) - 1, 9).astype(int)).tolist()
+    _ticks(axes.xaxis, marked, [times[column] for column in marked], 9)
     _ticks(axes.yaxis, [(layer + 0.5) * heads - 0.5 for layer in range(layers)], names, 64)
     figures.append(("Every gate over time, in the colours above", _svg(figure, "every gate by step")))
     return figures
@@ -288,7 +289,7 @@ def _figure(width: float, height: float, *, scale: float | None = None) -> tuple
     figure = Figure(figsize=(width, height), layout="constrained")
     if scale is None:
         axes = figure.add_subplot(xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.grid(True, color=INK, alpha=0.15, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         return figure, axes
