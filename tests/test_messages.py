@@ -33,7 +33,7 @@ class Message:
 
 def adapted(**settings: Any) -> tuple[Any, zinit.Handle]:
     model = causal_lm("Llama")
-    return model, zinit.attach(model, PrefixConfig(**({"length": 4, "layers": 2} | settings)), seed=0)
+    return model, zinit.attach(model, PrefixConfig.from_dict({"length": 4, "layers": 2} | settings), seed=0)
 
 
 def with_context(shape: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ B, T, S, H, G, D, K, C = 2, 3, 7, 6, 2, 5, 4, 11
 
 
 def prefix(seed: int = 0, **settings: Any) -> ZeroGatedPrefix:
-    config = PrefixConfig(**({"length": K} | settings))
+    config = PrefixConfig.from_dict({"length": K} | settings)
     generator = torch.Generator().manual_seed(seed)
     return ZeroGatedPrefix(config, width=C, num_heads=H, num_kv_heads=G, head_dim=D, generator=generator)
 

@@ -175,11 +175,28 @@ def test_the_implementations_agree(case: Case) -> None:
         for implementation in case.implementations:
             model = case.build()
             set_implementation(model, implementation)
-            zinit.attach(model, zinit.PrefixConfig(length=5, **({"gate_init": 0.7} | variant)), seed=0)
+            zinit.attach(model, zinit.PrefixConfig.from_dict({"length": 5, "gate_init": 0.7} | variant), seed=0)
             outputs.append(run(case, model, "none"))
         for other in outputs[1:]:
             torch.testing.assert_close(other, outputs[0], atol=1e-4, rtol=1e-4)
         outputs.clear()
+
+
+def test_attention_weights_are_still_the_words(case: Case) -> None:
+    """`output_attentions` returns what the host computed, whatever the prefix adds."""
+    if "eager" not in case.implementations:
+        pytest.skip("no attention weights")
+    model: Any = case.build()
+    model.set_attn_implementation("eager")
+    batch = case.batch("none")
+    frozen = model(**batch, output_attentions=True).attentions
+    handle = zinit.attach(model, CLOSED)
+    for now, before in zip(model(**batch, output_attentions=True).attentions, frozen, strict=True):
+        assert torch.equal(now, before)
+    handle.detach()
+    zinit.attach(model, OPEN)
+    first = model(**batch, output_attentions=True).attentions[0]  # below the adapted layers
+    assert torch.equal(first, frozen[0])
 
 
 def test_the_implementation_may_change_after_attaching(case: Case) -> None:

@@ -130,10 +130,10 @@ def test_every_shape_of_host(model: str, padding: str) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_every_variant_of_the_prefix(prefix: str, implementation: str) -> None:
-    settings = {"length": 5, "layers": 2} | PREFIXES[prefix]
+    config = zinit.PrefixConfig.from_dict({"length": 5, "layers": 2} | PREFIXES[prefix])
     model = causal_lm("Llama", head_dim=12, attention_bias=True)
     for padding in ("left", "none"):
-        check(model, zinit.PrefixConfig(**settings), padding, implementation=implementation)
+        check(model, config, padding, implementation=implementation)
         zinit.get_handle(model).detach()
 
 
