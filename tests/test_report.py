@@ -143,7 +143,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     html, page = page_of(tmp_path, log_of(20))
     assert "alpaca on llama" in page.words
     assert "Finished: 20 of 20 steps. 640 examples, 4.0 seconds" in page.words
-    for row in ("loss (lower is better) 3.5 1.25 -2.25 120 7", "exact_match (higher is better) 0 0.75 +0.75 120 7"):
+    for row in ("loss (lower is better) 3.5 1.25 -2.25 200 7", "exact_match (higher is better) 0 0.75 +0.75 120 7"):
         assert row in page.words
     assert "train 1000, held out 200, evaluated 120, truncated 3, skipped 0" in page.words
     for title in (
@@ -163,6 +163,23 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "var(--first)" in html
     assert not re.search("#01010[1-3]", html)
     assert "default-src 'none'" in html
+
+
+@pytest.mark.parametrize(
+    ("counts", "loss", "answers"),
+    [
+        ({"held_out": 9, "answered": 4}, "9", "4"),
+        ({"evaluated": 5}, "5", "5"),
+        ({"held_out": 9}, "9", "9"),
+        ({}, "-", "-"),
+    ],
+)
+def test_every_figure_says_how_many_examples_it_is_from(
+    tmp_path: Path, counts: dict[str, int], loss: str, answers: str
+) -> None:
+    _, page = page_of(tmp_path, log_of(1), metrics=METRICS | {"counts": counts})
+    assert f"loss (lower is better) 3.5 1.25 -2.25 {loss} 7" in page.words
+    assert f"exact_match (higher is better) 0 0.75 +0.75 {answers} 7" in page.words
 
 
 def test_only_the_demo_is_called_a_demo(tmp_path: Path) -> None:
@@ -204,7 +221,7 @@ def test_a_cut_off_last_line_is_no_fault(tmp_path: Path) -> None:
 def test_an_evaluation_of_the_frozen_model_alone(tmp_path: Path) -> None:
     metrics = {"metrics": {"frozen": {"loss": 3.5}}, "seed": 7, "samples": [{"prompt": "Where?", "expected": "Here."}]}
     _, page = page_of(tmp_path, [*log_of(3)[:-1], {"event": "stop", "step": 3}], metrics=metrics)
-    assert "loss (lower is better) 3.5 – – 7" in page.words  # noqa: RUF001
+    assert "loss (lower is better) 3.5 - - 7" in page.words
     assert "not been evaluated yet" in page.words
     assert "Stopped, can be resumed: 3 of 3 steps." in page.words
 
@@ -222,7 +239,8 @@ def test_a_single_step(tmp_path: Path) -> None:
     html, page = page_of(tmp_path, log_of(1, heads=1, layers=1))
     assert "1 of 1 steps" in page.words
     assert "0.96" not in page.words  # steps are whole numbers
-    assert html.count("<svg") == 9
+    assert html.count("<svg") == 8
+    assert "held out:" not in page.words  # a single figure is no curve
 
 
 def test_after_a_resume_the_later_line_wins(tmp_path: Path) -> None:
@@ -248,7 +266,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     metrics = {"metrics": {"frozen": {"loss": math.nan, "f1": None}, "adapted": {"loss": math.inf, "f1": "x"}}}
     _, page = page_of(tmp_path, log, metrics=metrics)
     assert "not finite at 5 of 300 steps, first at 5." in page.words
-    assert "loss (lower is better) nan inf –" in page.words  # noqa: RUF001
+    assert "loss (lower is better) nan inf -" in page.words
 
 
 def test_a_run_of_nothing_but_nan(tmp_path: Path) -> None:

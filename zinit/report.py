@@ -155,13 +155,20 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _table(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Any], float | None]]]:
-    """The evaluated models, the frozen one first; per metric its name, a value for each, and adapted minus frozen."""
+def _table(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Any], float | None, Any]]]:
+    """The evaluated models, the frozen one first; per metric its name, values, adapted minus frozen, and sample count.
+
+    The loss is over all that was held out; answers may have been generated for a part of it.
+    """
+    counts = _dictionary(results.get("counts"))
     metrics = {name: dict(_flat(value)) for name, value in _dictionary(results.get("metrics")).items() if value}
     models, rows = sorted(metrics, key=lambda name: (name != "frozen", name)), []
     for name in dict.fromkeys(name for model in models for name in metrics[model]):
         change = _number(metrics.get("adapted", {}).get(name)) - _number(metrics.get("frozen", {}).get(name))
-        rows.append((name, [metrics[model].get(name) for model in models], None if math.isnan(change) else change))
+        part = ("held_out", "evaluated") if name in LOWER_IS_BETTER else ("evaluated", "answered", "held_out")
+        examples = next((counts[key] for key in part if key in counts), None)
+        values = [metrics[model].get(name) for model in models]
+        rows.append((name, values, None if math.isnan(change) else change, examples))
     return models, rows
 
 
@@ -188,7 +195,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _show(value: Any, sign: str = "") -> str:
     if value is None:
-        return "\N{EN DASH}"
+        return "-"
     if isinstance(value, float):
         return format(value, f"{sign}.4g")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -208,7 +215,7 @@ def _curves(log: _Log) -> list[tuple[str, Any]]:
     panels = [(CURVES[name], log.curve(name), {"color": FIRST, "span": 1 if name == "lr" else span}) for name in CURVES]
     panels += [(f"held out: {n}", log.curve(n, evals=True), {"color": SECOND, "marker": "o"}) for n in more]
     for title, (x, y), style in panels:
-        if np.isfinite(y).any():
+        if np.isfinite(y).sum() > (2 if "marker" in style else 0):  # before and after alone are in the table
             figure, axes = _figure(4.8, 2.4)
             _line(axes, x, y, **style)
             figures.append((title, _svg(figure, f"{title} by step")))
