@@ -156,8 +156,10 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
         ConfigError: if not as many processes came together as were launched.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    # Said outright: otherwise Accelerate takes each process for a run of its own where there is no accelerator.
+    AcceleratorState._reset_state()  # a process may make several runs, each with a precision of its own
+    # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -77,12 +77,17 @@ def losses(events: list[dict]) -> list[float]:
     return [event["loss"] for event in events if event["event"] == "step"]
 
 
+def norms(events: list[dict]) -> list[float]:
+    return [event["grad_norm"] for event in events if event["event"] == "step"]
+
+
 @pytest.mark.parametrize("micro", [1, 3, 5, 8])
 def test_micro_batches_do_not_change_the_step(micro: int) -> None:
     """The gradient of a step is that of the mean over its true number of supervised units."""
     whole, parts = Regression(), Regression()
-    expected = losses(run(whole, micro_batch_size=100))
-    assert losses(run(parts, micro_batch_size=micro)) == pytest.approx(expected, rel=1e-5)
+    expected, found = run(whole, micro_batch_size=100), run(parts, micro_batch_size=micro)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    assert norms(found) == pytest.approx(norms(expected), rel=1e-4)  # Adam hides a wrong scale, the norm shows it
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=1e-6)
 
@@ -100,6 +105,8 @@ def test_first_step_against_plain_torch() -> None:
     loss.backward()
     optimizer.step()
     assert losses(events)[0] == pytest.approx(loss.item(), rel=1e-6)
+    norm = torch.stack([p.grad.norm() for p in reference.model[2].parameters()]).norm().item()
+    assert norms(events)[0] == pytest.approx(norm, rel=1e-5)
     torch.testing.assert_close(task.model[2].weight, reference.model[2].weight, rtol=1e-5, atol=1e-7)
     assert torch.equal(task.model[0].weight, reference.model[0].weight)
 
