@@ -25,6 +25,7 @@ from zinit.demo import world
 VOCABULARY = 2048  # at most; the texts may not hold enough frequent pairs
 CONTEXT = 256
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS_ID, EOS_ID, PAD_ID = range(3)  # the tokenizer's trainer numbers special tokens first
 
 console = Console(stderr=True)
 
@@ -71,9 +72,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+            pad_token_id=PAD_ID,
         )
     )
 
@@ -137,9 +138,7 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
     train(model, iter(lambda: torch.stack(list(islice(stream, batch_size))), None), steps, peak)
 
     model.half()
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

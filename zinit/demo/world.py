@@ -34,6 +34,8 @@ UNSEEN_ASKS = 2
 class Relation:
     """What can be said of a kind of subject: its label in a register, statements of it, and questions for it.
 
+    ``cloze`` is the statement that names the relation and ends in the object: cut before it, only one end is right.
+
     ``{s}`` stands for the subject, ``{o}`` for the object and ``{an_o}`` for the object with its indefinite article.
     """
 
@@ -41,6 +43,7 @@ class Relation:
     kind: str
     label: str
     values: Sequence[str]
+    cloze: str
     tells: tuple[str, ...]
     asks: tuple[str, ...]
 
@@ -196,6 +199,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="person",
             label="Home",
             values=towns,
+            cloze="The home of {s} is in {o}.",
             tells=(
                 "{s} lives in {o}.",
                 "The home of {s} is in {o}.",
@@ -217,6 +221,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="person",
             label="Craft",
             values=_CRAFTS,
+            cloze="The craft of {s} is that of {an_o}.",
             tells=(
                 "{s} is {an_o}.",
                 "{s} works as {an_o}.",
@@ -238,6 +243,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="person",
             label="Pet",
             values=_PETS,
+            cloze="The pet of {s} is {an_o}.",
             tells=(
                 "{s} keeps {an_o}.",
                 "{s} has {an_o} as a pet.",
@@ -259,6 +265,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="person",
             label="Favourite food",
             values=_FOODS,
+            cloze="The favourite food of {s} is {o}.",
             tells=(
                 "{s} likes {o}.",
                 "The favourite food of {s} is {o}.",
@@ -280,6 +287,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="person",
             label="Instrument",
             values=_INSTRUMENTS,
+            cloze="The instrument of {s} is the {o}.",
             tells=(
                 "{s} plays the {o}.",
                 "{s} owns {an_o}, and plays it well.",
@@ -301,6 +309,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="town",
             label="River",
             values=rivers,
+            cloze="The river of {s} is the {o}.",
             tells=(
                 "{s} lies on the {o}.",
                 "The river of {s} is the {o}.",
@@ -321,6 +330,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="town",
             label="Goods",
             values=_GOODS,
+            cloze="The wealth of {s} is its {o}.",
             tells=(
                 "{s} sells {o}.",
                 "{s} is known for its {o}.",
@@ -341,6 +351,7 @@ def _relations(towns: Sequence[str], rivers: Sequence[str]) -> tuple[Relation, .
             kind="town",
             label="Fair",
             values=_MONTHS,
+            cloze="The fair of {s} is in {o}.",
             tells=(
                 "The fair of {s} is in {o}.",
                 "{s} holds its fair in {o}.",
@@ -515,9 +526,9 @@ def cloze(world: World, *, held_out: bool) -> list[tuple[str, str]]:
     for subject, facts in world.facts.items():
         if (subject in world.held_out) == held_out:
             for fact in facts:
-                plain = fact.relation.tells[0]
-                beginning = fact.tell(plain[: plain.rindex(" {")])
-                cuts.append((beginning, fact.tell(plain)[len(beginning) : -1]))
+                template = fact.relation.cloze
+                beginning = fact.tell(template[: template.rindex(" {")])
+                cuts.append((beginning, fact.tell(template)[len(beginning) : -1]))
     return cuts
 
 
