@@ -630,6 +630,8 @@ def test_convert_to_our_format(tmp_path, base, source):
 def test_convert_between_the_others_on_a_model_that_has_adapters(tmp_path):
     model = llama()
     first = trained(model)
+    zinit.attach(model, zinit.PrefixConfig(length=2), name="converted")
+    first.activate()
     before, answer = state(model), logits(model)
     path = peft_folder(tmp_path / "peft")
     out = tmp_path / "adapter.pth"
