@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -217,6 +217,9 @@ def convert(
     ] = None,
     length: Annotated[int, typer.Option(help="K; official files do not say it.", min=1)] = 10,
     gate: Annotated[str, typer.Option(help="tanh or identity; official files do not say it.")] = "tanh",
+    reader: Annotated[
+        str, typer.Option(help="Whose gates an official file holds: the training or the inference code's.")
+    ] = "training",
     as_json: Json = False,
 ) -> None:
     """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
@@ -225,6 +228,7 @@ def convert(
 
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
+    options: dict[str, Any] = {"reader": reader} if target_format == "official-v1" else {}
     handle = convert(
         source,
         destination,
@@ -233,6 +237,7 @@ def convert(
         model=model,
         length=length,
         gate=gate,
+        **options,
     )
     if as_json:
         print_json({"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable})

@@ -285,7 +285,7 @@ def fit(
                         "loss": loss,
                         "lr": rate,
                         "grad_norm": norm,
-                        "tokens": count,
+                        "supervised": count,
                         "examples": len(examples),
                         "seconds": seconds,
                         "examples_per_second": len(examples) / seconds,

@@ -222,7 +222,7 @@ OPTIONS = {
     "chat": {"--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen"},
     "inspect": {"--backbone", "--option", "--json"},
     "ls": {"--json"},
-    "convert": {"--from", "--to", "--model", "--length", "--gate", "--json"},
+    "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 
