@@ -25,10 +25,10 @@ RESULTS = Path(__file__).parent / "results"
 def parser(description: str) -> argparse.ArgumentParser:
     """Options of every benchmark: the shape of the model, the prefix, where to run."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--width", type=int, default=1024, help="C")
+    options.add_argument("--width", type=int, default=512, help="C")
     options.add_argument("--layers", type=int, default=8, help="N")
-    options.add_argument("--heads", type=int, default=16, help="H")
-    options.add_argument("--kv-heads", type=int, default=16, help="G")
+    options.add_argument("--heads", type=int, default=8, help="H")
+    options.add_argument("--kv-heads", type=int, default=8, help="G")
     options.add_argument("--vocabulary", type=int, default=8000)
     options.add_argument("--prefix-length", type=int, default=10, help="K")
     options.add_argument("--adapted", type=int, default=None, help="L; default: all layers but two")

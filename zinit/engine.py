@@ -331,6 +331,9 @@ def _checkpoint_activations(model: Any) -> None:
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing; set it to false.")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers lets embeddings require gradients for the re-entrant kind: layers below the prefix would run backward.
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
 
 
 def _non_finite(plan: Plan, step: int, loss: float, norm: float) -> str:
