@@ -29,7 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--layers", type=int, default=8, help="N")
     options.add_argument("--heads", type=int, default=8, help="H")
     options.add_argument("--kv-heads", type=int, default=8, help="G")
-    options.add_argument("--vocabulary", type=int, default=8000)
+    options.add_argument("--vocabulary", type=int, default=2000)
     options.add_argument("--prefix-length", type=int, default=10, help="K")
     options.add_argument("--adapted", type=int, default=None, help="L; default: all layers but two")
     options.add_argument("--rounds", type=int, default=15, help="interleaved repetitions; medians are reported")

@@ -11,7 +11,7 @@ import torch
 
 from zinit.errors import ConfigError
 from zinit.run import load_run
-from zinit.tasks.alpaca import Alpaca, format_conversation, format_prompt
+from zinit.tasks.alpaca import Alpaca, encode_prompt, format_conversation, format_prompt
 
 
 class Speaker:
@@ -84,8 +84,7 @@ class Speaker:
     def _complete(self, prompt: str, stream: bool) -> str:
         from transformers import TextStreamer
 
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = bos + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = encode_prompt(self.tokenizer, prompt)
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and len(ids) >= room:
             raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}. Start over.")

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
+
+
+def to_json(document: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: numbers that are none (a diverged loss) become null, which every reader understands."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 class JsonConfig:

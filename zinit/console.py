@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from zinit.config import to_json
 
 QUIET_SECONDS = 20.0
 
@@ -88,8 +89,7 @@ class RunView:
 def print_json(document: Any) -> None:
     """One machine-readable document on the standard output."""
     if is_main_process():
-        json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(to_json(document, indent=2) + "\n")
 
 
 def print_metrics(results: dict[str, Any], *, title: str) -> None:
@@ -103,7 +103,7 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for name in results["metrics"][columns[0]]:
-        table.add_row(name, *(f"{results['metrics'][column].get(name, float('nan')):.4f}" for column in columns))
+        table.add_row(name, *(_number(results["metrics"][column].get(name)) for column in columns))
     console.print(table)
     counts = results.get("counts", {})
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
@@ -111,6 +111,10 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
     odd = {name: n for name, n in counts.items() if n and ("skipped" in name or "truncated" in name or "empty" in name)}
     if odd:
         console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()), markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -166,7 +166,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     if accelerator.num_processes != launched:
         raise ConfigError(
             f"{launched} processes were launched, but {accelerator.num_processes} came together "
-            f"({accelerator.distributed_type}). Launch with 'torchrun -m zinit ...' or 'accelerate launch -m zinit ...'."
+            f"({accelerator.distributed_type}). Launch with 'torchrun -m zinit' or 'accelerate launch -m zinit'."
         )
     return accelerator
 
@@ -331,7 +331,7 @@ def _checkpoint_activations(model: Any) -> None:
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing; set it to false.")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers lets embeddings require gradients for the re-entrant kind: layers below the prefix would run backward.
+    # transformers makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
     if hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zinit.adapter_file import fingerprint, write_atomically
 from zinit.attach import Handle, attach, load
 from zinit.backbones import BACKBONES
+from zinit.config import to_json
 from zinit.engine import Event, Interrupted, fit, held_out_loss, make_accelerator
 from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.settings import RunConfig
@@ -263,7 +264,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON document; it appears whole or not at all."""
-    write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(path, to_json(document, indent=2).encode() + b"\n")
 
 
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
@@ -336,5 +337,5 @@ class _Log:
     def __call__(self, event: Event) -> None:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(to_json(event) + "\n")
         self.on_event(event)

@@ -169,8 +169,8 @@ def resolve(
     task = task or (preset.split("/")[0] if preset and "/" in preset else BACKBONES.get(backbone).default_task)
     assert task is not None
     TASKS.get(task)
-    model = model or from_file.get("model")
-    data = data or from_file.get("data")
+    model = _absolute(model or from_file.get("model"))
+    data = _absolute(data or from_file.get("data"))
     if preset is None and model is None:
         preset = f"{task}/demo"
     if preset is not None and "/" not in preset:
@@ -187,6 +187,11 @@ def resolve(
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
     return RunConfig.from_dict(values), preset
+
+
+def _absolute(source: str | None) -> str | None:
+    """A local path in full, so that a run can be used from any folder; a Hub id as it is."""
+    return str(Path(source).expanduser().resolve()) if source and Path(source).expanduser().exists() else source
 
 
 def _parse_option(option: str, task: str) -> dict[str, Any]:
@@ -252,7 +257,8 @@ def override(
         options: see `resolve`.
     """
     values = config.to_dict()
-    _merge(values, {k: v for k, v in {"model": model, "data": data, "seed": seed}.items() if v is not None})
+    said = {"model": _absolute(model), "data": _absolute(data), "seed": seed}
+    _merge(values, {name: value for name, value in said.items() if value is not None})
     for option in options:
         _merge(values, _parse_option(option, config.task))
     return RunConfig.from_dict(values)

@@ -70,7 +70,8 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
 
 
 KINDS = ["empty", "no records", "truncated", "truncated lines", "an object", "not objects", "no field", "null field",
-         "number", "not text", "git lfs", "parquet", "suffix", "one record", "two files", "missing", "hub offline"]  # fmt: skip
+         "number", "not text", "git lfs", "parquet", "suffix", "one record", "two files", "missing",
+         "hub offline"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,6 +55,17 @@ def format_conversation(turns: Sequence[tuple[str, str]], instruction: str) -> s
     return "\n\n".join([f"{HEADER}. {REQUEST}", *sections, f"### Instruction:\n{instruction}\n\n### Response:"])
 
 
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without BOS and EOS. A "</s>" that somebody wrote in a text stays text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens a generation starts from: BOS (if the model has one) + prompt."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + encode_texts(tokenizer, [prompt])[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlpacaConfig(JsonConfig):
     """What the task does with its data.
@@ -131,6 +142,12 @@ class Alpaca(Task):
         self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token, which ends a response.")
+        room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if room is not None and config.max_length > room:
+            raise ConfigError(
+                f"task.max_length is {config.max_length}, but the model has room for {room} tokens: "
+                f"-o task.max_length={room}."
+            )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         train, held_out, self._counts = _split(config, data, seed)
         self.train_examples = self._encode(train, "train")
@@ -185,12 +202,7 @@ class Alpaca(Task):
         return examples
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """The tokens a generation starts from: BOS + prompt."""
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return bos + self._encode_texts([prompt])[0]
+        return encode_texts(self.tokenizer, texts)
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
         """Right-padded ``input_ids`` (B, T), the ``positions`` (P,) that some example is supervised at, and ``targets``
@@ -254,7 +266,7 @@ class Alpaca(Task):
             batch_size: prompts per forward pass.
         """
         device = next(self.model.parameters()).device
-        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
         answers = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
