@@ -34,8 +34,9 @@ def save_stories(folder: Path) -> Path:
     embedding = take(vocabulary, width)
     shapes = {"input_layernorm": (width,), "self_attn.q_proj": (width, width),
               "self_attn.k_proj": (kv_heads * head, width), "self_attn.v_proj": (kv_heads * head, width),
-              "self_attn.o_proj": (width, width), "post_attention_layernorm": (width,), "mlp.gate_proj": (hidden, width),
-              "mlp.down_proj": (width, hidden), "mlp.up_proj": (hidden, width)}  # fmt: skip
+              "self_attn.o_proj": (width, width), "post_attention_layernorm": (width,),
+              "mlp.gate_proj": (hidden, width), "mlp.down_proj": (width, hidden),
+              "mlp.up_proj": (hidden, width)}  # fmt: skip
     weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
     for name, shape in shapes.items():
         for layer, weight in enumerate(take(layers, *shape)):

@@ -41,7 +41,8 @@ def test_templates_to_the_letter() -> None:
         "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
     )
     assert format_prompt("Sing.") == (
-        f"{START}. Write a response that appropriately completes the request.\n\n### Instruction:\nSing.\n\n### Response:"
+        f"{START}. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:"
     )
     assert format_conversation([], "Sing.") == format_prompt("Sing.")
     assert format_conversation([("Hi", "Hello")], "Sing.").count("### Response:") == 2
@@ -93,7 +94,7 @@ def test_cut_and_skipped_records_are_counted(model: LlamaForCausalLM, tmp_path: 
     parts = ("train", "held_out")
     assert sum(counts[p] + counts[f"{p}_skipped_prompt_too_long"] for p in parts) == 23
     assert sum(counts[f"{p}_skipped_prompt_too_long"] for p in parts) == 1
-    assert sum(counts[f"{p}_truncated"] for p in parts) == 2
+    assert sum(counts[f"{p}_truncated"] for p in parts) == 1
     assert sum(counts[f"{p}_empty_response"] for p in parts) == 1
     assert max(len(e.ids) for e in t.train_examples) == 200
 

@@ -75,6 +75,9 @@ class AdapterFile:
                 "versions": {"torch": torch.__version__},
             }
             Path(directory).mkdir(parents=True, exist_ok=True)
+            (Path(directory) / DESCRIPTION).unlink(
+                missing_ok=True
+            )  # between the two there is no adapter, not half of one
             write_atomically(Path(directory) / TENSORS, data)
             write_atomically(Path(directory) / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
         except OSError as error:
@@ -87,14 +90,14 @@ class AdapterFile:
         Raises:
             CheckpointError: if files are missing or damaged.
         """
-        folder = Path(source)
+        folder = Path(source).expanduser()
         if not folder.is_dir():
             folder = _download(str(source), revision)
         for name in (DESCRIPTION, TENSORS):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} holds no {name}. Expected a folder that zinit saved an adapter to.")
         try:
-            description = json.loads((folder / DESCRIPTION).read_text())
+            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             version = description["format_version"]
             if version > FORMAT_VERSION:
                 raise CheckpointError(
@@ -157,13 +160,13 @@ class AdapterFile:
                 )
         ours, theirs = found.get("key_probe"), self.fingerprint.get("key_probe")
         if weights and ours and theirs:
-            cosine = _cosine(ours, theirs)
-            if not cosine >= SAME_WEIGHTS:
+            agreement = cosine(ours, theirs)
+            if not agreement >= SAME_WEIGHTS:
                 raise CheckpointError(
                     f"this adapter was made for other weights of the same shape: key_probe (the first layer's keys "
-                    f"of a fixed vector) agrees only to {cosine:.2f}. It was trained on "
-                    f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. Pass check_weights=False if the "
-                    f"base was merely tuned since."
+                    f"of a fixed vector) agrees only to {agreement:.2f}. It was trained on "
+                    f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. If the base "
+                    f"was merely tuned since, load it in Python with check_weights=False."
                 )
         try:
             adapted = select_sites(model, sites, self.config)
@@ -203,7 +206,8 @@ def _key_probe(site: AttentionSite) -> list[float] | None:
     return [round(number, 4) for number in key.flatten()[:PROBE].float().tolist()]
 
 
-def _cosine(ours: list[float], theirs: Any) -> float:
+def cosine(ours: list[float], theirs: Any) -> float:
+    """How far two samples of weights agree; 0 where there is nothing to compare."""
     if not isinstance(theirs, list) or len(theirs) != len(ours):
         return 0.0
     try:

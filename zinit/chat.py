@@ -78,16 +78,30 @@ class Speaker:
             if said == "/new":
                 turns = []
             elif said:
-                turns.append((said, self._complete(format_conversation(turns, said), stream=True)))
+                try:
+                    turns.append((said, self._complete(format_conversation(turns, said), stream=True)))
+                except ConfigError as error:  # no reason to lose the conversation
+                    print(f"({error} Say /new for a new one.)")
+                except KeyboardInterrupt:
+                    print("\n(stopped; this answer is forgotten)")
 
     @torch.no_grad()
     def _complete(self, prompt: str, stream: bool) -> str:
         from transformers import TextStreamer
 
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError("the prompt is not valid UTF-8 text.") from error
         ids = encode_prompt(self.tokenizer, prompt)
+        if not ids:
+            raise ConfigError("the prompt is empty; say something.")
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and len(ids) >= room:
-            raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}. Start over.")
+            raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}.")
+        sampling = dict(self.sampling)
+        if room is not None:
+            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], room - len(ids))
         inputs = torch.tensor([ids], device=self.device)
         eos = self.tokenizer.eos_token_id
         with self.handle.disabled() if self.frozen else nullcontext():
@@ -97,6 +111,6 @@ class Speaker:
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                 pad_token_id=eos,
                 eos_token_id=eos,
-                **self.sampling,
+                **sampling,
             )
         return self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()

@@ -63,13 +63,14 @@ def save(
     if accelerator.is_main_process and not failed:
         try:
             files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
-            manifest = {"format_version": 1, "step": step, "identity": identity, "sha256": files}
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            manifest = {"format_version": 1, "step": step, "identity": identity, "scaler": scaler, "sha256": files}
             _write(building / MANIFEST, json.dumps(manifest, indent=2).encode())
             if target.exists():
                 shutil.rmtree(target)
             os.replace(building, target)
             _sync_folder(target.parent)
-            for old in sorted(target.parent.glob("step-*"))[:-KEEP]:
+            for old in [*sorted(target.parent.glob("step-*"))[:-KEEP], *target.parent.glob(".building-*")]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             problem = str(error)
@@ -90,7 +91,11 @@ def latest(directory: Path) -> Path | None:
 
 
 def load_latest(
-    directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], rank: int
+    directory: Path,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    accelerator: Accelerator,
 ) -> int:
     """Restores the last whole checkpoint of a run.
 
@@ -111,19 +116,30 @@ def load_latest(
         step, saved = manifest["step"], manifest["identity"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}). Remove it to go on from the one before.") from error
-    for field in sorted(saved.keys() | identity.keys()):
-        if saved.get(field) != identity.get(field):
-            raise CheckpointError(
-                f"the run in {directory} cannot go on: {field} was {saved.get(field)!r} when it was saved and is "
-                f"{identity.get(field)!r} now. Restore it, or start a new run in another folder."
-            )
+    check_identity(directory, saved, identity)
+    if accelerator.scaler is not None and manifest.get("scaler"):
+        accelerator.scaler.load_state_dict(manifest["scaler"])
     from safetensors.torch import load_file
 
     _restore(load_file(folder / STATE), task, optimizer)
-    state = folder / f"random-{rank}.json"
+    state = folder / f"random-{accelerator.process_index}.json"
     if state.exists():  # a run may go on with more processes than it had
         _set_random_state(json.loads(state.read_text()))
     return step
+
+
+def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """What decides the result is as it was.
+
+    Raises:
+        CheckpointError: naming the field that differs.
+    """
+    for field in sorted(saved.keys() | now.keys()):
+        if saved.get(field) != now.get(field):
+            raise CheckpointError(
+                f"the run in {directory} cannot go on: {field} was {saved.get(field)!r} when it was saved and is "
+                f"{now.get(field)!r} now. Restore it, or start a new run in another folder."
+            )
 
 
 def _serialize(task: nn.Module, optimizer: torch.optim.Optimizer) -> bytes:

@@ -55,7 +55,7 @@ def train(
       zinit train --backbone llama --model DIR_OR_ID --data alpaca.json --preset alpaca/llama-7b
       zinit train --resume --output runs/my-run
     """
-    from zinit.console import RunView, print_json, print_metrics
+    from zinit.console import RunView, is_main_process, print_json, print_metrics
     from zinit.engine import Interrupted
     from zinit.run import read_run, train_run
     from zinit.settings import override, resolve
@@ -63,6 +63,9 @@ def train(
     if resume:
         if output is None:
             raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
+        given = {"--backbone": backbone, "--task": task, "--preset": preset, "--config": config}
+        if extra := [flag for flag, value in given.items() if value is not None]:
+            raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
         saved, document = read_run(output)
         preset_name: str | None = document.get("preset")
         settings = override(saved, model=model, data=data, seed=seed, options=option or ())
@@ -77,17 +80,21 @@ def train(
             seed=seed,
             options=option or (),
         )
-        # Processes of one launch must agree on the name, so it comes from what the launcher gave them all.
-        stamp = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "-" + os.environ.get("MASTER_PORT", "")
-        stamp = time.strftime("%Y%m%d-%H%M%S") if "RANK" not in os.environ else stamp
-        output = output or f"runs/{settings.backbone}-{settings.task}-{stamp}"
+        if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("say where the run goes, so that all processes agree on it: --output DIR.")
+        output = output or f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     view = RunView(quiet=as_json)
     try:
         results = train_run(settings, output, preset=preset_name, resume=resume, on_event=view)
-    except Interrupted as interruption:
+    except (Interrupted, KeyboardInterrupt) as interruption:
         view.close()
-        print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
-        print(f"Go on with: zinit train --resume --output {output}", file=sys.stderr)
+        if is_main_process():
+            if isinstance(interruption, Interrupted):
+                print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
+            if os.path.exists(os.path.join(output, "run.json")):
+                print(f"Go on with: zinit train --resume --output {output}", file=sys.stderr)
+            else:
+                print("stopped before training began; nothing was written.", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         view.close()
@@ -268,6 +275,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ZinitError as error:
         print(f"zinit: {error}", file=sys.stderr)
         sys.exit(2)

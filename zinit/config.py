@@ -148,9 +148,9 @@ class TrainConfig(JsonConfig):
         batch_size: examples per optimizer step, over all processes.
         micro_batch_size: examples per forward pass of one process; the rest accumulates.
         learning_rate: peak rate, applied as it stands (not scaled by the batch).
-        warmup_epochs: linear warm-up, then half a cosine down to ``min_learning_rate`` at the end.
+        warmup_epochs: linear warm-up, then half a cosine; None is the paper's share, 2 of 5 epochs of the run.
         warmup_steps: instead of ``warmup_epochs``, if given.
-        min_learning_rate: at the last step.
+        min_learning_rate: what the cosine falls towards.
         weight_decay: AdamW's, on prompts and heads.
         decay_gates: whether gates decay too (the reference's code does it; zero-init attention does not need it).
         beta1: AdamW.
@@ -170,7 +170,7 @@ class TrainConfig(JsonConfig):
     batch_size: int = 64
     micro_batch_size: int = 8
     learning_rate: float = 9e-3 * 64 / 256
-    warmup_epochs: float = 2
+    warmup_epochs: float | None = None
     warmup_steps: int | None = None
     min_learning_rate: float = 0.0
     weight_decay: float = 0.02
@@ -192,17 +192,26 @@ class TrainConfig(JsonConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        for name in ("decay_gates", "gradient_checkpointing", "compile", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false; got {getattr(self, name)!r}.")
+        if not _is_finite(self.epochs) or self.epochs <= 0:
+            raise ConfigError(f"epochs must be a number above 0; got {self.epochs!r}.")
+        if self.steps == 0:
+            raise ConfigError("steps must be a whole number of at least 1, or none for epochs; got 0.")
         for name in ("steps", "warmup_steps", "evaluate_every", "save_every", "workers"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} must be a whole number of at least 0; got {value!r}.")
-        for name in ("epochs", "learning_rate", "warmup_epochs", "min_learning_rate", "weight_decay"):
+        for name in ("learning_rate", "warmup_epochs", "min_learning_rate", "weight_decay"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if name == "warmup_epochs" and value is None:
+                continue
+            if not _is_finite(value) or value < 0:
                 raise ConfigError(f"{name} must be a number of at least 0; got {value!r}.")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ConfigError(f"{name} must lie in [0, 1); got {value!r}.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not (_is_finite(self.clip_norm) and self.clip_norm > 0):
             raise ConfigError(f"clip_norm must be above 0, or null for no clipping; got {self.clip_norm!r}.")

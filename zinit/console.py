@@ -25,7 +25,6 @@ class RunView:
     """Shows the events of a run on the standard error stream; nothing with ``--json`` or on other processes.
 
     Args:
-        total: steps of the run.
         quiet: show nothing.
     """
 

@@ -55,6 +55,12 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
             )
         if not isinstance(value, str):
             raise DataError(f"{where}: the field {field!r} must be text; got {_short(value)}.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: the field {field!r} holds half of a surrogate pair, which is no text."
+            ) from error
         picked[field] = value
     return picked
 

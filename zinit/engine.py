@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Event = dict[str, Any]
+WARMUP_SHARE = 2 / 5  # of the run, in the paper
+MOST_SKIPPED = 20  # steps in a row whose float16 gradients overflowed
 
 
 @functools.lru_cache(maxsize=4)
@@ -50,6 +52,13 @@ class Plan:
     stream: Stream
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.warmup >= self.steps:
+            raise ConfigError(
+                f"the warm-up of {self.warmup} steps covers the whole run of {self.steps}: shorten it with "
+                f"-o train.warmup_steps={self.steps // 5}."
+            )
+
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may be smaller; every example comes once."""
@@ -62,13 +71,18 @@ class Plan:
             return self.config.steps
         return max(1, round(self.config.epochs * self.steps_per_epoch))
 
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        if self.config.warmup_steps is not None:
+            return self.config.warmup_steps
+        if self.config.warmup_epochs is not None:
+            return round(self.config.warmup_epochs * self.steps_per_epoch)
+        return int(WARMUP_SHARE * self.steps)
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up to the peak, then half a cosine; ``step`` counts from 0 and none has rate 0."""
-        config, total = self.config, self.steps
-        warmup = config.warmup_steps
-        if warmup is None:
-            warmup = round(config.warmup_epochs * self.steps_per_epoch)
-        warmup = min(warmup, total - 1)
+        config, total, warmup = self.config, self.steps, self.warmup
         if step < warmup:
             return config.learning_rate * (step + 1) / (warmup + 1)
         progress = (step - warmup) / (total - warmup)
@@ -137,9 +151,15 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns SIGINT and SIGTERM into a flag that is looked at between steps."""
     asked: list[int] = []
     previous = {}
+
+    def note(number: int, frame: Any) -> None:
+        if asked:  # asked twice: stop now, without saving
+            signal.default_int_handler(number, frame)
+        asked.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            previous[number] = signal.signal(number, lambda received, _: asked.append(received))
+            previous[number] = signal.signal(number, note)
         except ValueError:  # not in the main thread: the host program owns the signals
             break
     try:
@@ -162,6 +182,14 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigError(f"training under {kind} is not supported; launch with plain data parallelism (torchrun).")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "zinit accumulates by itself (train.batch_size over train.micro_batch_size): leave "
+            "gradient_accumulation_steps out of the launcher's configuration."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
@@ -216,7 +244,7 @@ def fit(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     done = 0
     if resume and directory is not None:
-        done = checkpoint.load_latest(directory, task, optimizer.optimizer, identity or {}, rank)
+        done = checkpoint.load_latest(directory, task, optimizer.optimizer, identity or {}, accelerator)
         if done and accelerator.is_main_process:
             on_event({"event": "resume", "step": done})
 
@@ -240,6 +268,7 @@ def fit(
     loader = DataLoader(
         _Collated(task, plan.stream, [part for step in ahead for part, _ in step]),
         batch_size=None,
+        generator=torch.Generator().manual_seed(seed),  # its own, so that a loader draws nothing from torch's
         num_workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -248,6 +277,7 @@ def fit(
         on_event({"event": "plan", "steps": plan.steps, "done": done, "steps_per_epoch": plan.steps_per_epoch})
     if done == 0:
         gates(0)
+    skipped = 0
     with _stop_requests() as stop_requested:
         for step, micro_batches in enumerate(ahead, start=done):
             started = time.perf_counter()
@@ -266,7 +296,8 @@ def fit(
             norm = accelerator.clip_grad_norm_(parameters, config.clip_norm or math.inf)
             # The one wait for the device in a step.
             loss, norm = torch.stack([total / count, torch.as_tensor(norm).to(total.device).float()]).tolist()
-            if not math.isfinite(loss) or (not math.isfinite(norm) and accelerator.scaler is None):
+            skipped = 0 if math.isfinite(norm) else skipped + 1  # a float16 scaler skips some updates while it settles
+            if not math.isfinite(loss) or skipped > (0 if accelerator.scaler is None else MOST_SKIPPED):
                 raise NonFiniteLoss(_non_finite(plan, step, loss, norm))
             rate = plan.learning_rate(step)
             for group in optimizer.param_groups:
@@ -301,7 +332,7 @@ def fit(
             stopping = sum_over_processes(accelerator, asked).item() > 0
             if stopping or (save_every and (done == plan.steps or done % save_every == 0)):
                 save(done)
-            if stopping and done < plan.steps:
+            if stopping:
                 raise Interrupted(done)
     return done
 
@@ -321,7 +352,8 @@ def held_out_loss(
         parts.append([])
     for part in parts[accelerator.process_index :: world]:
         batch = task.collate(stream, part or order[:1])
-        loss = (runnable or task)({k: v.to(accelerator.device) for k, v in batch.items()})
+        with accelerator.autocast():  # the same precision before, in and after training
+            loss = (runnable or task)({k: v.to(accelerator.device) for k, v in batch.items()})
         total += loss.double() if part else 0.0
     count = sum(stream.counts)
     return sum_over_processes(accelerator, total).item() / max(1, count), count
@@ -341,6 +373,6 @@ def _non_finite(plan: Plan, step: int, loss: float, norm: float) -> str:
     return (
         f"the loss is {loss} and the gradient's norm {norm} at step {step + 1} of {plan.steps} "
         f"(stream {plan.stream.name!r}, rate {plan.learning_rate(step):.3g}, examples {examples[:8]}"
-        f"{', ...' if len(examples) > 8 else ''}). Nothing was updated by this step. Lower train.learning_rate, set "
-        f"train.clip_norm, or use bfloat16 instead of float16; then go on from the last checkpoint with --resume."
+        f"{', ...' if len(examples) > 8 else ''}). Nothing was updated by this step. Look at these examples, or start "
+        f"a new run with a lower train.learning_rate, with train.clip_norm, or in bfloat16 instead of float16."
     )

@@ -11,13 +11,16 @@ from torch import nn
 from zinit.errors import BackboneError
 
 
-def load_causal_lm(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+def load_causal_lm(
+    source: str | Path, *, dtype: torch.dtype, revision: str | None = None, tokenizer: bool = True
+) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, on the CPU.
 
     Args:
         source: a folder in transformers' format, or a Hub id.
         dtype: of the weights.
         revision: on the Hub.
+        tokenizer: False loads none (None comes back).
 
     Raises:
         BackboneError: if there is no such model.
@@ -26,11 +29,13 @@ def load_causal_lm(source: str | Path, *, dtype: torch.dtype, revision: str | No
 
     source = model_source(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+        loaded = None
+        if tokenizer:
+            loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; all mean that this is no model it can load
         raise BackboneError(f"{source} cannot be loaded as a causal language model: {first_line(error)}") from error
-    return model, tokenizer
+    return model, loaded
 
 
 def load_on_meta(source: str | Path) -> nn.Module:
@@ -46,11 +51,12 @@ def load_on_meta(source: str | Path) -> nn.Module:
 
     source = model_source(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         name = (config.architectures or [""])[0]
         model_class: Any = getattr(transformers, name, None)
+        known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
+            return model_class(config) if known else transformers.AutoModel.from_config(config)
     except Exception as error:
         raise BackboneError(f"{source} cannot be inspected: {first_line(error)}") from error
 

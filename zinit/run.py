@@ -9,19 +9,21 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinit.adapter_file import fingerprint, write_atomically
+from zinit.adapter_file import cosine, fingerprint, write_atomically
 from zinit.attach import Handle, attach, load
 from zinit.backbones import BACKBONES
+from zinit.checkpoint import check_identity
 from zinit.config import to_json
 from zinit.engine import Event, Interrupted, fit, held_out_loss, make_accelerator
 from zinit.errors import CheckpointError, ConfigError, DataError
-from zinit.settings import RunConfig
+from zinit.settings import SECTIONS, RunConfig, absolute_path
 from zinit.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -30,21 +32,28 @@ if TYPE_CHECKING:
 
     from zinit.tasks.base import Evaluation, Task
 
-INDIFFERENT = ("micro_batch_size", "evaluate_every", "save_every", "workers", "tensorboard")
+# Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
+# Where model and data lie is indifferent too: what is in them is compared.
+INDIFFERENT = (
+    *(f"train.{name}" for name in ("micro_batch_size", "evaluate_every", "save_every", "workers", "tensorboard")),
+    *("model", "data", "task.held_out_data", "task.evaluation_limit"),
+)
+SAME_MODEL = 0.999  # cosine of two samples of the weights
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
 
 
-def build_task(config: RunConfig, device: torch.device, *, adapter: Path | None = None) -> Task:
+def build_task(config: RunConfig, device: torch.device, *, adapter: Path | None = None, train: bool = True) -> Task:
     """Model, adapter and data of a run, on the CPU.
 
     Args:
         config: the run's settings.
         device: that it will run on; decides the dtype "auto".
         adapter: a folder to load the adapter from; None attaches a fresh one.
+        train: False leaves the training examples unread.
     """
     task_class = TASKS.get(config.task)
     model, processor, handle = build_model(config, device, adapter=adapter)
-    return task_class(model, processor, handle, config.options, data=config.data, seed=config.seed)
+    return task_class(model, processor, handle, config.options, data=config.data, seed=config.seed, train=train)
 
 
 def build_model(config: RunConfig, device: torch.device, *, adapter: Path | None = None) -> tuple[Any, Any, Handle]:
@@ -83,7 +92,7 @@ def read_run(directory: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no run: there is no run.json. Expected a folder of 'zinit train'.")
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         config = RunConfig.from_dict(document["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
@@ -96,13 +105,23 @@ def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, An
     Raises:
         CheckpointError: if there is no run, or it has no adapter yet.
     """
+    config = read_finished_run(directory)
+    return config, *build_model(config, device, adapter=Path(directory))
+
+
+def read_finished_run(directory: str | Path) -> RunConfig:
+    """The settings of a run that has an adapter.
+
+    Raises:
+        CheckpointError: if there is no run, or it has no adapter yet.
+    """
     config, _ = read_run(directory)
     if not (Path(directory) / "adapter.json").is_file():
         raise CheckpointError(
             f"the run in {directory} has not finished: there is no adapter yet. "
             f"Go on with: zinit train --resume --output {directory}"
         )
-    return config, *build_model(config, device, adapter=Path(directory))
+    return config
 
 
 def versions() -> dict[str, str]:
@@ -146,13 +165,17 @@ def train_run(
     if config.train.tensorboard:
         extra = _tensorboard(output)
     accelerator = make_accelerator(config.train, **extra)
-    started = time.perf_counter()
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event({"event": "stage", "text": "loading model and data"})
     task = build_task(config, accelerator.device)
     if not len(task.train_stream):
         raise DataError(f"nothing is left to train on: {task.data_report()}.")
     task.to(accelerator.device)
-    identity = _identity(config, task)
+    identity, key_probe = _identity(config, task), _key_probe(task)
+    if resume:
+        _check_same_run(output, identity, key_probe)
     accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
     document = {
         "config": config.to_dict(),
@@ -166,6 +189,8 @@ def train_run(
         "prefix": config.prefix.to_dict(),
         "train": config.train.to_dict(),
         "fingerprint": identity["examples"],
+        "identity": identity,
+        "key_probe": key_probe,
         "counts": task.data_report(),
         "num_trainable": sum(p.numel() for p in task.parameters() if p.requires_grad),
         "processes": accelerator.num_processes,
@@ -174,14 +199,15 @@ def train_run(
     }
     log = _Log(output, accelerator.is_main_process, on_event)
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        with _writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         if not (resume and (output / "run.json").exists()):
             write_json(output / "run.json", document)
     if config.train.tensorboard:
         accelerator.init_trackers("tensorboard")
-    on_event({"event": "stage", "text": "evaluating the frozen model"})
     results = _read_results(output) if resume else {}
     if "frozen" not in results.get("metrics", {}):
+        on_event({"event": "stage", "text": "evaluating the frozen model"})
         assert task.handle is not None
         with task.handle.disabled():
             frozen = _evaluate(task, config, accelerator)
@@ -201,6 +227,7 @@ def train_run(
             prefix = "train" if event["event"] == "step" else event["event"]
             accelerator.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=event.get("step"))
 
+    started = time.perf_counter()
     try:
         steps = fit(
             task,
@@ -217,16 +244,17 @@ def train_run(
         _report(output, accelerator)
         raise
     trained = time.perf_counter() - started
+    if accelerator.is_main_process:
+        assert task.handle is not None
+        task.handle.save(output)  # before the evaluation: nothing that happens there can lose it
     on_event({"event": "stage", "text": "evaluating the adapted model"})
     adapted = _evaluate(task, config, accelerator)
     results["metrics"]["adapted"] = adapted.metrics
     results["counts"] |= adapted.counts
-    for sample, answered in zip(results["samples"], adapted.samples, strict=True):
+    for sample, answered in zip(results["samples"], adapted.samples, strict=False):
         sample["adapted"] = answered["output"]
     results |= {"steps": steps, "seconds": round(trained, 2), "num_trainable": document["num_trainable"]}
     if accelerator.is_main_process:
-        assert task.handle is not None
-        task.handle.save(output)
         write_json(output / "metrics.json", results)
         log({"event": "eval", "step": steps, **adapted.metrics})
         log({"event": "end", "step": steps})
@@ -244,12 +272,12 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
         data: evaluate on all of this instead.
         limit: examples an answer is generated for.
     """
-    config, _ = read_run(directory)
+    config = read_finished_run(directory)
     if data is not None:
-        config = dataclasses.replace(config, options=dataclasses.replace(config.options, held_out_data=data))
+        options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
+        config = dataclasses.replace(config, options=options)
     accelerator = make_accelerator(config.train)
-    load_run(directory, accelerator.device)  # a clear message if there is no adapter
-    task = build_task(config, accelerator.device, adapter=Path(directory))
+    task = build_task(config, accelerator.device, adapter=Path(directory), train=data is None)
     task.to(accelerator.device)
     assert task.handle is not None
     with task.handle.disabled():
@@ -264,12 +292,26 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON document; it appears whole or not at all."""
-    write_atomically(path, to_json(document, indent=2).encode() + b"\n")
+    with _writing(path):
+        write_atomically(path, to_json(document, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is the user's to mend, not a fault of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}. Make room, then: "
+            f"zinit train --resume --output {path.parent}"
+        ) from error
 
 
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
-    evaluation = task.evaluate(accelerator, limit=limit)
+    with accelerator.autocast():
+        evaluation = task.evaluate(accelerator, limit=limit)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     evaluation.metrics = {"loss": loss, "perplexity": perplexity, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
@@ -278,17 +320,33 @@ def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: in
 
 def _identity(config: RunConfig, task: Task) -> dict[str, Any]:
     """What decides the result bit for bit: a resumed run must have all of it in common with the one that saved."""
-    train = {name: value for name, value in config.train.to_dict().items() if name not in INDIFFERENT}
-    identity = {**config.to_dict(), "train": train, "examples": task.fingerprint()}
-    if task.handle is not None:
-        identity["model_weights"] = fingerprint(task.model, list(task.handle.attachment.sites.values()))["key_probe"]
-    return {key: value for name, item in identity.items() for key, value in _flat(name, item)}
+    settings = config.to_dict()
+    tables = {section: settings.pop(section) for section in SECTIONS}
+    flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    return {
+        name: value
+        for name, value in {**settings, **flat, "examples": task.fingerprint()}.items()
+        if name not in INDIFFERENT
+    }
 
 
-def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [(f"{name}.{key}", item) for key, item in value.items()]
-    return [(name, value)]
+def _key_probe(task: Task) -> list[float] | None:
+    """A sample of the frozen model's weights."""
+    if task.handle is None:
+        return None
+    return fingerprint(task.model, list(task.handle.attachment.sites.values()))["key_probe"]
+
+
+def _check_same_run(output: Path, identity: dict[str, Any], key_probe: list[float] | None) -> None:
+    """A resumed run is the one that the folder holds, whether or not it has come to a checkpoint yet."""
+    _, document = read_run(output)
+    check_identity(output, document.get("identity", {}), identity)
+    before = document.get("key_probe")
+    if before and key_probe and not cosine(before, key_probe) >= SAME_MODEL:
+        raise CheckpointError(
+            f"the run in {output} cannot go on: the weights of the frozen model are not the ones it started on. "
+            f"Restore them, or start a new run in another folder."
+        )
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -304,13 +362,15 @@ def _check_output(output: Path, resume: bool) -> None:
             f"or go on with that run: --resume --output {output}"
         )
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"the output folder {output} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"the output folder {output} cannot be made: {parent} is not writable.")
 
 
 def _read_results(output: Path) -> dict[str, Any]:
     try:
-        return json.loads((output / "metrics.json").read_text())
+        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -325,7 +385,8 @@ def _report(output: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         from zinit.report import write_report
 
-        write_report(output)
+        with _writing(output / "report.html"):
+            write_report(output)
 
 
 class _Log:
@@ -333,9 +394,12 @@ class _Log:
 
     def __init__(self, output: Path, writes: bool, on_event: Callable[[Event], None]) -> None:
         self.path, self.writes, self.on_event = output / "log.jsonl", writes, on_event
+        if writes and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a", encoding="utf-8") as file:  # a kill tore the last line: it must not take the next
+                file.write("\n")
 
     def __call__(self, event: Event) -> None:
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
+            with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(to_json(event) + "\n")
         self.on_event(event)

@@ -48,7 +48,11 @@ class RunConfig(JsonConfig):
     options: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        for name in ("backbone", "task", "model", "revision", "data"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} must be text; got {value!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
@@ -93,7 +97,9 @@ def _preset_names() -> list[str]:
     found = []
     for folder in PRESETS.iterdir():
         if folder.is_dir():
-            found += [f"{folder.name}/{f.name.removesuffix('.toml')}" for f in folder.iterdir() if f.name != "__init__"]
+            found += [
+                f"{folder.name}/{f.name.removesuffix('.toml')}" for f in folder.iterdir() if f.name.endswith(".toml")
+            ]
     return sorted(found)
 
 
@@ -107,7 +113,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in known:
         raise ConfigError(f"no preset named {name!r}.{did_you_mean(name, known)}")
     folder, _, file = name.partition("/")
-    return _none(tomllib.loads((PRESETS / folder / f"{file}.toml").read_text()))
+    return _none(tomllib.loads((PRESETS / folder / f"{file}.toml").read_text(encoding="utf-8")))
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         ConfigError: if it is missing or not TOML.
     """
     try:
-        return _none(tomllib.loads(Path(path).read_text()))
+        return _none(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -169,9 +175,10 @@ def resolve(
     task = task or (preset.split("/")[0] if preset and "/" in preset else BACKBONES.get(backbone).default_task)
     assert task is not None
     TASKS.get(task)
-    model = _absolute(model or from_file.get("model"))
-    data = _absolute(data or from_file.get("data"))
-    if preset is None and model is None:
+    model = model or from_file.get("model")
+    data = data or from_file.get("data")
+    parsed = [_parse_option(option, task) for option in options]
+    if preset is None and model is None and not any(option.get("model") for option in parsed):
         preset = f"{task}/demo"
     if preset is not None and "/" not in preset:
         preset = f"{task}/{preset}"
@@ -182,16 +189,25 @@ def resolve(
     _merge(values, from_file)
     said = {"backbone": backbone, "model": model, "data": data, "seed": seed, "task": {"name": task}}
     _merge(values, {name: value for name, value in said.items() if value is not None})
-    for option in options:
-        _merge(values, _parse_option(option, task))
+    for option in parsed:
+        _merge(values, option)
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
-    return RunConfig.from_dict(values), preset
+    return RunConfig.from_dict(_with_absolute_paths(values)), preset
 
 
-def _absolute(source: str | None) -> str | None:
-    """A local path in full, so that a run can be used from any folder; a Hub id as it is."""
-    return str(Path(source).expanduser().resolve()) if source and Path(source).expanduser().exists() else source
+def absolute_path(source: Any) -> Any:
+    """A local path in full (links kept), so that a run can be used from any folder; anything else as it is."""
+    if isinstance(source, str) and source and Path(source).expanduser().exists():
+        return str(Path(source).expanduser().absolute())
+    return source
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
+    if "held_out_data" in values.get("task", {}):
+        values["task"]["held_out_data"] = absolute_path(values["task"]["held_out_data"])
+    return values
 
 
 def _parse_option(option: str, task: str) -> dict[str, Any]:
@@ -257,8 +273,8 @@ def override(
         options: see `resolve`.
     """
     values = config.to_dict()
-    said = {"model": _absolute(model), "data": _absolute(data), "seed": seed}
+    said = {"model": model, "data": data, "seed": seed}
     _merge(values, {name: value for name, value in said.items() if value is not None})
     for option in options:
         _merge(values, _parse_option(option, config.task))
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(_with_absolute_paths(values))

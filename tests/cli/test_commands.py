@@ -76,7 +76,8 @@ def test_settings_come_from_preset_then_file_then_options(
 ) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(
-        "seed = 9\n[prefix]\nlength = 4\nlayers = 2\n[train]\nsteps = 2\nbatch_size = 4\n[task]\nevaluation_limit = 0\n"
+        "seed = 9\n[prefix]\nlength = 4\nlayers = 2\n"
+        "[train]\nsteps = 2\nwarmup_steps = 0\nbatch_size = 4\n[task]\nevaluation_limit = 0\n"
     )
     done = zinit("train", "--backbone", "llama", "--preset", "llama-7b", "--config", file, "--model", model,
                  "--data", data, "-o", "prefix.length=2", "--output", tmp_path / "r", "--json")  # fmt: skip

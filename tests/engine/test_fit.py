@@ -24,11 +24,11 @@ class Regression(Task):
 
     name = "regression"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.model, self.handle = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), None
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = nn.Dropout(dropout)
         self.model[0].requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         self.rows = [torch.randn(1 + i % 7, 4, generator=generator) for i in range(30)]
@@ -94,10 +94,10 @@ def test_micro_batches_do_not_change_the_step(micro: int) -> None:
 
 def test_first_step_against_plain_torch() -> None:
     task, reference = Regression(), Regression()
-    events = run(task, steps=1, weight_decay=0.0, clip_norm=None)
+    events = run(task, steps=1, weight_decay=0.0, clip_norm=None, warmup_steps=0)
     from zinit.engine import Plan
 
-    config = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05, steps=1)
+    config = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05, steps=1, warmup_steps=0)
     chosen = Plan(config, reference.train_stream, 3).examples(0)
     batch = reference.collate(reference.train_stream, chosen)
     loss = reference(batch) / len(batch["x"])
@@ -111,16 +111,17 @@ def test_first_step_against_plain_torch() -> None:
     assert torch.equal(task.model[0].weight, reference.model[0].weight)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
-def test_resume_is_exact_to_the_bit(tmp_path: Path, stop_at: int) -> None:
-    straight = Regression()
+def test_resume_is_exact_to_the_bit(tmp_path: Path, stop_at: int, dropout: float) -> None:
+    straight = Regression(dropout=dropout)
     expected = losses(run(straight, tmp_path / "a", save_every=1))
     # The same run, cut after stop_at steps: only that checkpoint is left.
-    cut = Regression()
+    cut = Regression(dropout=dropout)
     run(cut, tmp_path / "b", save_every=1)
     for folder in (tmp_path / "b" / "resume").iterdir():
         shutil.rmtree(folder)
-    again = Regression()
+    again = Regression(dropout=dropout)
 
     class Cut(Exception):
         pass
@@ -134,7 +135,7 @@ def test_resume_is_exact_to_the_bit(tmp_path: Path, stop_at: int) -> None:
         fit(again, config, seed=3, accelerator=Accelerator(cpu=True), directory=tmp_path / "b",
             identity={"seed": 3}, on_event=stop)  # fmt: skip
     assert checkpoint.latest(tmp_path / "b").name == f"step-{stop_at:08d}"
-    fresh = Regression(seed=99)  # other weights: everything must come from the checkpoint
+    fresh = Regression(seed=99, dropout=dropout)  # other weights: everything must come from the checkpoint
     fresh.model[0].load_state_dict(straight.model[0].state_dict())
     rest = losses(run(fresh, tmp_path / "b", resume=True, save_every=1))
     assert rest == expected[stop_at:]

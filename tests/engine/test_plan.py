@@ -8,6 +8,7 @@ import pytest
 
 from zinit.config import TrainConfig
 from zinit.engine import Plan
+from zinit.errors import ConfigError
 from zinit.tasks.base import Stream
 
 LENGTHS = [(37 * i) % 53 + 5 for i in range(103)]
@@ -74,7 +75,14 @@ def test_rate_warms_up_linearly_and_falls_as_half_a_cosine() -> None:
 
 
 def test_one_step_runs_at_the_peak() -> None:
-    assert plan(steps=1, learning_rate=0.5).learning_rate(0) == 0.5
+    assert plan(steps=1, warmup_steps=0, learning_rate=0.5).learning_rate(0) == 0.5
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"warm-up of 7 steps covers the whole run of 5"):
+        plan(steps=5)
+    default = plan(steps=10, warmup_epochs=None)
+    assert default.warmup == 4, "the paper's share: 2 of 5"
 
 
 def test_count_is_of_supervised_units() -> None:

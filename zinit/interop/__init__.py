@@ -212,16 +212,7 @@ def _active(model: nn.Module) -> Handle | None:
 def _causal_lm(source: str, *, weights: bool) -> nn.Module:
     """A language model, with its weights or as a shape without storage."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        if weights:
-            return AutoModelForCausalLM.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"the model {source} cannot be loaded: {reason} Pass a folder or id of a causal LM."
-        ) from error
+    from zinit.hosts import load_causal_lm, load_on_meta
+
+    return load_causal_lm(source, dtype=torch.float32, tokenizer=False)[0] if weights else load_on_meta(source)

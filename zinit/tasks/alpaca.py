@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.data import read_records
+from zinit.demo import instructions
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
@@ -123,6 +124,7 @@ class Alpaca(Task):
         config: data handling.
         data: source of the records; None is the embedded demo's.
         seed: of the held-out split.
+        train: False leaves the training records unread, for evaluation on ``held_out_data``.
     """
 
     name = "alpaca"
@@ -137,6 +139,7 @@ class Alpaca(Task):
         *,
         data: str | None,
         seed: int,
+        train: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
@@ -149,8 +152,8 @@ class Alpaca(Task):
                 f"-o task.max_length={room}."
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        train, held_out, self._counts = _split(config, data, seed)
-        self.train_examples = self._encode(train, "train")
+        training, held_out, self._counts = _split(config, data, seed, train=train)
+        self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
         if not self.held_out_examples:
             raise DataError(
@@ -191,11 +194,11 @@ class Alpaca(Task):
                 whole = start + self._encode_texts([response])[0]
             ids = [*bos, *whole, self.tokenizer.eos_token_id]
             prompt_length = len(bos) + len(start)
-            self._counts[f"{part}_truncated"] += len(ids) > self.config.max_length
-            self._counts[f"{part}_empty_response"] += not response.strip()
             if prompt_length >= self.config.max_length:
                 self._counts[f"{part}_skipped_prompt_too_long"] += 1
                 continue
+            self._counts[f"{part}_truncated"] += len(ids) > self.config.max_length
+            self._counts[f"{part}_empty_response"] += not response.strip()
             ids = ids[: self.config.max_length]
             examples.append(Example(ids=ids, prompt_length=prompt_length, prompt=prompt, response=response))
         self._counts[part] = len(examples)
@@ -213,7 +216,7 @@ class Alpaca(Task):
         examples = self.train_examples if stream is self.train_stream else self.held_out_examples
         chosen = [examples[index] for index in indices]
         longest = max(len(example.ids) for example in chosen)
-        ids = torch.full((len(chosen), longest), self._padding, dtype=torch.long)
+        ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
         labels = torch.full((len(chosen), longest), IGNORED, dtype=torch.long)
         for row, example in enumerate(chosen):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
@@ -272,7 +275,7 @@ class Alpaca(Task):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             longest = max(len(encoded[index]) for index in chosen)
-            ids = torch.full((len(chosen), longest), self._padding, dtype=torch.long)
+            ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(chosen):
                 ids[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
@@ -285,18 +288,15 @@ class Alpaca(Task):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=self._padding,
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=self.tokenizer.eos_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
             texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = text.strip()
         return answers
-
-    @property
-    def _padding(self) -> int:
-        padding = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if padding is None else padding
 
     def data_report(self) -> dict[str, Any]:
         """Counts of records read, kept, truncated and skipped."""
@@ -319,7 +319,7 @@ def _stream(name: str, examples: list[Example]) -> Stream:
 
 
 def _split(
-    config: AlpacaConfig, data: str | None, seed: int
+    config: AlpacaConfig, data: str | None, seed: int, *, train: bool
 ) -> tuple[list[dict[str, str]], list[dict[str, str]], dict[str, int]]:
     """Training and held-out records: no (instruction, input) is in both."""
     instruction, input, output = config.fields
@@ -327,12 +327,12 @@ def _split(
     def read(source: str) -> list[dict[str, str]]:
         return read_records(source, required=(instruction, output), optional=(input,))
 
-    if data is None:
-        from zinit.demo import instructions
-
-        train, held_out = instructions()
-    elif config.held_out_data is not None:
-        train, held_out = read(data), read(config.held_out_data)
+    if config.held_out_data is not None:
+        held_out, training = read(config.held_out_data), []
+        if train:
+            training = read(data) if data is not None else instructions()[0]
+    elif data is None:
+        training, held_out = instructions()
     else:
         records = read(data)
         if len(records) < 2:
@@ -341,11 +341,11 @@ def _split(
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
         kept = set(order[:count])
         held_out = [records[index] for index in order[:count]]
-        train = [record for index, record in enumerate(records) if index not in kept]
+        training = [record for index, record in enumerate(records) if index not in kept]
     parts = ("train", "held_out")
     kinds = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
-    counts = {"read": len(train) + len(held_out)} | {f"{part}{kind}": 0 for part in parts for kind in kinds}
+    counts = {"read": len(training) + len(held_out)} | {f"{part}{kind}": 0 for part in parts for kind in kinds}
     asked = {(record[instruction], record[input]) for record in held_out}
-    clean = [record for record in train if (record[instruction], record[input]) not in asked]
-    counts["train_skipped_also_held_out"] = len(train) - len(clean)
+    clean = [record for record in training if (record[instruction], record[input]) not in asked]
+    counts["train_skipped_also_held_out"] = len(training) - len(clean)
     return clean, held_out, counts

@@ -60,7 +60,8 @@ class Task(nn.Module, ABC):
         name: registered name.
         model: the adapted model.
         handle: the adapter on it; None for methods that have none.
-        held_out: examples kept from training.
+        train_stream: what is trained on.
+        held_out_stream: what is kept from training.
     """
 
     name: str
