@@ -77,6 +77,8 @@ class Speaker:
                 break
             if said == "/new":
                 turns = []
+            elif said.startswith("/"):
+                print("(only /new and /quit are commands)")
             elif said:
                 try:
                     turns.append((said, self._complete(format_conversation(turns, said), stream=True)))

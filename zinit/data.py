@@ -48,10 +48,12 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
         value = record.get(field)
         if value is None and field in optional:
             value = ""
+        if field in record and value is None:
+            raise DataError(f"{where}: the field {field!r} is null. Give it text, or leave the record out.")
         if value is None:
             raise DataError(
-                f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. "
-                f"Name the fields with -o task.fields=instruction,input,output if they are called otherwise."
+                f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. If the data calls "
+                f"its fields otherwise, name them: -o task.fields=question,context,answer."
             )
         if not isinstance(value, str):
             raise DataError(f"{where}: the field {field!r} must be text; got {_short(value)}.")

@@ -48,7 +48,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         "not objects": ("text.json", b'["a", "b"]', ["text.json, record 1: expected an object", "str"]),
         "no field": ("field.json", b'[{"instruction":"a","output":"b"},{"instruction":"a"}]',
                      ["field.json, record 2 has no field 'output'", "task.fields"]),
-        "null field": ("null.json", b'[{"instruction":null,"output":"b"}]', ["record 1 has no field 'instruction'"]),
+        "null field": ("null.json", b'[{"instruction":null,"output":"b"}]', ["record 1", "'instruction' is null"]),
         "number": ("number.json", b'[{"instruction":"a","output":7}]', ["record 1", "'output' must be text", "int 7"]),
         "not text": ("bytes.json", b"\xff\xfe\x00\x01", ["bytes.json is not UTF-8"]),
         "git lfs": ("lfs.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
