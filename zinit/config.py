@@ -128,7 +128,9 @@ class PrefixConfig(JsonConfig):
         if isinstance(self.towers, list):
             object.__setattr__(self, "towers", tuple(self.towers))
         if self.towers is not None and (
-            not isinstance(self.towers, tuple) or not self.towers or not all(isinstance(t, str) and t for t in self.towers)
+            not isinstance(self.towers, tuple)
+            or not self.towers
+            or not all(isinstance(t, str) and t for t in self.towers)
         ):
             raise ConfigError(
                 f"towers must be a list of names such as ['vision_model'], or null for all; got {self.towers!r}."

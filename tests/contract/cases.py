@@ -35,8 +35,9 @@ def randomized(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.empty(parameter.shape).normal_(generator=generator)
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * noise)
+            if parameter.dim() < 2:
+                start = parameter if parameter.unique().numel() == 1 else 0  # else it was drawn, from torch's generator
+                parameter.copy_(start + 0.2 * noise)
             else:
                 parameter.copy_(noise * 1.2 / parameter.shape[-1] ** 0.5)
     return model.eval()
@@ -132,7 +133,27 @@ def last_hidden(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
 
 
 def class_scores(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
-    return model(batch["pixel_values"], **kwargs)
+    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)  # timm casts nothing
+    return model(pixels, **kwargs)
+
+
+def clip() -> nn.Module:
+    """A whole CLIP: two towers of three layers, both 32 wide."""
+    import transformers
+
+    config = transformers.CLIPConfig(text_config=SMALL_TEXT, vision_config=SMALL_VISION, projection_dim=16)
+    config._attn_implementation = "sdpa"
+    return randomized(transformers.CLIPModel(config))
+
+
+def caption_batch(padding: str) -> Batch:
+    """Three images with their captions."""
+    return text_batch(padding) | image_batch(padding)
+
+
+def both_embeddings(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    output = model(**batch, **kwargs)
+    return torch.cat([output.image_embeds, output.text_embeds], dim=-1)
 
 
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
@@ -188,6 +209,7 @@ CASES: list[Case] = [
             "xlm-roberta": "XLMRoberta",
         }.items()
     ),
+    Case(name="clip", backbone="clip", build=clip, batch=caption_batch, output=both_embeddings, generates=False),
     Case(
         name="clip-vision",
         backbone="clip",
@@ -217,7 +239,11 @@ CASES: list[Case] = [
             "eva": timm_eva,
         }.items()
     ),
-    Case(name="gpt2", backbone="transformers", build=lambda: causal_lm("GPT2", attn_pdrop=0.0, resid_pdrop=0.0)),
+    Case(
+        name="gpt2",
+        backbone="transformers",
+        build=lambda: causal_lm("GPT2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+    ),
     Case(
         name="deepseek-v3",
         backbone="transformers",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.backbones._hf import NEXT_STEP, HostView, InterfaceSeam, attention_home
-from zinit.backbones.base import AttentionSite, with_real_weights
+from zinit.backbones.base import AttentionSite, random_like, with_real_weights
 from zinit.errors import BackboneError
 
 PROBE = "zinit_probe"
@@ -108,7 +108,7 @@ class Replay:
         listener = Listener(host)
         try:
             type(host).forward(listener, states, **self.arguments(host, states))  # pyright: ignore[reportArgumentType]
-        except Handed:
+        except Handed:  # noqa: SIM105 (torch.compile follows this form)
             pass
         return listener.calls[0]
 
@@ -158,8 +158,10 @@ class Discovered(InterfaceSeam):
     name, default_task, demo_model = "transformers", "alpaca", ""
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether it is a transformers model."""
-        return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+        """Whether it is a transformers model, or a part of one that attends."""
+        from transformers import PreTrainedModel
+
+        return isinstance(model, PreTrainedModel) or any(on_interface(module) for module in model.modules())
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """The self-attention modules that use the interface, lowest layer first.
@@ -242,26 +244,36 @@ def site_of(name: str, module: nn.Module) -> AttentionSite:
         if getattr(module, option, False):
             raise BackboneError(f"{what} cannot take a prefix with {option}=True: {reason}. Set it to False.")
     host = with_real_weights(module)
+    with torch.autocast(next(iter(host.parameters())).device.type, enabled=False):
+        replay, handed, problem = find_replay(host)
+    if replay is None:
+        raise BackboneError(f"{what} cannot take a prefix: {problem}. {part}")
+    query, key, value = handed
+    return AttentionSite(
+        name=name,
+        module=module,
+        width=replay.width,
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_dim=key.shape[-1],
+        value_dim=value.shape[-1],
+        project_kv=replay,
+    )
+
+
+def find_replay(host: nn.Module) -> tuple[Replay | None, tuple[Tensor, ...], str]:
+    """A replay without an objection, and what it handed over; else None, nothing and the last objection."""
     problem = "its forward does not run on plain hidden states"
     for replay in forms(host):
         try:
-            query, key, value = replay.run(host, states_of(host, replay))
+            handed = replay.run(host, states_of(host, replay))
         except Exception as error:  # the wrong form of call: whatever a model raises then
             problem = f"its forward does not run on plain hidden states ({type(error).__name__}: {str(error)[:100]})"
             continue
         problem = objection(host, replay)
         if not problem:
-            return AttentionSite(
-                name=name,
-                module=module,
-                width=replay.width,
-                num_heads=query.shape[1],
-                num_kv_heads=key.shape[1],
-                head_dim=key.shape[-1],
-                value_dim=value.shape[-1],
-                project_kv=replay,
-            )
-    raise BackboneError(f"{what} cannot take a prefix: {problem}. {part}")
+            return replay, handed, ""
+    return None, (), problem
 
 
 def forms(host: nn.Module) -> Iterator[Replay]:
@@ -304,8 +316,7 @@ def widths(host: nn.Module) -> list[int]:
 def states_of(host: nn.Module, replay: Replay, tokens: int = 5) -> Tensor:
     """Random hidden states: one sequence in the module's layout."""
     weight = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-    states = torch.randn(tokens, replay.width, generator=torch.Generator().manual_seed(0))
-    states = states.to(weight.device, weight.dtype)
+    states = random_like(weight, tokens, replay.width)
     return states if replay.layout == "row" else states[None]
 
 

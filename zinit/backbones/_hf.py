@@ -179,8 +179,10 @@ class TransformersBackbone(InterfaceSeam):
     value: str = "v_proj"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether the model's config names one of the family's types."""
-        return getattr(getattr(model, "config", None), "model_type", None) in self.model_types
+        """Whether the config of a model, or of a part of one that attends, names one of the family's types."""
+        if getattr(getattr(model, "config", None), "model_type", None) not in self.model_types:
+            return False
+        return any(self._is_attention(name) for name, _ in model.named_modules())
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """The attention modules, lowest layer first.
@@ -188,16 +190,15 @@ class TransformersBackbone(InterfaceSeam):
         Raises:
             BackboneError: if the model has none, or one of them lacks what the family has.
         """
-        found = [
-            self._site(name, module)
-            for name, module in model.named_modules()
-            if f".{name}".endswith(f".{self.attention}") and "zinit" not in name.split(".")
-        ]
+        found = [self._site(name, module) for name, module in model.named_modules() if self._is_attention(name)]
         if not found:
             raise BackboneError(
                 f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to. {NEXT_STEP}"
             )
         return found
+
+    def _is_attention(self, name: str) -> bool:
+        return f".{name}".endswith(f".{self.attention}") and "zinit" not in name.split(".")
 
     def _site(self, name: str, module: nn.Module) -> AttentionSite:
         for part in (self.query, self.key, self.value):

@@ -142,3 +142,9 @@ def with_real_weights(module: nn.Module) -> nn.Module:
             else:
                 tensor.zero_()
     return copied
+
+
+def random_like(weight: Tensor, *shape: int) -> Tensor:
+    """The same random numbers at every call, on the weight's device and in its dtype."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return numbers.to(weight.device, weight.dtype)

@@ -1,4 +1,7 @@
-"""RoBERTa and encoders laid out like it: ``query``, ``key``, ``value`` in ``attention.self``; cross-attention is left alone."""
+"""RoBERTa and encoders laid out like it: ``query``, ``key`` and ``value`` in ``attention.self``.
+
+Cross-attention lies beside it, in ``crossattention.self``, and is left as it is.
+"""
 
 from zinit.backbones._hf import TransformersBackbone
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.backbones.base import AttentionSite, PrefixSlot, with_real_weights
+from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
 from zinit.errors import BackboneError
 from zinit.prefix import join_words
 
@@ -82,7 +82,13 @@ class Seam:
         dropout = self.host.attn_drop.p if self.host.training else 0.0  # pyright: ignore
         shared = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p=dropout, scale=scale, enable_gqa=shared  # pyright: ignore
+            query,
+            key,
+            value,
+            mask,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=shared,  # pyright: ignore
         )
         return (heads_side_by_side(out), *args[1:])
 
@@ -124,8 +130,10 @@ class TimmBackbone:
     name, default_task, demo_model = "vit", "vtab", ""
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether it is a timm model."""
-        return any(cls.__module__.startswith("timm.") for cls in type(model).__mro__)
+        """Whether it is a timm model, or a part of one that attends."""
+        if not any(cls.__module__.startswith("timm.") for cls in type(model).__mro__):
+            return False
+        return hasattr(model, "pretrained_cfg") or any(is_attention(module) for module in model.modules())
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """The attention modules, lowest layer first.
@@ -200,34 +208,42 @@ def objection(module: Any) -> str:
     site = site_of("", host)
     weight = next(host.parameters())
     first = getattr(host, "num_prefix_tokens", 0)
-    states = torch.randn(1, first + 5, site.width, generator=torch.Generator().manual_seed(0))
-    rope = torch.randn(5, 2 * site.head_dim, generator=torch.Generator().manual_seed(1))
-    states, rope = states.to(weight.device, weight.dtype), rope.to(weight.device, weight.dtype)
+    states = random_like(weight, 1, first + 5, site.width)
+    rope = random_like(weight, 5, 2 * site.head_dim)
     training = {part: part.training for part in host.modules()}
     host.eval()  # no dropout
     try:
-        for given in ({}, {"rope": rope}) if "rope" in parameters else ({},):
-            seam = Seam(host, None)
-            try:
-                host(states, **given)
-                key, value = project_kv(host, states)
-                key = rotate(host, key, given.get("rope"))
-                query, out = seam.query, seam.out
-            finally:
-                seam.remove()
-            if query is None or out is None or query.shape[1:] != (site.num_heads, first + 5, site.head_dim):
-                return "its query does not leave q_norm as (batch, heads, tokens, width of a head)"
-            words = [x.float().repeat_interleave(site.num_heads // site.num_kv_heads, dim=1) for x in (key, value)]
-            plain = heads_side_by_side(F.scaled_dot_product_attention(query.float(), *words, scale=host.scale))
-            slack = 1e-4 if states.dtype == torch.float32 else 3e-2
-            if plain.shape != out.shape or not (plain - out.float()).abs().max() <= slack * plain.abs().max():
-                return (
-                    "its heads' output is not the plain softmax(q k) v of its projections (a relative position bias, "
-                    "a difference of two softmaxes, or the like)"
-                )
+        with torch.autocast(weight.device.type, enabled=False):
+            for given in ({}, {"rope": rope}) if "rope" in parameters else ({},):
+                if reason := difference(host, site, states, given):
+                    return reason
     except Exception as error:  # whatever a model raises that cannot be called on tokens alone
         return f"its forward does not run on plain tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
         for part, mode in training.items():
             part.training = mode
+    return ""
+
+
+def difference(host: Any, site: AttentionSite, states: Tensor, given: dict[str, Tensor]) -> str:
+    """How the module's attention of (1, T, C) differs from that of its projections; empty if it does not."""
+    seam = Seam(host, None)
+    try:
+        host(states, **given)
+    finally:
+        seam.remove()
+    query, out = seam.query, seam.out
+    if query is None or out is None or query.shape[1:] != (site.num_heads, states.shape[1], site.head_dim):
+        return "its query does not leave q_norm as (batch, heads, tokens, width of a head)"
+    key, value = project_kv(host, states)
+    key = rotate(host, key, given.get("rope"))
+    shared_by = site.num_heads // site.num_kv_heads
+    key, value = key.float().repeat_interleave(shared_by, dim=1), value.float().repeat_interleave(shared_by, dim=1)
+    plain = heads_side_by_side(F.scaled_dot_product_attention(query.float(), key, value, scale=host.scale))
+    slack = 1e-4 if states.dtype == torch.float32 else 3e-2
+    if plain.shape != out.shape or not (plain - out.float()).abs().max() <= slack * plain.abs().max():
+        return (
+            "its heads' output is not the plain softmax(q k) v of its projections (a relative position bias, "
+            "a difference of two softmaxes, or the like)"
+        )
     return ""
