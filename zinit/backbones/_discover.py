@@ -26,8 +26,7 @@ from zinit.errors import BackboneError
 PROBE = "zinit_probe"
 TOLERANCE = 1e-3
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|perceiver", re.IGNORECASE)
-STATES = ("hidden_states", "x", "inputs")
-FOREIGN = re.compile(r"key_value|encoder_|cross_|context|^(key|value|k|v|kv)(s|_|$)|latents", re.IGNORECASE)
+FOREIGN = re.compile(r"^(key_value|encoder_hidden|cross_att|context|latents|(keys?|values?|k|v|kv)(_|$))", re.IGNORECASE)
 ROTATIONS = ("position_embeddings", "rotary_pos_emb", "freqs_ci", "freqs_cis", "rotary_position_embeddings")
 NOT_REPRODUCED = {"reorder_and_upcast_attn": "it computes eager attention itself, past the interface"}
 
@@ -106,9 +105,9 @@ class Replay:
 
         AttentionInterface.register(PROBE, listen)
         listener = Listener(host)
-        try:
+        try:  # noqa: SIM105 (torch.compile follows this form)
             type(host).forward(listener, states, **self.arguments(host, states))  # pyright: ignore[reportArgumentType]
-        except Handed:  # noqa: SIM105 (torch.compile follows this form)
+        except Handed:
             pass
         return listener.calls[0]
 
