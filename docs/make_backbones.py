@@ -73,9 +73,7 @@ def check(model: nn.Module, call: Any) -> Result:
     backward(call)
     flows = [n for n in reached if (g := handle.prefixes[n].prompt.weight.grad) is not None and g.abs().max() > 0]
     assert flows == reached, f"{len(reached) - len(flows)} prompts get no gradient"
-    sites = [
-        {"class": type(site.module).__name__, "tower": site.tower, **site.shape()} for site in handle.sites
-    ]
+    sites = [{"class": type(site.module).__name__, "tower": site.tower, **site.shape()} for site in handle.sites]
     backbone = handle.backbone
     get_handle(model).detach()
     same(call(), frozen, "detaching does not restore the output")
@@ -288,15 +286,15 @@ def document(results: dict[tuple[str, str], Result]) -> str:
         if by_inputs:
             lines.append(f"| of these run module by module, for want of generic inputs | {by_inputs} |")
         for status in ("refused", "broken", "not built"):
-            lines.append(f"| {status if status != 'not built' else 'not tried: no tiny model of it'} | {counts[status]} |")
+            lines.append(
+                f"| {status if status != 'not built' else 'not tried: no tiny model of it'} | {counts[status]} |"
+            )
         lines += ["", f"### Supported ({title})", "", "| family | model | backbone | attention |", "|---|---|---|---|"]
         for name, r in sorted(own.items()):
             if r["status"] == "supported":
                 star = "" if r["run"] else " *"
                 reached = "" if r["reached"] == len(r["sites"]) else f"; {r['reached']} reached by the trial's input"
-                lines.append(
-                    f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} |"
-                )
+                lines.append(f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} |")
         for status, heading in (
             ("refused", "Refused"), ("broken", "Broken: attached, but the contract does not hold"),
             ("not built", "Not tried"),

@@ -11,40 +11,34 @@ from torch import Tensor, nn
 WIDTH, HEADS, SHARED, HEAD, LAYERS, VOCABULARY = 64, 4, 2, 16, 4, 300
 LARGEST = 150_000_000
 
-SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), WIDTH),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "moe_intermediate_size",
-         "mlp_dim", "shared_expert_intermediate_size"),
-        WIDTH,
-    ),  # fmt: skip
-    **dict.fromkeys(
-        ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads", "encoder_attention_heads",
-         "decoder_attention_heads"),
-        HEADS,
-    ),  # fmt: skip
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
-         "num_decoder_layers"),
-        LAYERS,
-    ),  # fmt: skip
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
-    "num_key_value_heads": SHARED,
-    "head_dim": HEAD,
-    "d_kv": HEAD,
+LAYER_NAMES = (
+    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_decoder_layers "
+    "num_encoder_layers"
+).split()
+TOKENS = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-    "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ALWAYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
-          "num_decoder_layers", "vocab_size", "vocab_size_per_layer_input", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
-LAYERS_ONLY = tuple(name for name, size in SIZES.items() if size == LAYERS and "layer" in name) + ("depth", "n_layer")
+SIZES: dict[str, int] = {
+    **dict.fromkeys("hidden_size d_model n_embd dim embed_dim embedding_size".split(), WIDTH),
+    **dict.fromkeys("intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff mlp_dim".split(), WIDTH),
+    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), WIDTH),
+    **dict.fromkeys("num_attention_heads num_heads n_head n_heads attention_heads".split(), HEADS),
+    **dict.fromkeys("encoder_attention_heads decoder_attention_heads".split(), HEADS),
+    **dict.fromkeys(LAYER_NAMES, LAYERS),
+    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok moe_topk".split(), 2),
+    **dict.fromkeys("n_group topk_group".split(), 1),
+    **TOKENS,
+    "num_key_value_heads": SHARED,
+    "head_dim": HEAD,
+    "d_kv": HEAD,
+    "max_position_embeddings": 128,
+    "hidden_size_per_layer_input": 8,
+}
 
 
 def shrunk(config_class: Any, names: tuple[str, ...]) -> Any:
@@ -71,8 +65,8 @@ def small_configs(config_class: Any) -> Iterator[Any]:
         everything,
         tuple(name for name in everything if name not in ("head_dim", "num_key_value_heads", "d_kv")),
         tuple(name for name in everything if "expert" not in name and "group" not in name),
-        ALWAYS,
-        LAYERS_ONLY,
+        (*LAYER_NAMES, *TOKENS),
+        tuple(LAYER_NAMES),
         (),
     ):
         try:
@@ -126,7 +120,9 @@ def randomized(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 noise = torch.empty(parameter.shape).normal_(generator=generator)
-                parameter.add_(0.1 * noise) if parameter.dim() < 2 else parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+                parameter.add_(0.1 * noise) if parameter.dim() < 2 else parameter.copy_(
+                    noise / parameter.shape[-1] ** 0.5
+                )
     return model.eval()
 
 
@@ -142,9 +138,16 @@ def inputs_of(model: Any) -> Iterator[dict[str, Tensor]]:
     texts = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}] if "input_ids" in takes else []
     images: list[dict[str, Tensor]] = []
     if "pixel_values" in takes:
-        parts = [model.config, *(getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))]
+        parts = [
+            model.config,
+            *(getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})),
+        ]
         found = [getattr(part, "image_size", None) for part in parts]
-        sizes = [s if isinstance(s, int) else s[0] for s in found if isinstance(s, int) or (s and isinstance(s, (list, tuple)))]
+        sizes = [
+            s if isinstance(s, int) else s[0]
+            for s in found
+            if isinstance(s, int) or (s and isinstance(s, (list, tuple)))
+        ]
         images = [{"pixel_values": torch.randn(2, 3, size, size)} for size in dict.fromkeys([*sizes, 64, 224])]
         images += [{"pixel_values": torch.randn(1, 16, 3, size, size)} for size in sizes]
     sounds: list[dict[str, Tensor]] = []

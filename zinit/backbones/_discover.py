@@ -26,8 +26,11 @@ from zinit.errors import BackboneError
 PROBE = "zinit_probe"
 TOLERANCE = 1e-3
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|perceiver", re.IGNORECASE)
-FOREIGN = re.compile(r"^(key_value|encoder_hidden|cross_att|context|latents|(keys?|values?|k|v|kv)(_|$))", re.IGNORECASE)
+FOREIGN = re.compile(
+    r"^(key_value|encoder_hidden|cross_att|context|latents|(keys?|values?|k|v|kv)(_|$))", re.IGNORECASE
+)
 ROTATIONS = ("position_embeddings", "rotary_pos_emb", "freqs_ci", "freqs_cis", "rotary_position_embeddings")
+DOES_NOT_RUN = "its forward does not run on plain hidden states ({})"
 NOT_REPRODUCED = {"reorder_and_upcast_attn": "it computes eager attention itself, past the interface"}
 
 
@@ -206,27 +209,33 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
+def says_cross(name: str, module: nn.Module) -> str:
+    """Why a module is cross-attention by what it is called or says of itself; empty if it is not."""
+    parent, _, own = name.rpartition(".")
+    if CROSS.search(own) or CROSS.search(type(module).__name__):
+        return "cross-attention by its name"
+    if CROSS.search(parent.rpartition(".")[2]):
+        return "cross-attention by its parent's name"
+    return "cross-attention by its own word" if getattr(module, "is_cross_attention", False) else ""
+
+
 def attends_elsewhere(model: nn.Module, name: str, module: nn.Module) -> str:
     """Why a module is taken for cross-attention and left as it is; empty if it is self-attention.
 
-    A class that serves both ways (BART's, say) is self-attention where its name says so, or where its layer has no
-    other attention.
+    A class that serves both ways (BART's, say) is self-attention where its name says so, or where nothing else in its
+    layer could be.
     """
-    if CROSS.search(name.rpartition(".")[2]) or CROSS.search(type(module).__name__):
-        return "cross-attention by its name"
-    parent_name = name.rpartition(".")[0]
-    if CROSS.search(parent_name.rpartition(".")[2]):
-        return "cross-attention by its parent's name"
-    if getattr(module, "is_cross_attention", False):
-        return "cross-attention by its own word"
+    if reason := says_cross(name, module):
+        return reason
     foreign = [p for p in parameters_of(module) if FOREIGN.search(p.name)]
     required = [p.name for p in foreign if p.default is p.empty]
     if required:
         return f"its forward needs {', '.join(required)} from elsewhere"
-    if foreign and "self" not in name.rpartition(".")[2].lower():
-        siblings = [m for _, m in model.get_submodule(parent_name).named_modules() if m is not module]
-        if any(on_interface(sibling) for sibling in siblings):
-            return f"its forward takes {foreign[0].name}, and it is not its layer's only attention"
+    parent, _, own = name.rpartition(".")
+    if foreign and "self" not in own.lower():
+        for sibling_name, sibling in model.get_submodule(parent).named_modules(prefix=parent):
+            if sibling is not module and on_interface(sibling) and not says_cross(sibling_name, sibling):
+                return f"its forward takes {foreign[0].name}, and {sibling_name} may be the self-attention beside it"
     return ""
 
 
@@ -261,18 +270,20 @@ def site_of(name: str, module: nn.Module) -> AttentionSite:
 
 
 def find_replay(host: nn.Module) -> tuple[Replay | None, tuple[Tensor, ...], str]:
-    """A replay without an objection, and what it handed over; else None, nothing and the last objection."""
-    problem = "its forward does not run on plain hidden states"
+    """A replay without an objection, and what it handed over; else None, nothing and the weightiest objection."""
+    failed: list[str] = []
+    objections: list[str] = []
     for replay in forms(host):
         try:
             handed = replay.run(host, states_of(host, replay))
         except Exception as error:  # the wrong form of call: whatever a model raises then
-            problem = f"its forward does not run on plain hidden states ({type(error).__name__}: {str(error)[:100]})"
+            failed.append(DOES_NOT_RUN.format(f"{type(error).__name__}: {str(error)[:100]}"))
             continue
         problem = objection(host, replay)
         if not problem:
             return replay, handed, ""
-    return None, (), problem
+        objections.append(problem)
+    return None, (), [*objections, *failed, DOES_NOT_RUN.format("it has no linear layers")][0]
 
 
 def forms(host: nn.Module) -> Iterator[Replay]:
@@ -328,7 +339,7 @@ def objection(host: nn.Module, replay: Replay) -> str:
     try:
         type(host).forward(listener, states, **replay.arguments(host, states))  # pyright: ignore[reportArgumentType]
     except Exception as error:
-        return f"its forward does not run on plain hidden states ({type(error).__name__}: {str(error)[:100]})"
+        return DOES_NOT_RUN.format(f"{type(error).__name__}: {str(error)[:100]}")
     if len(listener.calls) != 1:
         return f"it attends {len(listener.calls)} times in one forward"
     query, in_place_key, in_place_value = listener.calls[0]

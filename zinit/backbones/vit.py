@@ -20,6 +20,7 @@ from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_re
 from zinit.errors import BackboneError
 from zinit.prefix import join_words
 
+RELATIVE = ("relative_position_bias_table", "rel_pos", "attention_biases", "cpb_mlp")
 KNOWN = {"x", "rope", "attn_mask", "is_causal"}
 NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
 
@@ -70,26 +71,19 @@ class Seam:
         prefix = self.slot.prefix()
         if prefix is None:
             return None
-        prompts = self.slot.keys_values(self.host, prefix, query.dtype)
-        scale: float = self.host.scale  # pyright: ignore[reportAssignmentType]
+        host: Any = self.host
+        prompts = self.slot.keys_values(host, prefix, query.dtype)
         if prefix.config.separate_softmax:
-            return (args[0] + heads_side_by_side(prefix(query, *prompts, scale)), *args[1:])
-        key, value = project_kv(self.host, given["x"])  # plain prefix tuning attends once more, to both
-        key = rotate(self.host, key, given.get("rope"))
+            return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)), *args[1:])
+        key, value = project_kv(host, given["x"])  # plain prefix tuning attends once more, to prompts and words
+        key = rotate(host, key, given.get("rope"))
         causal = given.get("is_causal", False)
         mask = None if causal else given.get("attn_mask")
         key, value, mask = join_words(query, key, value, mask, causal, prompts)
-        dropout = self.host.attn_drop.p if self.host.training else 0.0  # pyright: ignore
-        shared = key.shape[1] != query.shape[1]
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            mask,
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=shared,  # pyright: ignore
-        )
+        shared_by = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+        dropout = host.attn_drop.p if host.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=host.scale)
         return (heads_side_by_side(out), *args[1:])
 
 
@@ -194,6 +188,8 @@ def site_of(name: str, module: Any) -> AttentionSite:
 @torch.no_grad()
 def objection(module: Any) -> str:
     """Why an attention module cannot take a prefix; empty if it can."""
+    if any(getattr(module, part, None) is not None for part in RELATIVE):
+        return "it adds relative position biases, which zinit does not reproduce"
     for part in ("head_dim", "scale", "q_norm", "k_norm"):
         if not hasattr(module, part):
             return f"it has no {part}, unlike timm's own Attention"
