@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from zinit.backbones._discover import on_interface
 
 WIDTH, HEADS, SHARED, HEAD, LAYERS, VOCABULARY = 64, 4, 2, 16, 4, 300
 LARGEST = 150_000_000
 
-LAYER_NAMES = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_decoder_layers "
-    "num_encoder_layers"
-).split()
+LAYER_NAMES = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+    "num_decoder_layers",
+    "num_encoder_layers",
+]
 TOKENS = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
@@ -23,15 +36,15 @@ TOKENS = {
     "eos_token_id": 2,
 }
 SIZES: dict[str, int] = {
-    **dict.fromkeys("hidden_size d_model n_embd dim embed_dim embedding_size".split(), WIDTH),
-    **dict.fromkeys("intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff mlp_dim".split(), WIDTH),
-    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), WIDTH),
-    **dict.fromkeys("num_attention_heads num_heads n_head n_heads attention_heads".split(), HEADS),
-    **dict.fromkeys("encoder_attention_heads decoder_attention_heads".split(), HEADS),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"], WIDTH),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "mlp_dim"], WIDTH),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], WIDTH),
+    **dict.fromkeys(["num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"], HEADS),
+    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], HEADS),
     **dict.fromkeys(LAYER_NAMES, LAYERS),
-    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok moe_topk".split(), 2),
-    **dict.fromkeys("n_group topk_group".split(), 1),
+    **dict.fromkeys(["num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk"], 2),
+    **dict.fromkeys(["n_group", "topk_group"], 1),
     **TOKENS,
     "num_key_value_heads": SHARED,
     "head_dim": HEAD,
@@ -53,7 +66,7 @@ def shrunk(config_class: Any, names: tuple[str, ...]) -> Any:
                 changes[name] = HEADS
         elif hasattr(type(value), "sub_configs") and type(value).model_type:
             changes[name] = shrunk(type(value), names)
-    if isinstance(vars(default).get("image_size"), int) and isinstance(vars(default).get("patch_size"), int):
+    if names and isinstance(vars(default).get("image_size"), int) and isinstance(vars(default).get("patch_size"), int):
         changes["image_size"] = 2 * default.patch_size
     return config_class(**changes)
 
@@ -65,6 +78,7 @@ def small_configs(config_class: Any) -> Iterator[Any]:
         everything,
         tuple(name for name in everything if name not in ("head_dim", "num_key_value_heads", "d_kv")),
         tuple(name for name in everything if "expert" not in name and "group" not in name),
+        tuple(name for name in everything if name not in LAYER_NAMES),
         (*LAYER_NAMES, *TOKENS),
         tuple(LAYER_NAMES),
         (),
@@ -78,19 +92,16 @@ def small_configs(config_class: Any) -> Iterator[Any]:
 def tiny_transformer(model_type: str) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """The family's base model, and inputs; None where none of ours is what it wants.
 
+    The smallest model that runs and has attention on the interface; else one that runs; else one that can be built.
+
     Raises:
         RuntimeError: if no size that we know to choose works, with the last reason.
     """
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
     last: Exception = RuntimeError("none of the sizes can be configured")
+    runs: tuple[nn.Module, dict[str, Tensor] | None] | None = None
     built: nn.Module | None = None
     for config in small_configs(CONFIG_MAPPING[model_type]):
         try:
-            model_class = MODEL_MAPPING[type(config)]
-            model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
             with torch.device("meta"):
                 size = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
             if size > LARGEST:
@@ -100,17 +111,28 @@ def tiny_transformer(model_type: str) -> tuple[nn.Module, dict[str, Tensor] | No
         except Exception as error:
             last = error
             continue
-        for inputs in inputs_of(model):
-            try:
-                with torch.no_grad():
-                    if floats(model(**inputs)):
-                        return model, inputs
-            except Exception:  # not what this model takes
-                continue
-        built = built or model
+        attends = any(on_interface(module) for module in model.modules())
+        inputs = next((inputs for inputs in inputs_of(model) if runs_on(model, inputs)), None)
+        if attends and inputs is not None:
+            return model, inputs
+        runs = runs or (None if inputs is None else (model, inputs))
+        built = model if attends or built is None else built
+        if "get_interface(" not in inspect.getsource(sys.modules[type(model).__module__]) and inputs is not None:
+            break  # no size will change that
+    if runs is not None:
+        return runs
     if built is None:
         raise RuntimeError(f"{type(last).__name__}: {str(last).splitlines()[0][:120] if str(last) else ''}")
     return built, None
+
+
+def runs_on(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Whether the model takes these inputs and gives numbers."""
+    try:
+        with torch.no_grad():
+            return bool(floats(model(**inputs)))
+    except Exception:  # not what this model takes
+        return False
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -128,8 +150,6 @@ def randomized(model: nn.Module) -> nn.Module:
 
 def inputs_of(model: Any) -> Iterator[dict[str, Tensor]]:
     """Inputs to try."""
-    import inspect
-
     takes = inspect.signature(model.forward).parameters
     ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

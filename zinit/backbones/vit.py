@@ -190,6 +190,8 @@ def objection(module: Any) -> str:
     """Why an attention module cannot take a prefix; empty if it can."""
     if any(getattr(module, part, None) is not None for part in RELATIVE):
         return "it adds relative position biases, which zinit does not reproduce"
+    if hasattr(module, "lambda_init"):
+        return "it attends by the difference of two softmaxes, which zinit does not reproduce"
     for part in ("head_dim", "scale", "q_norm", "k_norm"):
         if not hasattr(module, part):
             return f"it has no {part}, unlike timm's own Attention"
