@@ -10,6 +10,8 @@ are open, and detaching restores the output and the names of the state. Each fam
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -184,6 +186,8 @@ def smallest_of_timm(module: str) -> dict[str, str]:
     import timm
 
     kinds: dict[str, tuple[int, str]] = {}
+    if "attn" not in inspect.getsource(importlib.import_module(f"timm.models.{module}")).lower():
+        return {}
     for name in timm.list_models(module=module):
         with torch.device("meta"):
             try:
@@ -334,10 +338,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     files = [] if arguments.only else (arguments.timm_only or timm.list_modules())
     families = [] if arguments.timm_only else (arguments.only or sorted(MODEL_MAPPING_NAMES))
+    results = run_all([("transformers", name) for name in families], arguments.jobs)
     listed = run_all([("timm-list", name) for name in files], arguments.jobs)
     variants = sorted({v for r in listed.values() for v in r.get("variants", {}).values()})
-    work = [("transformers", name) for name in families] + [("timm", name) for name in variants]
-    results = run_all(work, arguments.jobs)
+    results |= run_all([("timm", name) for name in variants], arguments.jobs)
     if arguments.results:
         arguments.results.write_text(json.dumps([[*key, value] for key, value in results.items()]))
     arguments.output.write_text(document(results))
