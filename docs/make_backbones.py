@@ -1,6 +1,6 @@
 """Writes docs/backbones.md: which families of the installed transformers and timm take a prefix, by trying each.
 
-    python -m docs.make_backbones [--jobs 2] [--only NAME ...] [--output docs/backbones.md]
+    python -m docs.make_backbones [--jobs 2] [--log FILE] [--only NAME ...] [--output docs/backbones.md]
 
 For every family a tiny random model is built and run; a prefix is attached to all its sites; then these must hold:
 a closed gate changes no bit, an open one changes the output, gradients reach the gates, and the prompts once the gates
@@ -34,7 +34,7 @@ from zinit.attach import get_handle
 from zinit.backbones._discover import FOREIGN, Replay, states_of
 from zinit.errors import BackboneError
 
-TIMEOUT = 90
+TIMEOUT = 60
 Result = dict[str, Any]
 
 
@@ -228,11 +228,21 @@ def in_child(library: str, name: str, pipe: Connection) -> None:
     os._exit(0)
 
 
-def run_all(work: list[tuple[str, str]], jobs: int) -> dict[tuple[str, str], Result]:
-    """Runs (library, family) pairs, so many at a time."""
+def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tuple[str, str], Result]:
+    """Runs (library, family) pairs, so many at a time; those that the log knows already are not run again."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(work)), {}
-    results: dict[tuple[str, str], Result] = {}
+    lines = log.read_text().splitlines() if log is not None and log.exists() else []
+    known = {(library, name): result for library, name, result in map(json.loads, lines)}
+    results: dict[tuple[str, str], Result] = {key: known[key] for key in work if key in known}
+    waiting, running = [key for key in reversed(work) if key not in known], {}
+
+    def done(library: str, name: str, result: Result) -> None:
+        results[library, name] = result
+        print(f"{len(results)}/{len(work)} {library} {name}: {result['status']}", flush=True)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps([library, name, result]) + "\n")
+
     while waiting or running:
         while waiting and len(running) < jobs:
             library, name = waiting.pop()
@@ -244,17 +254,16 @@ def run_all(work: list[tuple[str, str]], jobs: int) -> dict[tuple[str, str], Res
         for pipe in wait(list(running), timeout=1):
             library, name, process, _ = running.pop(pipe)  # pyright: ignore
             try:
-                results[library, name] = json.loads(pipe.recv())  # pyright: ignore
+                done(library, name, json.loads(pipe.recv()))  # pyright: ignore
             except EOFError:
-                results[library, name] = {"status": "not built", "reason": "its process died"}
+                done(library, name, {"status": "not built", "reason": "its process died"})
             process.join()
-            print(f"{len(results)}/{len(work)} {library} {name}: {results[library, name]['status']}", flush=True)
         for pipe, (library, name, process, since) in list(running.items()):
             if time.monotonic() - since > TIMEOUT:
                 process.kill()
                 process.join()
                 del running[pipe]
-                results[library, name] = {"status": "not built", "reason": f"it takes more than {TIMEOUT} s"}
+                done(library, name, {"status": "not built", "reason": f"it takes more than {TIMEOUT} s"})
     return results
 
 
@@ -329,21 +338,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families of transformers; none of timm then")
     parser.add_argument("--timm-only", nargs="*", help="files of timm; none of transformers then")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("backbones.md"))
-    parser.add_argument("--results", type=Path, help="also write the raw results here, as JSON")
+    parser.add_argument("--log", type=Path, help="raw results, a JSON line each; a second run goes on from there")
     arguments = parser.parse_args()
     import timm
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for name in ("llama", "clip", "swin"):  # imports here what every child would import for itself
+        try_transformers(name)
     files = [] if arguments.only else (arguments.timm_only or timm.list_modules())
     families = [] if arguments.timm_only else (arguments.only or sorted(MODEL_MAPPING_NAMES))
-    results = run_all([("transformers", name) for name in families], arguments.jobs)
-    listed = run_all([("timm-list", name) for name in files], arguments.jobs)
+    results = run_all([("transformers", name) for name in families], arguments.jobs, arguments.log)
+    listed = run_all([("timm-list", name) for name in files], arguments.jobs, arguments.log)
     variants = sorted({v for r in listed.values() for v in r.get("variants", {}).values()})
-    results |= run_all([("timm", name) for name in variants], arguments.jobs)
-    if arguments.results:
-        arguments.results.write_text(json.dumps([[*key, value] for key, value in results.items()]))
+    results |= run_all([("timm", name) for name in variants], arguments.jobs, arguments.log)
     arguments.output.write_text(document(results))
 
 

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zinit.backbones._discover import on_interface
 
 WIDTH, HEADS, SHARED, HEAD, LAYERS, VOCABULARY = 64, 4, 2, 16, 4, 300
-LARGEST = 150_000_000
+LARGEST = 100_000_000
 
 LAYER_NAMES = [
     "num_hidden_layers",

@@ -272,12 +272,15 @@ def site_of(name: str, module: nn.Module) -> AttentionSite:
 def find_replay(host: nn.Module) -> tuple[Replay | None, tuple[Tensor, ...], str]:
     """A replay without an objection, and what it handed over; else None, nothing and the weightiest objection."""
     failed: list[str] = []
+    rotated = False
     objections: list[str] = []
     for replay in forms(host):
         try:
             handed = replay.run(host, states_of(host, replay))
         except Exception as error:  # the wrong form of call: whatever a model raises then
-            failed.append(DOES_NOT_RUN.format(f"{type(error).__name__}: {str(error)[:100]}"))
+            place = 0 if replay.rotation == "pair" and not rotated else len(failed)  # the most telling one first
+            rotated = rotated or replay.rotation == "pair"
+            failed.insert(place, DOES_NOT_RUN.format(f"{type(error).__name__}: {str(error)[:100]}"))
             continue
         problem = objection(host, replay)
         if not problem:

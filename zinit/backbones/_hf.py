@@ -12,6 +12,7 @@ a prefix are not touched.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -122,14 +123,22 @@ def attention_home(module: nn.Module) -> tuple[Attention, Any]:
     Raises:
         BackboneError: if the module does not use the attention interface.
     """
-    for cls in type(module).__mro__:
+    home = _home_of(type(module))
+    if home is None:
+        raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
+    return home
+
+
+@functools.cache
+def _home_of(attention: type) -> tuple[Attention, Any] | None:
+    for cls in attention.__mro__:
         home = sys.modules[cls.__module__]
         for function in vars(cls).values():
             names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
             eager = [name for name in names if name.endswith("eager_attention_forward") and hasattr(home, name)]
             if "get_interface" in names and eager and hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
                 return getattr(home, eager[0]), home.ALL_ATTENTION_FUNCTIONS
-    raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
+    return None
 
 
 class InterfaceSeam:
