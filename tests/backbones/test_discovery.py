@@ -181,9 +181,17 @@ def wants_more(forward: Any) -> Any:
     return changed
 
 
+def takes_more_values(forward: Any) -> Any:
+    def changed(self: Any, hidden_states: Tensor, position_embeddings: Any = None, value_embeds: Any = None) -> Any:
+        return forward(self, hidden_states, position_embeddings)
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (takes_more_values, "takes value_embeds besides"),
         (shifts_tokens, "values depend on the neighbouring tokens"),
         (adds_positions, "values depend on the neighbouring tokens or on the position"),
         (attends_twice, "attends 2 times"),

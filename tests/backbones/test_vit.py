@@ -185,7 +185,7 @@ def test_refused_with_the_reason(name: str) -> None:
 
 def test_the_difference_of_two_softmaxes_is_refused() -> None:
     before = timm_vit(attn_layer="diff")
-    with pytest.raises(zinit.BackboneError, match="DiffAttention.*difference of two softmaxes"):
+    with pytest.raises(zinit.BackboneError, match=r"DiffAttention.*difference of two softmaxes"):
         zinit.attach(before)
 
 

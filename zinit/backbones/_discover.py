@@ -30,6 +30,7 @@ FOREIGN = re.compile(
     r"^(key_value|encoder_hidden|cross_att|context|latents|(keys?|values?|k|v|kv)(_|$))", re.IGNORECASE
 )
 ROTATIONS = ("position_embeddings", "rotary_pos_emb", "freqs_ci", "freqs_cis", "rotary_position_embeddings")
+ADDED = re.compile(r"(key|value)s?_(?!value|states|hidden)", re.IGNORECASE)  # to keys or values, from elsewhere
 DOES_NOT_RUN = "its forward does not run on plain hidden states ({})"
 NOT_REPRODUCED = {"reorder_and_upcast_attn": "it computes eager attention itself, past the interface"}
 
@@ -251,6 +252,9 @@ def site_of(name: str, module: nn.Module) -> AttentionSite:
     for option, reason in NOT_REPRODUCED.items():
         if getattr(module, option, False):
             raise BackboneError(f"{what} cannot take a prefix with {option}=True: {reason}. Set it to False.")
+    for parameter in parameters_of(module):
+        if ADDED.match(parameter.name):
+            raise BackboneError(f"{what} cannot take a prefix: its forward takes {parameter.name} besides. {part}")
     host = with_real_weights(module)
     with torch.autocast(next(iter(host.parameters())).device.type, enabled=False):
         replay, handed, problem = find_replay(host)
