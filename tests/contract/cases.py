@@ -239,11 +239,7 @@ CASES: list[Case] = [
             "eva": timm_eva,
         }.items()
     ),
-    Case(
-        name="gpt2",
-        backbone="transformers",
-        build=lambda: causal_lm("GPT2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
-    ),
+    Case(name="gpt-neox", backbone="transformers", build=lambda: causal_lm("GPTNeoX")),
     Case(
         name="deepseek-v3",
         backbone="transformers",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -162,9 +163,10 @@ class Discovered(InterfaceSeam):
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it is a transformers model, or a part of one that attends."""
-        from transformers import PreTrainedModel
-
-        return isinstance(model, PreTrainedModel) or any(on_interface(module) for module in model.modules())
+        home = sys.modules.get("transformers.modeling_utils")
+        if home is None:
+            return False
+        return isinstance(model, home.PreTrainedModel) or any(on_interface(module) for module in model.modules())
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """The self-attention modules that use the interface, lowest layer first.
