@@ -184,10 +184,15 @@ def fingerprint(model: nn.Module, sites: list[AttentionSite]) -> dict[str, Any]:
     """What an adapter must find again: the family, the number and shape of the layers, and a sample of the weights."""
     config = getattr(model, "config", None)
     first = sites[0]
+    towers: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        towers.setdefault(site.tower, []).append(site)
+    several = {tower: [len(own), own[0].width] for tower, own in towers.items()} if len(towers) > 1 else None
     return {
         "type": getattr(config, "model_type", type(model).__name__),
         "num_layers": len(sites),
         **first.shape(),
+        **({} if several is None else {"towers": several}),
         "key_probe": _key_probe(first),
         "name_or_path": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", None),

@@ -79,7 +79,10 @@ class PrefixConfig(JsonConfig):
     Args:
         length: K, prompts per adapted layer. Paper (Alpaca): 10.
         layers: L, how many of the topmost layers; ``None`` is all of them; a tuple names absolute 0-based layers.
-            Paper (LLaMA-7B): 30 of 32.
+            Paper (LLaMA-7B): 30 of 32. In a model of several towers (CLIP's text and vision model, an encoder and a
+            decoder) each tower counts its own layers.
+        towers: which towers get a prefix, each named by its path in the model or a part of it (``"vision_model"``);
+            ``None`` is all of them.
         gate: how a stored gate is squashed: ``"tanh"`` (ICLR version, Eq. 7, and the reference's training code) or
             ``"identity"`` (first arXiv versions, the reference's inference code, PEFT, LitGPT).
         gate_per: one gate per ``"head"`` (all versions of the paper, "in practice") or one per ``"layer"``.
@@ -95,6 +98,7 @@ class PrefixConfig(JsonConfig):
 
     length: int = 10
     layers: int | tuple[int, ...] | None = None
+    towers: tuple[str, ...] | None = None
     gate: Literal["tanh", "identity"] = "tanh"
     gate_per: Literal["head", "layer"] = "head"
     gate_init: float | Literal["random"] = 0.0
@@ -120,6 +124,16 @@ class PrefixConfig(JsonConfig):
             raise ConfigError(
                 f"layers must be a count of topmost layers (at least 1), a list of 0-based layers, or null for all; "
                 f"got {self.layers!r}."
+            )
+        if isinstance(self.towers, list):
+            object.__setattr__(self, "towers", tuple(self.towers))
+        if self.towers is not None and (
+            not isinstance(self.towers, tuple)
+            or not self.towers
+            or not all(isinstance(t, str) and t for t in self.towers)
+        ):
+            raise ConfigError(
+                f"towers must be a list of names such as ['vision_model'], or null for all; got {self.towers!r}."
             )
         if isinstance(self.gate_init, str):
             if self.gate_init != "random":

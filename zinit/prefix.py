@@ -57,6 +57,7 @@ class ZeroGatedPrefix(nn.Module):
         num_heads: H.
         num_kv_heads: G.
         head_dim: D.
+        value_dim: width of a value head where it is not D.
         device: where the parameters live.
         generator: a CPU generator that the random start is drawn from (default: torch's own).
 
@@ -72,6 +73,7 @@ class ZeroGatedPrefix(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        value_dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -90,7 +92,7 @@ class ZeroGatedPrefix(nn.Module):
             self.prompt = PromptTable(config.init_std * normal(config.length, width))
         else:
             self.key = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
-            self.value = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
+            self.value = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, value_dim or head_dim))
         if config.gating:
             start = normal(num_heads if config.gate_per == "head" else 1)
             self.gate = nn.Parameter(

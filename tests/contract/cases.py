@@ -35,8 +35,9 @@ def randomized(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.empty(parameter.shape).normal_(generator=generator)
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * noise)
+            if parameter.dim() < 2:
+                start = parameter if parameter.unique().numel() == 1 else 0  # else it was drawn, from torch's generator
+                parameter.copy_(start + 0.2 * noise)
             else:
                 parameter.copy_(noise * 1.2 / parameter.shape[-1] ** 0.5)
     return model.eval()
@@ -60,7 +61,99 @@ def causal_lm(kind: str, **changes: Any) -> nn.Module:
     }
     config = getattr(transformers, f"{kind}Config")(**settings | changes)
     config._attn_implementation = "sdpa"
-    return randomized(getattr(transformers, f"{kind}ForCausalLM")(config))
+    return randomized(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def encoder(kind: str, **changes: Any) -> nn.Module:
+    """A masked language model of three bidirectional layers: C 32, H 4, D 8 unless changed."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "embedding_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    config = getattr(transformers, f"{kind}Config")(**settings | changes)
+    config._attn_implementation = "sdpa"
+    return randomized(transformers.AutoModelForMaskedLM.from_config(config))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL_TEXT = SMALL | {"vocab_size": 61, "max_position_embeddings": 64, "eos_token_id": 2}
+SMALL_VISION = SMALL | {"image_size": 16, "patch_size": 4}
+
+
+def clip_tower(kind: str) -> nn.Module:
+    """CLIP's text ("Text") or vision ("Vision") model alone."""
+    import transformers
+
+    config = getattr(transformers, f"CLIP{kind}Config")(**{"Text": SMALL_TEXT, "Vision": SMALL_VISION}[kind])
+    config._attn_implementation = "sdpa"
+    return randomized(getattr(transformers, f"CLIP{kind}Model")(config))
+
+
+def timm_vit(*, fused: bool = True, **changes: Any) -> nn.Module:
+    """timm's Vision Transformer of three layers: C 32, H 4, D 8, 16 patches."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
+    return set_fused(randomized(VisionTransformer(**shape | changes)), fused)
+
+
+def timm_eva(*, fused: bool = True, **changes: Any) -> nn.Module:
+    """timm's EVA of three layers: rotations, optionally with norms inside the attention."""
+    from timm.models.eva import Eva
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
+    return set_fused(randomized(Eva(**shape | {"use_rot_pos_emb": True, "qkv_fused": False} | changes)), fused)
+
+
+def set_fused(model: nn.Module, fused: bool) -> nn.Module:
+    """Chooses between timm's two ways to attend."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def image_batch(padding: str) -> Batch:
+    """Three images of 16 x 16; there is nothing to pad."""
+    return {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def last_hidden(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    return model(**batch, **kwargs).last_hidden_state
+
+
+def class_scores(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)  # timm casts nothing
+    return model(pixels, **kwargs)
+
+
+def clip() -> nn.Module:
+    """A whole CLIP: two towers of three layers, both 32 wide."""
+    import transformers
+
+    config = transformers.CLIPConfig(text_config=SMALL_TEXT, vision_config=SMALL_VISION, projection_dim=16)
+    config._attn_implementation = "sdpa"
+    return randomized(transformers.CLIPModel(config))
+
+
+def caption_batch(padding: str) -> Batch:
+    """Three images with their captions."""
+    return text_batch(padding) | image_batch(padding)
+
+
+def both_embeddings(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    output = model(**batch, **kwargs)
+    return torch.cat([output.image_embeds, output.text_embeds], dim=-1)
 
 
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
@@ -106,4 +199,59 @@ CASES: list[Case] = [
     ),
     Case(name="mistral", backbone="llama", build=lambda: causal_lm("Mistral", sliding_window=4)),
     Case(name="qwen2", backbone="llama", build=lambda: causal_lm("Qwen2")),
+    *(
+        Case(name=name, backbone="roberta", build=lambda kind=kind: encoder(kind), generates=False)
+        for name, kind in {
+            "roberta": "Roberta",
+            "bert": "Bert",
+            "camembert": "Camembert",
+            "electra": "Electra",
+            "xlm-roberta": "XLMRoberta",
+        }.items()
+    ),
+    Case(name="clip", backbone="clip", build=clip, batch=caption_batch, output=both_embeddings, generates=False),
+    Case(
+        name="clip-vision",
+        backbone="clip",
+        build=lambda: clip_tower("Vision"),
+        batch=image_batch,
+        output=last_hidden,
+        paddings=(),
+        generates=False,
+    ),
+    Case(name="clip-text", backbone="clip", build=lambda: clip_tower("Text"), output=last_hidden, generates=False),
+    *(
+        Case(
+            name=name,
+            backbone="vit",
+            build=build,
+            batch=image_batch,
+            output=class_scores,
+            paddings=(),
+            implementations=(),
+            generates=False,
+        )
+        for name, build in {
+            "vit": timm_vit,
+            "vit-norms-registers-unfused": lambda: timm_vit(
+                fused=False, qk_norm=True, scale_attn_norm=True, reg_tokens=2, no_embed_class=True, init_values=0.5
+            ),
+            "eva": timm_eva,
+        }.items()
+    ),
+    Case(name="gpt-neox", backbone="transformers", build=lambda: causal_lm("GPTNeoX")),
+    Case(
+        name="deepseek-v3",
+        backbone="transformers",
+        build=lambda: causal_lm(
+            "DeepseekV3",
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=6,
+            first_k_dense_replace=3,
+        ),
+    ),
 ]

@@ -122,9 +122,11 @@ def test_sites_go_from_the_lowest_layer_up(case: Case) -> None:
         assert model.get_submodule(site.name) is site.module
         assert site.num_heads % site.num_kv_heads == 0
         key, value = site.project_kv(site.module, torch.randn(5, site.width))
-        assert key.shape == value.shape == (1, site.num_kv_heads, 5, site.head_dim)
+        assert key.shape == (1, site.num_kv_heads, 5, site.head_dim)
+        assert value.shape == (*key.shape[:-1], site.value_dim or site.head_dim)
         key, value = site.project_kv(site.module, torch.randn(2, 5, site.width))
-        assert key.shape == value.shape == (2, site.num_kv_heads, 5, site.head_dim)
+        assert key.shape == (2, site.num_kv_heads, 5, site.head_dim)
+        assert value.shape == (*key.shape[:-1], site.value_dim or site.head_dim)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +134,12 @@ def test_sites_go_from_the_lowest_layer_up(case: Case) -> None:
 )
 def test_it_goes_to_the_layers_that_were_asked_for(case: Case, layers: Any, expected: tuple[int, ...]) -> None:
     model = case.build()
-    sites = BACKBONES.get(case.backbone).sites(model)
-    assert len(sites) == 3, "the tiny models have three layers"
+    towers: dict[str, list[str]] = {}
+    for site in BACKBONES.get(case.backbone).sites(model):
+        towers.setdefault(site.tower, []).append(site.name)
+    assert all(len(sites) == 3 for sites in towers.values()), "the tiny models have three layers in each tower"
     handle = zinit.attach(model, zinit.PrefixConfig(length=2, layers=layers))
-    names = [sites[index].name for index in expected]
+    names = [sites[index] for sites in towers.values() for index in expected]
     assert list(handle.prefixes) == list(handle.gates()) == [site.name for site in handle.sites] == names
     assert [name for name, module in model.named_modules() if isinstance(module, PrefixSlot)] == [
         f"{name}.zinit" for name in names
@@ -202,7 +206,10 @@ def test_attention_weights_are_still_the_words(case: Case) -> None:
     model: Any = case.build()
     model.set_attn_implementation("eager")
     batch = case.batch("none")
-    frozen = model(**batch, output_attentions=True).attentions
+    output = model(**batch, output_attentions=True)
+    if not hasattr(output, "attentions"):
+        pytest.skip("its output has none of its own")
+    frozen = output.attentions
     handle = zinit.attach(model, CLOSED)
     for now, before in zip(model(**batch, output_attentions=True).attentions, frozen, strict=True):
         assert torch.equal(now, before)
@@ -390,7 +397,7 @@ def test_learning_makes_the_loss_fall(case: Case) -> None:
     handle = zinit.attach(model, CLOSED)
     optimizer = torch.optim.Adam(handle.parameters(), lr=0.05)
     losses: list[float] = []
-    for _ in range(8):
+    for _ in range(20):
         loss = loss_of(case, model)
         loss.backward()
         optimizer.step()
@@ -411,6 +418,8 @@ def test_gradient_checkpointing_agrees(case: Case, reentrant: bool) -> None:
     counted: list[int] = []
     handle.sites[-1].module.register_forward_hook(lambda *_: counted.append(1))
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant and "input_ids" not in case.batch("none"):  # torch's own condition; transformers sees to it for text
+        model.enable_input_require_grads()
     loss_of(case, model).backward()
     assert len(counted) == 2, "the layer was not recomputed"
     for name, grad in gradients(handle).items():
@@ -719,6 +728,6 @@ def test_the_cases_can_tell_right_from_wrong(case: Case) -> None:
     one, two = case.build(), case.build()
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-        assert a.unique().numel() > 1, name
+        assert a.dim() == 0 or a.unique().numel() > 1, name
     assert not torch.equal(next(randomized(one).parameters()), torch.zeros(()))
     assert isinstance(zinit.attach(one, CLOSED).sites[0].module.zinit, PrefixSlot)

@@ -12,16 +12,26 @@ if TYPE_CHECKING:
 
     from zinit.backbones.base import Backbone
 
-BACKBONES = Registry("backbone", {"llama": "zinit.backbones.llama:LLAMA"})
+DISCOVERY = "transformers"
+BACKBONES = Registry(
+    "backbone",
+    {
+        "clip": "zinit.backbones.clip:CLIP",
+        "llama": "zinit.backbones.llama:LLAMA",
+        "roberta": "zinit.backbones.roberta:ROBERTA",
+        "vit": "zinit.backbones.vit:VIT",
+        DISCOVERY: "zinit.backbones._discover:TRANSFORMERS",
+    },
+)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The registered backbone that knows this model.
+    """The registered backbone that knows this model; discovery is asked last.
 
     Raises:
         BackboneError: if none does.
     """
-    for name in BACKBONES:
+    for name in sorted(BACKBONES, key=lambda name: name == DISCOVERY):
         backbone: Backbone = BACKBONES.get(name)
         if backbone.matches(model):
             return backbone

@@ -12,6 +12,8 @@ a prefix are not touched.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,21 +117,52 @@ def attend(
     return out + addition.transpose(1, 2), weights
 
 
-def attention_home(module: nn.Module) -> Any:
-    """The file that defines an attention module: it holds the eager version and the registry the module looks in.
+def attention_home(module: nn.Module) -> tuple[Attention, Any]:
+    """The eager attention that a module falls back on, and the registry of attention functions it looks in.
 
     Raises:
         BackboneError: if the module does not use the attention interface.
     """
-    for cls in type(module).__mro__:
+    home = _home_of(type(module))
+    if home is None:
+        raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
+    return home
+
+
+@functools.cache
+def _home_of(attention: type) -> tuple[Attention, Any] | None:
+    for cls in attention.__mro__:
         home = sys.modules[cls.__module__]
-        if hasattr(home, "ALL_ATTENTION_FUNCTIONS") and hasattr(home, "eager_attention_forward"):
-            return home
-    raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
+        for function in vars(cls).values():
+            names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+            eager = [name for name in names if name.endswith("eager_attention_forward") and hasattr(home, name)]
+            if "get_interface" in names and eager and hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
+                return getattr(home, eager[0]), home.ALL_ATTENTION_FUNCTIONS
+    return None
+
+
+class InterfaceSeam:
+    """How a prefix gets into an attention module that looks its implementation up by its config."""
+
+    def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
+        """Adds the child ``zinit`` and routes the module through `attend`."""
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.register(IMPLEMENTATION, attend)
+        host: Any = site.module
+        home = attention_home(host)
+        host.add_module("zinit", slot)
+        host.config = ConfigView(host.config, *home)
+
+    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
+        """Takes the child and the view away again."""
+        host: Any = site.module
+        del host.zinit
+        host.config = host.config.zinit_host
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformersBackbone:
+class TransformersBackbone(InterfaceSeam):
     """A transformers family whose attention has separate key and value projections.
 
     Args:
@@ -137,7 +170,8 @@ class TransformersBackbone:
         default_task: what `zinit train` does with it unless told otherwise.
         demo_model: address of a function that says where the embedded model lies; empty if there is none.
         model_types: ``config.model_type`` of the models it knows.
-        attention: attribute name of the attention modules inside a layer.
+        attention: how the attention modules' paths end, in whole parts ("attention.self").
+        head_dim: attribute name of the width of a head.
         query: attribute names of the projections, linear modules.
         key: see ``query``.
         value: see ``query``.
@@ -148,13 +182,16 @@ class TransformersBackbone:
     demo_model: str = ""
     model_types: tuple[str, ...]
     attention: str = "self_attn"
+    head_dim: str = "head_dim"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether the model's config names one of the family's types."""
-        return getattr(getattr(model, "config", None), "model_type", None) in self.model_types
+        """Whether the config of a model, or of a part of one that attends, names one of the family's types."""
+        if getattr(getattr(model, "config", None), "model_type", None) not in self.model_types:
+            return False
+        return any(self._is_attention(name) for name, _ in model.named_modules())
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """The attention modules, lowest layer first.
@@ -162,27 +199,26 @@ class TransformersBackbone:
         Raises:
             BackboneError: if the model has none, or one of them lacks what the family has.
         """
-        found = [
-            self._site(name, module)
-            for name, module in model.named_modules()
-            if name.rpartition(".")[2] == self.attention and "zinit" not in name.split(".")
-        ]
+        found = [self._site(name, module) for name, module in model.named_modules() if self._is_attention(name)]
         if not found:
             raise BackboneError(
                 f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to. {NEXT_STEP}"
             )
         return found
 
+    def _is_attention(self, name: str) -> bool:
+        return f".{name}".endswith(f".{self.attention}") and "zinit" not in name.split(".")
+
     def _site(self, name: str, module: nn.Module) -> AttentionSite:
         for part in (self.query, self.key, self.value):
             if not hasattr(getattr(module, part, None), "out_features"):
                 raise BackboneError(f"{name} ({type(module).__name__}) has no linear projection {part!r}. {NEXT_STEP}")
-        if not hasattr(module, "head_dim") or not hasattr(module, "config"):
+        if not hasattr(module, self.head_dim) or not hasattr(module, "config"):
             raise BackboneError(
-                f"{name} ({type(module).__name__}) does not say its head_dim or its config. {NEXT_STEP}"
+                f"{name} ({type(module).__name__}) does not say its {self.head_dim} or its config. {NEXT_STEP}"
             )
         query, key = getattr(module, self.query), getattr(module, self.key)
-        head_dim = int(module.head_dim)  # pyright: ignore[reportArgumentType]
+        head_dim = int(getattr(module, self.head_dim))
         return AttentionSite(
             name=name,
             module=module,
@@ -197,29 +233,11 @@ class TransformersBackbone:
     def project_kv(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(K, C) or (B, K, C) through the host's frozen projections, their biases included; no norm, no rotation."""
         tokens = tokens if tokens.dim() == 3 else tokens[None]
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2)  # pyright: ignore[reportArgumentType]
-
-        return heads(getattr(host, self.key)(tokens)), heads(getattr(host, self.value)(tokens))
+        return self._heads(host, self.key, tokens), self._heads(host, self.value, tokens)
 
     def project_query(self, host: nn.Module, tokens: Tensor) -> Tensor:
         """(K, C) through the host's frozen query projection to (1, H, K, D); no norm, no rotation."""
-        query = getattr(host, self.query)(tokens[None])
-        return query.unflatten(-1, (-1, host.head_dim)).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+        return self._heads(host, self.query, tokens[None])
 
-    def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
-        """Adds the child ``zinit`` and routes the module through `attend`."""
-        from transformers.modeling_utils import AttentionInterface
-
-        AttentionInterface.register(IMPLEMENTATION, attend)
-        host: Any = site.module
-        home = attention_home(host)
-        host.add_module("zinit", slot)
-        host.config = ConfigView(host.config, home.eager_attention_forward, home.ALL_ATTENTION_FUNCTIONS)
-
-    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
-        """Takes the child and the view away again."""
-        host: Any = site.module
-        del host.zinit
-        host.config = host.config.zinit_host
+    def _heads(self, host: nn.Module, projection: str, tokens: Tensor) -> Tensor:
+        return getattr(host, projection)(tokens).unflatten(-1, (-1, getattr(host, self.head_dim))).transpose(1, 2)

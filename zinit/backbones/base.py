@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,7 @@ class AttentionSite:
         num_heads: H.
         num_kv_heads: G, divides H.
         head_dim: D, read from the module, never C // H.
+        value_dim: width of a value head where it is not D.
         project_kv: the host's frozen key and value projections.
         project_query: (host module, (K, C)) to (1, H, K, D), neither normalised nor rotated; only importers of
             other implementations' files ask, and a backbone need not answer.
@@ -39,10 +41,19 @@ class AttentionSite:
     head_dim: int
     project_kv: ProjectHostKV
     project_query: Callable[[nn.Module, Tensor], Tensor] | None = None
+    value_dim: int | None = None
+
+    @property
+    def tower(self) -> str:
+        """The stack of layers it belongs to: its path up to the first number ("text_model.encoder.layers")."""
+        parts = self.name.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        return ".".join(parts[:number])
 
     def shape(self) -> dict[str, int]:
-        """C, H, G and D by name: what an adapter must agree with."""
-        return {
+        """C, H, G and D by name (and the values' D where it differs): what an adapter must agree with."""
+        of_value = {} if self.value_dim in (None, self.head_dim) else {"value_dim": self.value_dim}
+        return of_value | {
             "width": self.width,
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
@@ -116,3 +127,24 @@ class PrefixSlot(nn.ModuleDict):
         if context is None and self.active is not None:
             context = self.contexts.get(self.active)
         return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype, context)
+
+
+def with_real_weights(module: nn.Module) -> nn.Module:
+    """The module itself; where its weights are on the meta device, a copy on the CPU with random ones."""
+    if not any(tensor.device.type == "meta" for tensor in module.parameters()):
+        return module
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(generator=generator).mul_(tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0)
+            else:
+                tensor.zero_()
+    return copied
+
+
+def random_like(weight: Tensor, *shape: int) -> Tensor:
+    """The same random numbers at every call, on the weight's device and in its dtype."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return numbers.to(weight.device, weight.dtype)

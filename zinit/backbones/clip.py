@@ -1,0 +1,9 @@
+"""CLIP: a text tower and a vision tower, each with its own layers; ``towers=["vision_model"]`` chooses one."""
+
+from zinit.backbones._hf import TransformersBackbone
+
+CLIP = TransformersBackbone(
+    name="clip",
+    default_task="clip_base_to_novel",
+    model_types=("clip", "clip_text_model", "clip_vision_model"),
+)

@@ -1,0 +1,247 @@
+"""timm's Vision Transformers: fused or separate projections, q/k norms, rotations; class and register tokens.
+
+timm has no attention interface, but its attention modules pass everything that matters through named submodules: the
+query leaves ``q_norm`` (an identity where there is no norm), the heads' output enters ``norm`` (or ``proj``). Hooks on
+those two take the host's own query and add the gated prefix: no forward is copied, nothing is computed twice, nothing
+is renamed. Before a model is accepted, each of its modules is run on random vectors: what it gives to ``norm`` must be
+the plain softmax attention of its projections, or the model is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
+from zinit.errors import BackboneError
+from zinit.prefix import join_words
+
+RELATIVE = ("relative_position_bias_table", "rel_pos", "attention_biases", "cpb_mlp")
+KNOWN = {"x", "rope", "attn_mask", "is_causal"}
+NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
+
+
+class Seam:
+    """The hooks on one attention module, and what they pass to each other within one forward.
+
+    Args:
+        host: the attention module.
+        slot: its prefixes; None only listens (``query`` and ``out`` stay).
+    """
+
+    def __init__(self, host: nn.Module, slot: PrefixSlot | None) -> None:
+        self.host, self.slot = host, slot
+        self.given: dict[str, Any] = {}
+        self.query: Tensor | None = None
+        self.out: Tensor | None = None
+        self.order = list(inspect.signature(type(host).forward).parameters)[1:]
+        exit = getattr(host, "norm", None) or host.proj
+        self.handles = [
+            host.register_forward_pre_hook(self.begin, with_kwargs=True),
+            host.q_norm.register_forward_hook(self.catch),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            exit.register_forward_pre_hook(self.add),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def begin(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps the module's arguments."""
+        self.given = dict(zip(self.order, args, strict=False)) | kwargs
+
+    def catch(self, norm: nn.Module, args: tuple[Any, ...], query: Tensor) -> None:
+        """Keeps the query."""
+        self.query = query
+
+    def add(self, exit: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Adds the prefix to what the heads give: (B, T, H * D) in ``args``."""
+        given, query = self.given, self.query
+        self.given, self.query = {}, None
+        assert query is not None
+        query = rotate(self.host, query, given.get("rope"))
+        if self.slot is None:
+            self.query, self.out = query, args[0]
+            return None
+        prefix = self.slot.prefix()
+        if prefix is None:
+            return None
+        host: Any = self.host
+        prompts = self.slot.keys_values(host, prefix, query.dtype)
+        if prefix.config.separate_softmax:
+            return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)), *args[1:])
+        key, value = project_kv(host, given["x"])  # plain prefix tuning attends once more, to prompts and words
+        key = rotate(host, key, given.get("rope"))
+        causal = given.get("is_causal", False)
+        mask = None if causal else given.get("attn_mask")
+        key, value, mask = join_words(query, key, value, mask, causal, prompts)
+        shared_by = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+        dropout = host.attn_drop.p if host.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=host.scale)
+        return (heads_side_by_side(out), *args[1:])
+
+
+def heads_side_by_side(x: Tensor) -> Tensor:
+    """(B, H, T, D) to (B, T, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rotate(host: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+    """Rotates (B, H, T, D) as the host does: all tokens but the class and register tokens."""
+    if rope is None:
+        return x
+    from timm.layers import apply_rot_embed_cat
+
+    first: int = host.num_prefix_tokens  # pyright: ignore[reportAssignmentType]
+    half = {"half": True} if getattr(host, "rotate_half", False) else {}
+    turned = apply_rot_embed_cat(x[:, :, first:], rope, **half)
+    return torch.cat([x[:, :, :first], turned], dim=2).type_as(x)
+
+
+def project_kv(host: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, C) or (B, K, C) through the host's key and value projections, biases and key norm included; not rotated."""
+    tokens = tokens if tokens.dim() == 3 else tokens[None]
+    if getattr(host, "qkv", None) is not None:
+        projected = host.qkv(tokens)
+        if getattr(host, "q_bias", None) is not None:  # EVA keeps the bias apart from the projection
+            projected = projected + torch.cat([host.q_bias, host.k_bias, host.v_bias]).to(projected.dtype)
+        _, key, value = projected.chunk(3, dim=-1)
+    else:
+        key, value = host.k_proj(tokens), host.v_proj(tokens)
+    key, value = (x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2) for x in (key, value))
+    return host.k_norm(key), value
+
+
+class TimmBackbone:
+    """timm models whose attention is plain, by a numerical check of each module."""
+
+    name, default_task, demo_model = "vit", "vtab", ""
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether it is a timm model, or a part of one that attends."""
+        if not any(cls.__module__.startswith("timm.") for cls in type(model).__mro__):
+            return False
+        return hasattr(model, "pretrained_cfg") or any(is_attention(module) for module in model.modules())
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """The attention modules, lowest layer first.
+
+        Raises:
+            BackboneError: if there are none, or one of them attends in another way; the message says which and why.
+        """
+        found: list[AttentionSite] = []
+        for name, module in model.named_modules():
+            if "zinit" in name.split(".") or not is_attention(module):
+                continue
+            if reason := objection(module):
+                raise BackboneError(f"{name} ({type(module).__name__}) cannot take a prefix: {reason}. {NEXT_STEP}")
+            found.append(site_of(name, module))
+        if not found:
+            raise BackboneError(
+                f"{type(model).__name__} has no attention of a Vision Transformer's kind (qkv or q_proj, k_proj, "
+                f"v_proj; num_heads; proj). {NEXT_STEP}"
+            )
+        return found
+
+    def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
+        """Adds the child ``zinit`` and the hooks."""
+        site.module.add_module("zinit", slot)
+        vars(slot)["seam"] = Seam(site.module, slot)
+
+    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
+        """Takes the hooks and the child away again."""
+        seam: Seam = site.module.zinit.seam  # pyright: ignore
+        seam.remove()
+        del site.module.zinit
+
+
+VIT = TimmBackbone()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module looks like a self-attention at all."""
+    fused, separate = getattr(module, "qkv", None), getattr(module, "k_proj", None)
+    return (fused is not None or separate is not None) and hasattr(module, "num_heads") and hasattr(module, "proj")
+
+
+def site_of(name: str, module: Any) -> AttentionSite:
+    """The facts about an attention module that `objection` has nothing against."""
+    fused = getattr(module, "qkv", None)
+    keys = fused.out_features // 3 if fused is not None else module.k_proj.out_features
+    return AttentionSite(
+        name=name,
+        module=module,
+        width=(fused if fused is not None else module.k_proj).in_features,
+        num_heads=module.num_heads,
+        num_kv_heads=keys // module.head_dim,
+        head_dim=module.head_dim,
+        project_kv=project_kv,
+    )
+
+
+@torch.no_grad()
+def objection(module: Any) -> str:
+    """Why an attention module cannot take a prefix; empty if it can."""
+    if any(getattr(module, part, None) is not None for part in RELATIVE):
+        return "it adds relative position biases, which zinit does not reproduce"
+    if hasattr(module, "lambda_init"):
+        return "it attends by the difference of two softmaxes, which zinit does not reproduce"
+    for part in ("head_dim", "scale", "q_norm", "k_norm"):
+        if not hasattr(module, part):
+            return f"it has no {part}, unlike timm's own Attention"
+    projections = [getattr(module, part, None) for part in ("qkv", "k_proj", "v_proj")]
+    if not all(hasattr(projection, "in_features") for projection in projections if projection is not None):
+        return "its projections are not linear layers"
+    parameters = inspect.signature(type(module).forward).parameters
+    others = list(parameters.keys() - KNOWN - {"self"})
+    if others:
+        return f"its forward takes {', '.join(sorted(others))}, which zinit does not reproduce"
+    host: Any = with_real_weights(module)
+    site = site_of("", host)
+    weight = next(host.parameters())
+    first = getattr(host, "num_prefix_tokens", 0)
+    states = random_like(weight, 1, first + 5, site.width)
+    rope = random_like(weight, 5, 2 * site.head_dim)
+    training = {part: part.training for part in host.modules()}
+    host.eval()  # no dropout
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            for given in ({}, {"rope": rope}) if "rope" in parameters else ({},):
+                if reason := difference(host, site, states, given):
+                    return reason
+    except Exception as error:  # whatever a model raises that cannot be called on tokens alone
+        return f"its forward does not run on plain tokens ({type(error).__name__}: {str(error)[:100]})"
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+    return ""
+
+
+def difference(host: Any, site: AttentionSite, states: Tensor, given: dict[str, Tensor]) -> str:
+    """How the module's attention of (1, T, C) differs from that of its projections; empty if it does not."""
+    seam = Seam(host, None)
+    try:
+        host(states, **given)
+    finally:
+        seam.remove()
+    query, out = seam.query, seam.out
+    if query is None or out is None or query.shape[1:] != (site.num_heads, states.shape[1], site.head_dim):
+        return "its query does not leave q_norm as (batch, heads, tokens, width of a head)"
+    key, value = project_kv(host, states)
+    key = rotate(host, key, given.get("rope"))
+    shared_by = site.num_heads // site.num_kv_heads
+    key, value = key.float().repeat_interleave(shared_by, dim=1), value.float().repeat_interleave(shared_by, dim=1)
+    plain = heads_side_by_side(F.scaled_dot_product_attention(query.float(), key, value, scale=host.scale))
+    slack = 1e-4 if states.dtype == torch.float32 else 3e-2
+    if plain.shape != out.shape or not (plain - out.float()).abs().max() <= slack * plain.abs().max():
+        return (
+            "its heads' output is not the plain softmax(q k) v of its projections (a relative position bias, "
+            "a difference of two softmaxes, or the like)"
+        )
+    return ""
