@@ -172,8 +172,13 @@ def resolve(
         backbone = read_preset(preset).get("backbone")
     if backbone is None:
         raise ConfigError(f"say which backbone to train: --backbone {'|'.join(BACKBONES)}.")
-    task = task or (preset.split("/")[0] if preset and "/" in preset else BACKBONES.get(backbone).default_task)
-    assert task is not None
+    if task is None:
+        task = preset.split("/")[0] if preset and "/" in preset else str(BACKBONES.get(backbone).default_task)
+        if task not in TASKS:
+            raise ConfigError(
+                f"the backbone {backbone!r} has no task of its own to train yet. Attach a prefix in Python "
+                f"(zinit.attach), register a task (zinit.register_task), or name one with --task: {', '.join(TASKS)}."
+            )
     TASKS.get(task)
     model = model or from_file.get("model")
     data = data or from_file.get("data")
