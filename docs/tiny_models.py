@@ -122,7 +122,8 @@ def tiny_transformer(model_type: str) -> tuple[nn.Module, dict[str, Tensor] | No
     if runs is not None:
         return runs
     if built is None:
-        raise RuntimeError(f"{type(last).__name__}: {str(last).splitlines()[0][:120] if str(last) else ''}")
+        reason = (str(last).splitlines() or [""])[0].partition(" from '")[0]  # not where it lies on this machine
+        raise RuntimeError(f"{type(last).__name__}: {reason[:120]}")
     return built, None
 
 
