@@ -75,9 +75,6 @@ class AdapterFile:
                 "versions": {"torch": torch.__version__},
             }
             Path(directory).mkdir(parents=True, exist_ok=True)
-            (Path(directory) / DESCRIPTION).unlink(
-                missing_ok=True
-            )  # between the two there is no adapter, not half of one
             write_atomically(Path(directory) / TENSORS, data)
             write_atomically(Path(directory) / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
         except OSError as error:
@@ -165,8 +162,8 @@ class AdapterFile:
                 raise CheckpointError(
                     f"this adapter was made for other weights of the same shape: key_probe (the first layer's keys "
                     f"of a fixed vector) agrees only to {agreement:.2f}. It was trained on "
-                    f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. If the base "
-                    f"was merely tuned since, load it in Python with check_weights=False."
+                    f"{self.fingerprint.get('name_or_path') or 'an unnamed model'}. Pass check_weights=False if the "
+                    f"base was merely tuned since (in Python: zinit.load)."
                 )
         try:
             adapted = select_sites(model, sites, self.config)
