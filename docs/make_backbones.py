@@ -35,6 +35,7 @@ from zinit.backbones._discover import FOREIGN, Replay, states_of
 from zinit.errors import BackboneError
 
 TIMEOUT = 60
+UNSEEN = ("no gate gets a gradient", "an open gate changes nothing")
 Result = dict[str, Any]
 
 
@@ -220,7 +221,8 @@ def in_child(library: str, name: str, pipe: Connection) -> None:
     except BackboneError as error:
         result = {"status": "refused", "reason": str(error)}
     except AssertionError as error:
-        result = {"status": "broken", "reason": str(error)}
+        unseen = str(error) in UNSEEN  # no site lies between the trial's input and its output's numbers
+        result = {"status": "inconclusive" if unseen else "broken", "reason": str(error)}
     except Exception as error:
         result = {"status": "not built", "reason": f"{type(error).__name__}: {error}"}
     pipe.send(json.dumps(result))
@@ -282,6 +284,7 @@ def shape_of(sites: list[dict[str, Any]]) -> str:
 def short(reason: str) -> str:
     """A reason without the advice after it, in one table cell."""
     reason = re.sub(r" (Attach to a part|Describe the model|Set it to).*", "", reason.split("\n")[0])
+    reason = re.sub(r" from '/.*", "", reason)  # where this machine keeps its packages is nobody's business
     return reason.replace("|", "\\|")[:260]
 
 
@@ -308,7 +311,7 @@ def document(results: dict[tuple[str, str], Result]) -> str:
         lines.append(f"| supported | {counts['supported']} |")
         if by_inputs:
             lines.append(f"| of these run module by module, for want of generic inputs | {by_inputs} |")
-        for status in ("refused", "broken", "not built"):
+        for status in ("refused", "broken", "inconclusive", "not built"):
             lines.append(
                 f"| {status if status != 'not built' else 'not tried: no tiny model of it'} | {counts[status]} |"
             )
@@ -319,9 +322,11 @@ def document(results: dict[tuple[str, str], Result]) -> str:
                 reached = "" if r["reached"] == len(r["sites"]) else f"; {r['reached']} reached by the trial's input"
                 lines.append(f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} |")
         for status, heading in (
-            ("refused", "Refused"), ("broken", "Broken: attached, but the contract does not hold"),
+            ("refused", "Refused"),
+            ("broken", "Broken: attached, but the contract does not hold"),
+            ("inconclusive", "Inconclusive: attached, closed gate exact, but the trial's input does not reach a site"),
             ("not built", "Not tried"),
-        ):  # fmt: skip
+        ):
             listed = [(name, r["reason"]) for name, r in sorted(own.items()) if r["status"] == status]
             if listed:
                 lines += ["", f"### {heading} ({title})", "", "| family | reason |", "|---|---|"]

@@ -189,6 +189,14 @@ def test_the_difference_of_two_softmaxes_is_refused() -> None:
         zinit.attach(before)
 
 
+def test_a_gated_output_is_refused() -> None:
+    before = timm_vit()
+    attention = before.blocks[1].attn
+    attention.gate = torch.nn.Linear(attention.qkv.in_features, attention.proj.in_features)
+    with pytest.raises(zinit.BackboneError, match=r"blocks.1.attn.*gates its attention's output"):
+        zinit.attach(before)
+
+
 def test_another_formula_behind_the_same_names_is_refused() -> None:
     class Sharper(Attention):
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -192,6 +192,8 @@ def objection(module: Any) -> str:
         return "it adds relative position biases, which zinit does not reproduce"
     if hasattr(module, "lambda_init"):
         return "it attends by the difference of two softmaxes, which zinit does not reproduce"
+    if getattr(module, "gate", None) is not None:
+        return "it gates its attention's output (timm's `gated`), which zinit does not reproduce"
     for part in ("head_dim", "scale", "q_norm", "k_norm"):
         if not hasattr(module, part):
             return f"it has no {part}, unlike timm's own Attention"
