@@ -91,9 +91,9 @@ class Task(nn.Module, ABC):
         """What was read, split, truncated and skipped: counts in equal counts out plus counts skipped."""
         return {"train": len(self.train_stream), "held_out": len(self.held_out_stream)}
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the examples and how they are encoded: a resumed run must find the same."""
-        raise NotImplementedError
 
     def parameter_groups(self, weight_decay: float, *, decay_gates: bool) -> Iterator[dict[str, Any]]:
         """Groups for the optimizer: gates apart, so that they can be spared weight decay.
