@@ -228,7 +228,8 @@ def _parse_option(option: str, task: str) -> dict[str, Any]:
     full = [f"{section}.{key}" if section else key for section, names in keys.items() for key in names]
     matching = [known for known in full if name == known] or [known for known in full if name == known.split(".")[-1]]
     if len(matching) != 1:
-        raise ConfigError(f"no option named {name!r}.{did_you_mean(name, matching or full)}")
+        known = full if "." in name else [option.split(".")[-1] for option in full]
+        raise ConfigError(f"no option named {name!r}.{did_you_mean(name, matching or known)}")
     section, _, key = matching[0].rpartition(".")
     value = parse_value(text)
     if key == "fields" and isinstance(value, str):

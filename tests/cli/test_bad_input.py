@@ -91,7 +91,7 @@ def test_data(kind: str, refused, model: Path, tmp_path: Path) -> None:
         (["--backbone", "vit"], ["the backbone 'vit' has no task", "--task"]),
         (["--backbone", "llama", "--preset", "llama-7"], ["no preset named 'alpaca/llama-7'", "alpaca/llama-7b"]),
         (["--backbone", "llama", "-o", "train.epoch=3"], ["no option named 'train.epoch'", "train.epochs"]),
-        (["--backbone", "llama", "-o", "lenght=3"], ["no option named 'lenght'", "length"]),
+        (["--backbone", "llama", "-o", "lenght=3"], ["no option named 'lenght'", "Did you mean 'length'"]),
         (["--backbone", "llama", "-o", "train.epochs"], ["key=value", "train.epochs"]),
         (["--backbone", "llama", "-o", "prefix.length=0"], ["length", "at least 1", "0"]),
         (["--backbone", "llama", "-o", "prefix.length=ten"], ["length", "'ten'"]),
