@@ -55,7 +55,7 @@ def read_image(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             hint = " It is a Git LFS pointer, not the picture itself: fetch the file with 'git lfs pull'."
         raise DataError(f"{picture} is no picture that can be read.{hint}") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{picture} would unpack to too many pixels: {str(error).rstrip(".")}. Leave it out.") from error
+        raise DataError(f"{picture} would unpack to too many pixels ({error}). Leave it out.") from error
     except (OSError, SyntaxError, ValueError, IndexError, MemoryError, EOFError) as error:
         raise DataError(f"{picture} is damaged or truncated: {str(error).splitlines()[0] or 'unreadable'}.") from error
 
