@@ -11,7 +11,9 @@ import torch
 
 from zinit.errors import ConfigError
 from zinit.run import load_run
-from zinit.tasks.alpaca import Alpaca, encode_prompt, format_conversation, format_prompt
+from zinit.run_directory import read_finished_run
+from zinit.tasks import TASKS
+from zinit.tasks.alpaca import encode_prompt, format_conversation, format_prompt
 
 
 class Speaker:
@@ -41,9 +43,10 @@ class Speaker:
     ) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
-        config, model, self.tokenizer, self.handle = load_run(run_dir, device)
-        if config.task != Alpaca.name:
+        config, _ = read_finished_run(run_dir)
+        if not TASKS.get(config.task).generates:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
+        _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.to(device).eval()
         self.device, self.frozen = device, frozen
         self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

@@ -57,8 +57,10 @@ def train(
     """
     from zinit.console import RunView, is_main_process, print_json, print_metrics
     from zinit.engine import Interrupted
-    from zinit.run import read_run, train_run
+    from zinit.run import train_run
+    from zinit.run_directory import read_run
     from zinit.settings import override, resolve
+    from zinit.tasks import TASKS
 
     if resume:
         if output is None:
@@ -103,7 +105,8 @@ def train(
         return
     print_metrics(results, title=f"{settings.backbone} / {settings.task}")
     view.console.print(f"\nEverything is in {output}; look at {output}/report.html", markup=False)
-    view.console.print(f"Talk to it: zinit chat {output}", markup=False)
+    if TASKS.get(settings.task).generates and os.path.exists(os.path.join(output, "adapter.json")):
+        view.console.print(f"Talk to it: zinit chat {output}", markup=False)
 
 
 @app.command()
@@ -199,7 +202,7 @@ def inspect(
 
 @app.command(name="ls")
 def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, presets or metrics.")],
+    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, presets or metrics.")],
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from."""

@@ -12,11 +12,13 @@ from typing import Any, Literal
 from zinit.backbones import BACKBONES
 from zinit.config import JsonConfig, PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
+from zinit.methods import METHODS
 from zinit.registry import did_you_mean
 from zinit.tasks import TASKS
 
 PRESETS = resources.files("zinit.tasks") / "presets"
-SECTIONS = ("prefix", "train", "task")
+SECTIONS = ("method", "prefix", "train", "task")
+DEFAULT_METHOD = "zero-init"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class RunConfig(JsonConfig):
         data: file, folder or Hub id; None is the task's embedded demo data.
         seed: of the prompts' start, the split and the order of the examples.
         dtype: of the frozen model; "auto" is bfloat16 on a GPU, float32 on a CPU.
-        prefix: the adapter.
+        method: registered name of how the model is adapted.
+        method_options: the method's own settings; None is its defaults.
+        prefix: the prefix, for the methods that have one.
         train: the loop.
         options: the task's own settings.
     """
@@ -43,6 +47,8 @@ class RunConfig(JsonConfig):
     data: str | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    method: str = DEFAULT_METHOD
+    method_options: Any = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     options: Any = None
@@ -56,12 +62,18 @@ class RunConfig(JsonConfig):
             raise ConfigError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+        if self.method_options is None:
+            object.__setattr__(self, "method_options", METHODS.get(self.method).Config())
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values: scalars, then the tables ``prefix``, ``train`` and ``task`` (with its ``name``)."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECTIONS and f.name != "options"}
-        task = {"name": self.task, **self.options.to_dict()}
-        return {**plain, "prefix": self.prefix.to_dict(), "train": self.train.to_dict(), "task": task}
+        """Nested plain values: scalars, then the tables ``method``, ``prefix``, ``train`` and ``task``."""
+        return {
+            **{name: getattr(self, name) for name in _plain_names()},
+            "method": {"name": self.method, **self.method_options.to_dict()},
+            "prefix": self.prefix.to_dict(),
+            "train": self.train.to_dict(),
+            "task": {"name": self.task, **self.options.to_dict()},
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -71,21 +83,31 @@ class RunConfig(JsonConfig):
             ConfigError: naming the setting that is unknown or wrong.
         """
         values = dict(values)
+        if isinstance(values.get("method"), str):
+            values["method"] = {"name": values["method"]}
         sections = {name: dict(values.pop(name, {})) for name in SECTIONS}
-        known = {f.name for f in fields(cls)} - {"options", "task"}
+        known = _plain_names()
         for name in values:
             if name not in known:
-                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(name, known | set(SECTIONS))}")
+                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(name, [*known, *SECTIONS])}")
         task = sections["task"].pop("name", None)
         if task is None:
             raise ConfigError("a run needs a task: --task NAME, or name = ... in the table [task].")
+        method = sections["method"].pop("name", DEFAULT_METHOD)
         return cls(
             **values,
             task=task,
+            method=method,
+            method_options=METHODS.get(method).Config.from_dict(sections["method"]),
             prefix=PrefixConfig.from_dict(sections["prefix"]),
             train=TrainConfig.from_dict(sections["train"]),
             options=TASKS.get(task).Config.from_dict(sections["task"]),
         )
+
+
+def _plain_names() -> list[str]:
+    """The settings that lie in no table."""
+    return [f.name for f in fields(RunConfig) if f.name not in (*SECTIONS, "options", "method_options")]
 
 
 def list_presets() -> dict[str, str]:
@@ -162,7 +184,9 @@ def resolve(
         ConfigError: naming the setting that is unknown or wrong.
     """
     from_file = read_config_file(config_file) if config_file else {}
-    for name in ("prefix", "train", "task"):
+    if isinstance(from_file.get("method"), str):
+        from_file["method"] = {"name": from_file["method"]}
+    for name in SECTIONS:
         if not isinstance(from_file.get(name, {}), dict):
             raise ConfigError(f"{config_file}: {name} must be a table: [{name}].")
     preset = preset or from_file.pop("preset", None)
@@ -182,7 +206,9 @@ def resolve(
     TASKS.get(task)
     model = model or from_file.get("model")
     data = data or from_file.get("data")
-    parsed = [_parse_option(option, task) for option in options]
+    options = list(options)
+    method = _named_method(options) or from_file.get("method", {}).get("name", DEFAULT_METHOD)
+    parsed = [_parse_option(option, task, method) for option in options]
     if preset is None and model is None and not any(option.get("model") for option in parsed):
         preset = f"{task}/demo"
     if preset is not None and "/" not in preset:
@@ -215,12 +241,23 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parse_option(option: str, task: str) -> dict[str, Any]:
+def _named_method(options: Iterable[str]) -> str | None:
+    """The method that ``-o method=NAME`` asks for."""
+    named = [
+        text for name, _, text in (option.partition("=") for option in options) if name in ("method", "method.name")
+    ]
+    return str(parse_value(named[-1])) if named else None
+
+
+def _parse_option(option: str, task: str, method: str) -> dict[str, Any]:
     name, equals, text = option.partition("=")
     if not equals:
         raise ConfigError(f"an option is key=value, such as train.epochs=3; got {option!r}.")
+    if name in ("method", "method.name"):
+        return {"method": {"name": method}}
     keys = {
-        "": [f.name for f in fields(RunConfig) if f.name not in (*SECTIONS, "options")],
+        "": _plain_names(),
+        "method": [f.name for f in fields(METHODS.get(method).Config)],
         "prefix": [f.name for f in fields(PrefixConfig)],
         "train": [f.name for f in fields(TrainConfig)],
         "task": [f.name for f in fields(TASKS.get(task).Config)],
@@ -282,5 +319,5 @@ def override(
     said = {"model": model, "data": data, "seed": seed}
     _merge(values, {name: value for name, value in said.items() if value is not None})
     for option in options:
-        _merge(values, _parse_option(option, config.task))
+        _merge(values, _parse_option(option, config.task, config.method))
     return RunConfig.from_dict(_with_absolute_paths(values))

@@ -228,6 +228,7 @@ class TransformersBackbone(InterfaceSeam):
             head_dim=head_dim,
             project_kv=self.project_kv,
             project_query=self.project_query,
+            query_value=(self.query, self.value),
         )
 
     def project_kv(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class AttentionSite:
         num_kv_heads: G, divides H.
         head_dim: D, read from the module, never C // H.
         value_dim: width of a value head where it is not D.
+        query_value: names of the linear layers inside the module that make queries and values, where they are known
+            (LoRA asks).
         project_kv: the host's frozen key and value projections.
         project_query: (host module, (K, C)) to (1, H, K, D), neither normalised nor rotated; only importers of
             other implementations' files ask, and a backbone need not answer.
@@ -42,6 +44,7 @@ class AttentionSite:
     project_kv: ProjectHostKV
     project_query: Callable[[nn.Module, Tensor], Tensor] | None = None
     value_dim: int | None = None
+    query_value: tuple[str, ...] = ()
 
     @property
     def tower(self) -> str:

@@ -182,6 +182,7 @@ def site_of(name: str, module: Any) -> AttentionSite:
         num_kv_heads=keys // module.head_dim,
         head_dim=module.head_dim,
         project_kv=project_kv,
+        query_value=("q_proj", "v_proj") if fused is None else ("qkv",),
     )
 
 

@@ -129,6 +129,7 @@ class Alpaca(Task):
 
     name = "alpaca"
     Config = AlpacaConfig
+    generates = True
 
     def __init__(
         self,

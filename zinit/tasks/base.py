@@ -59,14 +59,19 @@ class Task(nn.Module, ABC):
     Attributes:
         name: registered name.
         model: the adapted model.
-        handle: the adapter on it; None for methods that have none.
+        handle: the prefix on it; None for methods that have none.
         train_stream: what is trained on.
         held_out_stream: what is kept from training.
+        labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
+            them, and hands them to the constructor as ``labels`` when it is loaded.
+        generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
     """
 
     name: str
     model: nn.Module
     handle: Handle | None
+    labels: list[str] | None = None
+    generates = False
     train_stream: Stream
     held_out_stream: Stream
 
@@ -87,6 +92,17 @@ class Task(nn.Module, ABC):
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 
+    def evaluate_frozen(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """The baseline that stands beside the adapted result; called with the adapter switched off.
+
+        A task whose head knows nothing before training may measure something more telling than that head.
+        """
+        return self.evaluate(accelerator, limit=limit)
+
+    def artifacts(self) -> dict[str, Any]:
+        """JSON documents for the run's folder, by file name: what the last evaluation answered, say."""
+        return {}
+
     def data_report(self) -> dict[str, Any]:
         """What was read, split, truncated and skipped: counts in equal counts out plus counts skipped."""
         return {"train": len(self.train_stream), "held_out": len(self.held_out_stream)}
@@ -94,6 +110,11 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the examples and how they are encoded: a resumed run must find the same."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains beyond the prefix, by name: heads, biases, low-rank updates, a whole model."""
+        prefix = set() if self.handle is None else {id(parameter) for parameter in self.handle.parameters()}
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and id(p) not in prefix}
 
     def parameter_groups(self, weight_decay: float, *, decay_gates: bool) -> Iterator[dict[str, Any]]:
         """Groups for the optimizer: gates apart, so that they can be spared weight decay.

@@ -1,0 +1,122 @@
+"""Every method on every backbone: what trains is what it says, and with it switched off the model is the frozen one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.contract.cases import Case
+from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
+from zinit.methods import METHODS
+from zinit.methods.base import Adapted, Method
+
+PREFIX = PrefixConfig(length=3)
+REFUSED = {  # method: backbones that it cannot be used on, and why
+    "bitfit": {"llama": "no bias terms"},
+    "prompt-tuning": {"vit": "one sequence of tokens", "clip": "one sequence of tokens"},
+}
+
+
+def refusal(name: str, case: Case) -> str | None:
+    return REFUSED.get(name, {}).get(case.backbone)
+
+
+def adapt(name: str, model: nn.Module, case: Case) -> tuple[Method, Adapted]:
+    method: Method = METHODS.get(name)(METHODS.get(name).Config())
+    return method, method.apply(model, prefix=PREFIX, backbone=case.backbone, seed=0)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_off_it_is_the_frozen_model_and_on_it_learns(name: str, leader: Case) -> None:
+    model, batch = leader.build(), leader.batch("left")
+    with torch.no_grad():
+        before = leader.output(model, batch)
+    untouched = {key: value.clone() for key, value in model.state_dict().items()}
+    if (reason := refusal(name, leader)) is not None:
+        with pytest.raises(ConfigError, match=reason):
+            adapt(name, model, leader)
+        return
+    _, adapted = adapt(name, model, leader)
+    with torch.no_grad(), adapted.disabled():
+        assert torch.equal(leader.output(adapted.model, batch), before)
+    trained = trainable(adapted.model)
+    if name in ("head-only", "logistic-regression"):
+        assert not trained
+        return
+    assert trained
+    start = {key: value.detach().clone() for key, value in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    losses = []
+    target = torch.randn(before.shape, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):  # some weights only move once others have
+        loss = (leader.output(adapted.model, batch) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    moved = {key for key, value in trained.items() if not torch.equal(value, start[key])}
+    assert len(moved) > len(trained) / 2
+    if name not in ("full", "bitfit"):
+        frozen = dict(adapted.model.named_parameters())
+        for key, value in untouched.items():
+            own = [parameter for other, parameter in frozen.items() if plain(other) == key]
+            assert all(torch.equal(parameter, value) for parameter in own)
+        with torch.no_grad(), adapted.disabled():
+            assert torch.equal(leader.output(adapted.model, batch), before)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what PEFT puts into it."""
+    return name.removeprefix("base_model.").replace(".base_layer.", ".")
+
+
+def test_a_seed_decides_everything(name: str, leader: Case) -> None:
+    if refusal(name, leader) is not None:
+        pytest.skip("refused")
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        model = leader.build()
+        torch.manual_seed(noise)
+        _, adapted = adapt(name, model, leader)
+        states.append({key: value.detach().clone() for key, value in trainable(adapted.model).items()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_sizes_are_those_of_the_arithmetic(leader: Case) -> None:
+    """K x C + H per site; LoRA r x (in + out) per projection; bottleneck 2 x C x m + C + m."""
+    from zinit.backbones import BACKBONES
+
+    def size(name: str) -> int:
+        _, adapted = adapt(name, leader.build(), leader)
+        return sum(parameter.numel() for parameter in trainable(adapted.model).values())
+
+    sites = BACKBONES.get(leader.backbone).sites(leader.build())
+    assert size("zero-init") == size("random-gate") == sum(3 * site.width + site.num_heads for site in sites)
+    assert size("prefix-tuning") == sum(3 * site.width for site in sites)
+    assert size("bottleneck") == sum(2 * site.width * 16 + site.width + 16 for site in sites)
+    named = [site.module.get_submodule(part) for site in sites for part in site.query_value]
+    if named:
+        parts: list[Any] = named
+        assert size("lora") == sum(8 * (part.in_features + part.out_features) for part in parts)
+    if refusal("bitfit", leader) is None:
+        biases = [p for key, p in leader.build().named_parameters() if key.rpartition(".")[2] == "bias"]
+        assert size("bitfit") == sum(bias.numel() for bias in biases)
+    if refusal("prompt-tuning", leader) is None:
+        assert size("prompt-tuning") == 3 * sites[0].width
+    assert size("full") == sum(parameter.numel() for parameter in leader.build().parameters())

@@ -1,0 +1,19 @@
+"""Ways to adapt a model, by name: zero-init attention and what it is compared with. A new one is a file and a line."""
+
+from zinit.registry import Registry
+
+METHODS = Registry(
+    "method",
+    {
+        "zero-init": "zinit.methods.prefix:ZeroInit",
+        "random-gate": "zinit.methods.prefix:RandomGate",
+        "prefix-tuning": "zinit.methods.prefix:PrefixTuning",
+        "full": "zinit.methods.weights:Full",
+        "head-only": "zinit.methods.weights:HeadOnly",
+        "bitfit": "zinit.methods.weights:BitFit",
+        "lora": "zinit.methods.lora:Lora",
+        "prompt-tuning": "zinit.methods.prompt_tuning:PromptTuning",
+        "bottleneck": "zinit.methods.bottleneck:Bottleneck",
+        "logistic-regression": "zinit.methods.logistic_regression:LogisticRegression",
+    },
+)

@@ -1,0 +1,89 @@
+"""LoRA (Hu et al., ICLR 2022) on the query and value projections, through PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinit.attach import select_sites
+from zinit.backbones import BACKBONES
+from zinit.backbones.base import AttentionSite
+from zinit.config import JsonConfig, PrefixConfig
+from zinit.errors import ConfigError
+from zinit.methods.base import Adapted, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(JsonConfig):
+    """Defaults are Alpaca-LoRA's, the paper's baseline (r = 8, alpha 16, dropout 0.05, on queries and values).
+
+    Args:
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        dropout: of the update's input.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"rank must be a whole number of at least 1; got {self.rank!r}.")
+        if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool) or self.alpha <= 0:
+            raise ConfigError(f"alpha must be a number above 0; got {self.alpha!r}.")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
+
+
+class Lora(Method):
+    """Low-rank updates of the query and value projections (of the fused projection where there is one)."""
+
+    name = "lora"
+    Config = LoraSettings
+
+    def apply(
+        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
+    ) -> Adapted:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model.requires_grad_(False)
+        chosen = select_sites(model, BACKBONES.get(backbone).sites(model), PrefixConfig(towers=prefix.towers))
+        settings = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            target_modules=[target for site in chosen for target in _targets(site)],
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(settings, model)
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+        @contextmanager
+        def disabled() -> Iterator[None]:
+            for layer in layers:
+                layer.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.enable_adapters(True)
+
+        return Adapted(model=model, disabled=disabled)
+
+
+def _targets(site: AttentionSite) -> list[str]:
+    """Full names of the projections of one attention module that make queries and values; else all linear ones."""
+    linear = [name for name, part in site.module.named_modules() if name and hasattr(part, "out_features")]
+    parts = [name for name in site.query_value if name in linear] or linear
+    if not parts:
+        raise ConfigError(f"{site.name} has no linear projections that LoRA could update.")
+    return [f"{site.name}.{part}" for part in parts]

@@ -1,0 +1,49 @@
+"""Zero-init attention (LLaMA-Adapter), and two ablations of it: the gate starts at random; no gate at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from zinit.attach import attach, load
+from zinit.config import PrefixConfig
+from zinit.methods.base import Adapted, Method
+
+
+class ZeroInit(Method):
+    """Zero-init attention: gated prompts in every layer, with the run's ``prefix`` settings as they are."""
+
+    name = "zero-init"
+
+    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
+        """What is attached."""
+        return prefix
+
+    def apply(
+        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
+    ) -> Adapted:
+        if saved is not None:
+            handle = load(model, saved)
+        else:
+            handle = attach(model, self.settings(prefix), backbone=backbone, seed=seed)
+        return Adapted(model=model, handle=handle, disabled=handle.disabled)
+
+
+class RandomGate(ZeroInit):
+    """The same prompts with gates that start at N(0, 1), the paper's ablation of zero-init."""
+
+    name = "random-gate"
+
+    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
+        return replace(prefix, gating=True, separate_softmax=True, gate_init="random")
+
+
+class PrefixTuning(ZeroInit):
+    """Plain prefix tuning: the same prompts without a gate, in one softmax with the words."""
+
+    name = "prefix-tuning"
+
+    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
+        return replace(prefix, gating=False, separate_softmax=False)

@@ -1,0 +1,96 @@
+"""Prompt tuning (Lester et al., EMNLP 2021), through PEFT: learned embeddings in front of the input, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinit.config import JsonConfig, PrefixConfig
+from zinit.errors import ConfigError
+from zinit.methods.base import Adapted, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningSettings(JsonConfig):
+    """How many prompts.
+
+    Args:
+        length: learned embeddings in front of the input; None is the run's ``prefix.length``.
+    """
+
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        bad = isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1
+        if self.length is not None and bad:
+            raise ConfigError(f"length must be a whole number of at least 1, or none; got {self.length!r}.")
+
+
+class PromptTuning(Method):
+    """Learned embeddings before the first layer only; for models that read one sequence of tokens."""
+
+    name = "prompt-tuning"
+    Config = PromptTuningSettings
+
+    def apply(
+        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
+    ) -> Adapted:
+        from peft import PromptTuningConfig, get_peft_model
+
+        host: Any = model
+        try:
+            embeddings = host.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            embeddings = None
+        if not isinstance(embeddings, nn.Embedding):
+            raise ConfigError(
+                f"the method prompt-tuning (PEFT's) needs a model that reads one sequence of tokens; "
+                f"{type(model).__name__} has no single token embedding."
+            )
+        length = self.config.length or prefix.length
+        can_generate = callable(getattr(host, "prepare_inputs_for_generation", None))
+        settings = PromptTuningConfig(
+            task_type="CAUSAL_LM" if can_generate else "FEATURE_EXTRACTION", num_virtual_tokens=length
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped: Any = get_peft_model(host, settings)
+        skipped = _SkipPrompts(length)
+        wrapped.register_forward_hook(skipped)
+
+        @contextmanager
+        def disabled() -> Iterator[None]:
+            skipped.length = 0
+            try:
+                if can_generate:
+                    with wrapped.disable_adapter():
+                        yield
+                else:  # PEFT's own switch expects a model that generates
+                    wrapped.forward = host.forward
+                    try:
+                        yield
+                    finally:
+                        del wrapped.forward
+            finally:
+                skipped.length = length
+
+        return Adapted(model=wrapped, disabled=disabled)
+
+
+class _SkipPrompts:
+    """A forward hook: the outputs at the words' positions only, so that a task need not know of the prompts."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for name in ("logits", "last_hidden_state"):
+            if getattr(output, name, None) is not None:
+                output[name] = output[name][:, self.length :]
+        return output
