@@ -113,8 +113,9 @@ def _self_test(backbone: str) -> str:
     task = build_task(config, built).eval()
     handle = built.adapted.handle
     assert handle is not None
-    if isinstance(getattr(task, "head", None), nn.Linear):  # an untrained head may be blind
-        task.head.reset_parameters()
+    head = getattr(task, "head", None)
+    if isinstance(head, nn.Linear):  # an untrained head may be blind
+        head.reset_parameters()
     batch = task.collate(task.held_out_stream, [0, 1])
     with handle.disabled():
         before = task(batch)

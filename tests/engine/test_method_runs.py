@@ -105,7 +105,7 @@ def test_settings_of_a_method(inputs: dict[str, str]) -> None:
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="rank must be a whole number"):
         resolve(backbone="llama", options=["method=lora", "method.rank=0"], **inputs)
-    with pytest.raises(ConfigError, match="no method named 'lra'. Did you mean 'lora'"):
+    with pytest.raises(ConfigError, match=r"no method named 'lra'\. Did you mean 'lora'"):
         resolve(backbone="llama", options=["method=lra"], **inputs)
-    with pytest.raises(ConfigError, match="no option named 'method.rank'"):
+    with pytest.raises(ConfigError, match=r"no option named 'method\.rank'"):
         resolve(backbone="llama", options=["method.rank=2"], **inputs)
