@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zinit import report
+from zinit import plots, report
 from zinit.errors import DataError
 from zinit.report import write_report
 
@@ -310,22 +310,22 @@ def test_a_huge_run(tmp_path: Path) -> None:
     log = log_of(6000, every=20, layers=60, heads=64)
     html, page = page_of(tmp_path, log)
     assert len(html) < 1_500_000
-    assert max(page.curves) <= report.POINTS
+    assert max(page.curves) <= plots.POINTS
     assert {image.shape[:2] for image in page.images} >= {(60, 64), (60 * 64, report.COLUMNS)}
 
 
 def test_long_curves_keep_their_spikes() -> None:
     x, y = np.arange(50_000.0), np.ones(50_000)
     y[31_415], y[27_182], y[100:300] = 9.0, -9.0, math.nan
-    thin_x, thin_y = report._thin(x, y)
-    assert len(thin_x) <= report.POINTS
+    thin_x, thin_y = plots.thin(x, y)
+    assert len(thin_x) <= plots.POINTS
     assert (thin_x[0], thin_x[-1]) == (0, 49_999)
     assert (thin_x[np.nanargmax(thin_y)], thin_x[np.nanargmin(thin_y)]) == (31_415, 27_182)
     assert np.isnan(thin_y).any()
 
 
 def test_smoothing_starts_unbiased_and_passes_over_gaps() -> None:
-    smooth = report._smooth(np.array([math.nan, 4.0, 4.0, math.inf, 4.0, 1.0]), 3)
+    smooth = plots.smooth(np.array([math.nan, 4.0, 4.0, math.inf, 4.0, 1.0]), 3)
     assert np.isnan(smooth[[0, 3]]).all()
     assert smooth[[1, 2, 4]].tolist() == [4, 4, 4]
     assert smooth[5] == pytest.approx(

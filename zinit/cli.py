@@ -171,6 +171,73 @@ def chat(
 
 
 @app.command()
+def bench(
+    preset: Annotated[str | None, typer.Option(help="A ready benchmark; see 'zinit ls benchmarks'.")] = None,
+    config: Annotated[str | None, typer.Option(help="A TOML file of experiments.")] = None,
+    backbone: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable; see 'zinit ls methods'.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", min=0)] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id, for all experiments.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or Hub id, for all experiments.")] = None,
+    option: Options = None,
+    output: Annotated[str, typer.Option(help="A new folder, or one of this benchmark, to go on.")] = "runs/bench",
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per two cores.", min=1)
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Minutes after which no further run starts.", min=0)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands of the runs and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods: backbones x tasks x methods x seeds, one run each, with tables and plots.
+
+    The same command goes on where it was stopped or killed; a finished run is never repeated.
+
+    Examples:
+      zinit bench --preset demo
+      zinit bench --backbone llama --method zero-init --method lora --seed 0 --seed 1 --model DIR --data alpaca.json
+    """
+    from pathlib import Path
+
+    from zinit.bench.plan import make_benchmark
+    from zinit.bench.view import run_benchmark
+    from zinit.console import print_json
+
+    benchmark = make_benchmark(
+        preset=preset,
+        config_file=config,
+        backbones=backbone or (),
+        tasks=task or (),
+        methods=method or (),
+        seeds=seed or (),
+        model=model,
+        data=data,
+        options=option or (),
+    )
+    benchmark.check()
+    if dry_run:
+        cells = [cell for e in benchmark.experiments for cell in [*e.selection_cells(), *e.cells()]]
+        if as_json:
+            print_json({"cells": [{"id": cell.id, "command": cell.command()} for cell in cells]})
+        else:
+            print("\n".join(cell.command() for cell in cells))
+        return
+    finished = run_benchmark(
+        benchmark,
+        Path(output),
+        jobs=jobs,
+        budget=None if budget is None else 60 * budget,
+        quiet=as_json,
+    )
+    if as_json:
+        print_json({"output": output, "finished": finished.complete, "rows": [row.to_dict() for row in finished.rows]})
+    if finished.interrupted:
+        raise typer.Exit(130)
+    if finished.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, or a backbone's name for its embedded demo.")],
     backbone: Annotated[str | None, typer.Option(help="Default: the one that knows the model.")] = None,
@@ -202,7 +269,7 @@ def inspect(
 
 @app.command(name="ls")
 def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, presets or metrics.")],
+    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, presets, benchmarks or metrics.")],
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from."""

@@ -16,6 +16,7 @@ from torch import nn
 from zinit.adapter_file import AdapterFile
 from zinit.attach import attach
 from zinit.backbones import BACKBONES, find_backbone
+from zinit.bench.plan import list_bench_presets
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.hosts import load_on_meta
@@ -68,8 +69,10 @@ def list_kind(kind: str) -> dict[str, str]:
     registries = {"backbones": BACKBONES, "tasks": TASKS, "methods": METHODS, "metrics": METRICS}
     if kind == "presets":
         return list_presets()
+    if kind == "benchmarks":
+        return list_bench_presets()
     if kind not in registries:
-        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*registries, 'presets'])}")
+        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*registries, 'presets', 'benchmarks'])}")
     registry = registries[kind]
     return {name: _first_line(registry.get(name), registry.where(name)) for name in registry}
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zinit import plots
 from zinit.adapter_file import write_atomically
 from zinit.errors import DataError
 
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POINTS, COLUMNS, SAMPLES = 1000, 120, 50  # at most: of a curve, of a heat map over time, side by side
+COLUMNS, SAMPLES = 120, 50  # at most: of a heat map over time, side by side
 CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
@@ -32,9 +29,6 @@ CURVES = {
 RECORDED = ("loss", "examples", "seconds", *CURVES)  # of a step
 NO_CURVE = ("event", "step", "epoch", "loss", "count", "seconds")
 LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "rouge_l", "accuracy", "f1")
-# Colours as matplotlib writes them, and what the page makes of them, so that figures follow the light or dark theme.
-THEME = {"#010101": "currentColor", "#010102": "var(--first)", "#010103": "var(--second)"}
-INK, FIRST, SECOND = THEME
 NEGATIVE, POSITIVE = (0.16, 0.47, 0.84), (0.90, 0.38, 0.08)  # gates
 DEPTH = ["#3987e5", "#b07cc6", "#e8743b"]  # layers, lowest to topmost; readable on white and on black
 
@@ -106,8 +100,6 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         DataError: if the directory holds none of the three.
     """
-    from jinja2 import Environment, StrictUndefined
-
     run_dir, notes = Path(run_dir), []
     if not any((run_dir / name).is_file() for name in ("run.json", "log.jsonl", "metrics.json")):
         raise DataError(f"{run_dir} holds no run: neither run.json nor log.jsonl nor metrics.json is there.")
@@ -119,13 +111,11 @@ def write_report(run_dir: Path) -> Path:
     bad = steps[~np.isfinite(losses)]
     if len(bad):
         notes.append(f"The training loss was not finite at {len(bad)} of {len(steps)} steps, first at {bad[0]:.0f}.")
-    with _style():
+    with plots.style():
         curves, gates = _curves(log), _gates(log)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["show"] = _show
-    template = environment.from_string(resources.files("zinit").joinpath("report.html.jinja").read_text("utf-8"))
     models, rows = _table(results)
-    page = template.render(
+    page = plots.render(
+        "report.html.jinja",
         run=run,
         nested={name: dict(_flat(value)) for name, value in run.items() if isinstance(value, dict)},
         seed=results.get("seed", run.get("seed")),
@@ -193,32 +183,27 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", inner
 
 
-def _show(value: Any, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return format(value, f"{sign}.4g")
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _curves(log: _Log) -> list[tuple[str, Any]]:
     """(title, figure) for every quantity that the log has numbers for; the loss first."""
     train, held_out = log.curve("loss"), log.curve("loss", evals=True)
     span, figures = max(1, len(train[0]) // 50), []
     if np.isfinite(train[1]).any() or np.isfinite(held_out[1]).any():
-        figure, axes = _figure(9.6, 3.4)
-        _line(axes, *train, FIRST, "training", span=span)
-        _line(axes, *held_out, SECOND, "held out", marker="o")
+        figure, axes = plots.figure(9.6, 3.4)
+        plots.line(axes, *train, plots.FIRST, "training", span=span)
+        plots.line(axes, *held_out, plots.SECOND, "held out", marker="o")
         axes.legend(frameon=False)
-        figures.append(("loss", _svg(figure, "loss by step")))
+        figures.append(("loss", plots.svg(figure, "loss by step")))
     more = sorted({name for record in log.evals.values() for name in record} - {"loss"})
-    panels = [(CURVES[name], log.curve(name), {"color": FIRST, "span": 1 if name == "lr" else span}) for name in CURVES]
-    panels += [(f"held out: {n}", log.curve(n, evals=True), {"color": SECOND, "marker": "o"}) for n in more]
+    first: dict[str, Any] = {"color": plots.FIRST}
+    second: dict[str, Any] = {"color": plots.SECOND, "marker": "o"}
+    panels: list[tuple[str, Any, dict[str, Any]]]
+    panels = [(CURVES[name], log.curve(name), first | {"span": 1 if name == "lr" else span}) for name in CURVES]
+    panels += [(f"held out: {n}", log.curve(n, evals=True), second) for n in more]
     for title, (x, y), style in panels:
         if np.isfinite(y).sum() > (2 if "marker" in style else 0):  # before and after alone are in the table
-            figure, axes = _figure(4.8, 2.4)
-            _line(axes, x, y, **style)
-            figures.append((title, _svg(figure, f"{title} by step")))
+            figure, axes = plots.figure(4.8, 2.4)
+            plots.line(axes, x, y, **style)
+            figures.append((title, plots.svg(figure, f"{title} by step")))
     return figures
 
 
@@ -243,34 +228,34 @@ def _gates(log: _Log) -> list[tuple[str, Any]]:
     limit = float(np.nanmax(np.abs(cube), initial=0.0))
     title = f"Gates at step {now}, per layer and head" + ("" if limit else ": all are closed")
 
-    figure, axes = _figure(4.8, min(9.0, max(3.2, 0.16 * layers + 1.1)), scale=limit)
+    figure, axes = _gate_figure(4.8, min(9.0, max(3.2, 0.16 * layers + 1.1)), limit)
     _heat(axes, cube[-1], limit)
     axes.set(xlabel="head", ylabel="layer")
     _ticks(axes.xaxis, range(heads), range(heads), 12)
     _ticks(axes.yaxis, range(layers), names, 30)
-    figures = [(title, _svg(figure, f"gates at step {now}"))]
+    figures = [(title, plots.svg(figure, f"gates at step {now}"))]
 
-    figure, axes = _figure(4.8, 3.2)
+    figure, axes = plots.figure(4.8, 3.2)
     labelled = set(np.linspace(0, layers - 1, min(layers, 6)).astype(int).tolist())
     means = np.nansum(np.abs(cube), 2) / np.maximum(np.isfinite(cube).sum(2), 1)
     for layer, color in enumerate(LinearSegmentedColormap.from_list("depth", DEPTH)(np.linspace(0, 1, layers))):
-        _line(axes, np.array(times), means[:, layer], color, names[layer] if layer in labelled else None, lw=1.2)
+        plots.line(axes, np.array(times), means[:, layer], color, names[layer] if layer in labelled else None, lw=1.2)
     axes.legend(title="layer", frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_ylim(bottom=0)
-    figures.append(("Mean |gate| of each layer over time", _svg(figure, "mean gate of each layer by step")))
+    figures.append(("Mean |gate| of each layer over time", plots.svg(figure, "mean gate of each layer by step")))
 
     rows = layers * heads
-    figure, axes = _figure(9.6, rows * min(0.22, max(0.0105, 9.0 / rows)) + 1.0)
+    figure, axes = plots.figure(9.6, rows * min(0.22, max(0.0105, 9.0 / rows)) + 1.0)
     _heat(axes, cube.reshape(len(times), rows).T, limit)
     for layer in range(1, layers):
-        axes.axhline(layer * heads - 0.5, color=INK, lw=0.4, alpha=0.4)
+        axes.axhline(layer * heads - 0.5, color=plots.INK, lw=0.4, alpha=0.4)
     axes.grid(False)
     axes.set_ylabel("layer, and in each its heads" if heads > 1 else "layer")
     axes.tick_params("x", top=True, labeltop=True)
     marked = np.unique(np.linspace(0, len(times) - 1, 9).astype(int)).tolist()
     _ticks(axes.xaxis, marked, [times[column] for column in marked], 9)
     _ticks(axes.yaxis, [(layer + 0.5) * heads - 0.5 for layer in range(layers)], names, 64)
-    figures.append(("Every gate over time, in the colours above", _svg(figure, "every gate by step")))
+    figures.append(("Every gate over time, in the colours above", plots.svg(figure, "every gate by step")))
     return figures
 
 
@@ -288,60 +273,17 @@ def _shared(rows: list[list[str]]) -> int:
     return [*equal, False].index(False)
 
 
-def _figure(width: float, height: float, *, scale: float | None = None) -> tuple[Figure, Axes]:
-    """An empty figure over steps; with ``scale`` one of gates from -scale to scale, and the colours that they have."""
+def _gate_figure(width: float, height: float, limit: float) -> tuple[Figure, Axes]:
+    """An empty figure of gates from -limit to limit, and the colours that they have."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if scale is None:
-        axes = figure.add_subplot(xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.grid(True, color=INK, alpha=0.15, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        return figure, axes
     axes, bar = figure.subplots(1, 2, width_ratios=[width * 8, 1])
-    limit = scale or 1.0
+    limit = limit or 1.0
     _heat(bar, np.linspace(-limit, limit, 128)[:, None], limit, extent=(0, 1, -limit, limit))
     bar.set(xticks=[], title="gate")
     bar.yaxis.tick_right()
     return figure, axes
-
-
-def _line(
-    axes: Axes, x: np.ndarray, y: np.ndarray, color: Any, label: str | None = None, *, span: int = 1, **style: Any
-) -> None:
-    """A curve with gaps where it is not finite; with ``span`` a faint one under its moving average."""
-    y = np.where(np.abs(y) < 1e100, y, np.nan)
-    if span > 1:
-        _line(axes, x, y, color, lw=1, alpha=0.3)
-        y, label = _smooth(y, span), label and f"{label}, smoothed over {span} steps"
-    x, y = _thin(x, y)
-    alone = {"marker": "o"} if np.isfinite(y).sum() == 1 else {}
-    if len(x):
-        axes.plot(x, y, color=color, label=label, **{"lw": 1.5, "markersize": 3.5, **style, **alone})
-
-
-def _smooth(y: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average over about ``span`` values; what is not finite is passed over."""
-    keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, np.full(len(y), np.nan)
-    for index, value in enumerate(y.tolist()):
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-            out[index] = total / weight
-    return out
-
-
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS of a curve: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(x) <= POINTS:
-        return x, y
-    keep = {0, len(x) - 1}
-    for part in np.array_split(np.arange(len(x)), POINTS // 2 - 1):
-        finite = part[np.isfinite(y[part])]
-        keep |= {finite[y[finite].argmin()], finite[y[finite].argmax()]} if len(finite) else {part[0]}
-    chosen = np.array(sorted(keep))
-    return x[chosen], y[chosen]
 
 
 def _heat(axes: Axes, gates: np.ndarray, limit: float, **options: Any) -> None:
@@ -359,30 +301,3 @@ def _ticks(axis: Any, places: Iterable[float], names: Iterable[Any], most: int) 
     pairs = list(zip(places, names, strict=True))
     pairs = pairs[:: -(-len(pairs) // most)]
     axis.set_ticks([place for place, _ in pairs], [str(name) for _, name in pairs])
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """The defaults of matplotlib and ours, whatever the user's matplotlibrc says, for as long as the block lasts."""
-    import matplotlib
-
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    ours: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, **dict.fromkeys(inked, INK)}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(ours | {"axes.titlesize": "medium"})
-        yield
-
-
-def _svg(figure: Figure, label: str) -> Any:
-    """The figure as an ``<svg>`` element that follows the page's theme and font."""
-    import matplotlib
-    from markupsafe import Markup, escape
-
-    out, silent = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": label}):  # ids are unique on the page, and the same in every report
-        figure.savefig(out, format="svg", transparent=True, metadata=silent)
-    text = re.sub(r'<g id="[^"]*">', "<g>", out.getvalue().partition("<svg ")[2])
-    for written, meant in THEME.items():
-        text = text.replace(written, meant)
-    return Markup(f'<svg role="img" aria-label="{escape(label)}" {text}')

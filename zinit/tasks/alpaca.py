@@ -129,6 +129,7 @@ class Alpaca(Task):
 
     name = "alpaca"
     Config = AlpacaConfig
+    metric = "exact_match"
     generates = True
 
     def __init__(

@@ -64,6 +64,7 @@ class Task(nn.Module, ABC):
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
             them, and hands them to the constructor as ``labels`` when it is loaded.
+        metric: what a benchmark compares, by its name in `Evaluation.metrics`.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
     """
 
@@ -71,6 +72,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     handle: Handle | None
     labels: list[str] | None = None
+    metric = "accuracy"
     generates = False
     train_stream: Stream
     held_out_stream: Stream

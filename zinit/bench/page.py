@@ -1,0 +1,123 @@
+"""The benchmark's page: every table, and what the tables look like as plots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from zinit import plots
+from zinit.bench.plan import REFERENCE, Benchmark
+from zinit.bench.summary import Row, table
+
+COLOURS = ("#3987e5", "#e8743b", "#2e9c6a", "#b07cc6", "#c4a000", "#d05a8c", "#6b8e9e", "#8a6d3b", "#5b5bd6", "#999999")
+Curves = dict[tuple[str, str, str], list[list[list[float]]]]
+
+
+def page(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]], curves: Curves) -> str:
+    """One HTML file without scripts and without the network.
+
+    Args:
+        benchmark: what was to be run.
+        rows: see `zinit.bench.summary.summarise`.
+        notes: sentences by experiment.
+        curves: {(experiment, curve, method): [points of a seed, ...]}.
+    """
+    methods = list(dict.fromkeys(method for e in benchmark.experiments for method in e.methods))
+    colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+    sections = []
+    with plots.style():
+        for experiment in benchmark.experiments:
+            own = [row for row in rows if row.experiment == experiment.name]
+            header, lines = table(own)
+            figures = [_against_size(own, colours), *_learning_curves(experiment.name, curves, colours)]
+            figures += [_against_setting(own, name, colours) for name in experiment.vary]
+            problems = [f"{row.method} was not possible here: {row.problem}" for row in own if row.problem]
+            sections.append(
+                {
+                    "name": experiment.name,
+                    "what": f"{experiment.backbone} / {experiment.task}",
+                    "note": experiment.note,
+                    "header": header,
+                    "lines": lines,
+                    "figures": [figure for figure in figures if figure is not None],
+                    "notes": [*notes.get(experiment.name, []), *problems],
+                }
+            )
+    missing = sum(len(row.missing) for row in rows)
+    return plots.render("bench/page.html.jinja", benchmark=benchmark, sections=sections, missing=missing)
+
+
+def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] | None:
+    """The metric against what was trained; for experiments that vary nothing else."""
+    rows = [row for row in rows if row.mean is not None and row.num_trainable and not row.vary]
+    if len(rows) < 2:
+        return None
+    figure, axes = plots.figure(4.8, 3.2, xlabel="trainable parameters", integer=False)
+    axes.set_xscale("log")
+    axes.set_ylabel(rows[0].metric)
+    for row in rows:
+        x, y = [row.num_trainable or 0], [row.mean or 0.0]
+        axes.errorbar(x, y, yerr=[row.std or 0.0], fmt="o", capsize=3, color=colours[row.method], label=row.method)
+    if rows[0].frozen is not None:
+        axes.axhline(rows[0].frozen, color=plots.INK, lw=0.8, ls=":", label="frozen")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    title = f"{rows[0].metric} against trainable parameters"
+    return title, plots.svg(figure, f"{rows[0].experiment}: {title}")
+
+
+def _learning_curves(experiment: str, curves: Curves, colours: dict[str, str]) -> list[tuple[str, Any]]:
+    """Mean over the seeds of every curve that has more than one point."""
+    found = []
+    for name in dict.fromkeys(curve for e, curve, _ in curves if e == experiment):
+        own = {method: seeds for (e, curve, method), seeds in curves.items() if (e, curve) == (experiment, name)}
+        own = {method: seeds for method, seeds in own.items() if max(map(len, seeds)) > 2}
+        if not own:
+            continue
+        figure, axes = plots.figure(4.8, 3.2)
+        for method in sorted(own, key=lambda method: (method != REFERENCE, method)):
+            steps, mean, low, high = _over_seeds(own[method])
+            span = max(1, len(steps) // 30) if name == "train loss" else 1
+            smooth = [plots.smooth(values, span) for values in (mean, low, high)]
+            axes.plot(steps, smooth[0], color=colours[method], lw=1.5, label=f"{method} ({len(own[method])})")
+            axes.fill_between(steps, smooth[1], smooth[2], color=colours[method], alpha=0.15, lw=0)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        title = f"{name} by step: mean over (n) seeds, band from lowest to highest"
+        found.append((title, plots.svg(figure, f"{experiment}: {title}")))
+    return found
+
+
+def _over_seeds(seeds: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all seeds have, and there the mean, the lowest and the highest."""
+    common = sorted(set.intersection(*({point[0] for point in points} for points in seeds)))
+    by_step = [{point[0]: point[1] for point in points} for points in seeds]
+    values = np.array([[points[step] for step in common] for points in by_step], dtype=float)
+    return np.array(common), values.mean(0), values.min(0), values.max(0)
+
+
+def _against_setting(rows: list[Row], setting: str, colours: dict[str, str]) -> tuple[str, Any] | None:
+    """The metric against one varied setting, a line per method (and per combination of the other settings)."""
+    rows = [row for row in rows if row.mean is not None and setting in row.vary]
+    values = [row.vary[setting] for row in rows]
+    if len(set(map(str, values))) < 2:
+        return None
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    places = {str(value): (value if numeric else index) for index, value in enumerate(dict.fromkeys(values))}
+    figure, axes = plots.figure(4.8, 3.2, xlabel=setting, integer=all(isinstance(value, int) for value in values))
+    axes.set_ylabel(rows[0].metric)
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        others = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in row.vary.items() if k != setting)
+        lines.setdefault((row.method, others), []).append(row)
+    for (method, others), own in lines.items():
+        own.sort(key=lambda row: places[str(row.vary[setting])])
+        x, y = [places[str(row.vary[setting])] for row in own], [row.mean or 0.0 for row in own]
+        label = f"{method}, {others}" if others else method
+        error: Any = [row.std or 0.0 for row in own]
+        style = "o-" if numeric else "o"
+        axes.errorbar(x, y, yerr=error, fmt=style, capsize=3, lw=1.5, color=colours[method], label=label)
+    if not numeric:
+        axes.set_xticks(list(places.values()), list(places), rotation=60, ha="right")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    title = f"{rows[0].metric} against {setting}"
+    return title, plots.svg(figure, f"{rows[0].experiment}: {title}")

@@ -1,0 +1,284 @@
+"""Runs the cells of a benchmark: each once, each in a process of its own, several side by side.
+
+A cell is finished when ``cells/<id>.json`` is there, which is written last and atomically. A cell that was cut off goes
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zinit.bench.plan import Benchmark, Cell, Experiment, choice_key, combinations
+from zinit.config import to_json
+from zinit.errors import ConfigError, DataError
+from zinit.run_directory import write_json
+
+Event = dict[str, Any]
+CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
+
+
+class Runner:
+    """Finishes the cells of a benchmark.
+
+    Args:
+        benchmark: what to run.
+        output: its folder; may hold finished cells.
+        jobs: runs side by side; None is one per visible GPU, or one per two CPU cores.
+        budget: seconds after which no further cell is started; None is no limit.
+        on_event: gets {"event": "plan" | "start" | "cell" | "budget", ...}.
+
+    Raises:
+        ConfigError: if the folder holds something else, or another benchmark runs in it.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        output: Path,
+        *,
+        jobs: int | None = None,
+        budget: float | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.benchmark, self.output, self.on_event = benchmark, output, on_event
+        self.devices = visible_gpus()
+        self.jobs = jobs or len(self.devices) or max(1, (os.cpu_count() or 1) // 2)
+        self.deadline = None if budget is None else time.monotonic() + budget
+        self.stopping = threading.Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._guard = threading.Lock()
+        if output.exists() and (
+            not output.is_dir() or (any(output.iterdir()) and not (output / "bench.json").exists())
+        ):
+            raise ConfigError(f"the output {output} holds something that is no benchmark. Name another folder.")
+
+    def run(self) -> None:
+        """Runs what is not finished. Returns when all is done, the budget is spent, or a signal asked to stop."""
+        (self.output / "cells").mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            write_json(self.output / "bench.json", {"benchmark": self.benchmark.to_dict(), "jobs": self.jobs})
+            selection = [cell for experiment in self.benchmark.experiments for cell in experiment.selection_cells()]
+            self._finish(selection)
+            if not self.stopping.is_set():
+                self._finish(final_cells(self.benchmark, self.output))
+
+    def stop(self) -> None:
+        """Asks every running cell to save and stop."""
+        self.stopping.set()
+        with self._guard:
+            for process in self._running:
+                process.send_signal(signal.SIGTERM)
+
+    def _finish(self, cells: Sequence[Cell]) -> None:
+        todo = deque(cell for cell in cells if not self._path(cell).exists())
+        self.on_event({"event": "plan", "cells": len(cells), "todo": len(todo), "jobs": self.jobs})
+        free = deque(self.devices or [None])
+        threads: list[threading.Thread] = []
+        failures: list[BaseException] = []
+
+        def work(device: str | None) -> None:
+            try:
+                while not self.stopping.is_set():
+                    with self._guard:
+                        if not todo:
+                            return
+                        cell = todo.popleft()
+                    if not self._affordable(cell):
+                        self.on_event({"event": "budget", "cell": cell.id})
+                        continue
+                    self._run_cell(cell, device)
+            except BaseException as error:
+                failures.append(error)
+                self.stopping.set()
+
+        for index in range(min(self.jobs, max(1, len(todo)))):
+            threads.append(threading.Thread(target=work, args=(free[index % len(free)],), daemon=True))
+            threads[-1].start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(timeout=0.2)  # in slices, so that signals are seen
+        if failures:
+            raise failures[0]
+
+    def _affordable(self, cell: Cell) -> bool:
+        """Whether the cell will probably end within the budget, judged by its experiment's finished cells."""
+        if self.deadline is None:
+            return True
+        left = self.deadline - time.monotonic()
+        known = [c["wall_seconds"] for c in read_cells(self.output) if c["cell"]["experiment"] == cell.experiment]
+        return left > (statistics.median(known) if known else 0)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.output / "cells" / f"{cell.id}.json"
+
+    def _run_cell(self, cell: Cell, device: str | None) -> None:
+        run = self.output / "runs" / cell.id
+        run.parent.mkdir(exist_ok=True)
+        if run.exists() and not (run / "run.json").exists():
+            shutil.rmtree(run)  # cut off before it began
+        arguments = ["--resume", "--output", str(run)] if run.exists() else [*cell.arguments(), "--output", str(run)]
+        environment = {**os.environ, "ZINIT_BENCH_CELL": cell.id}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        elif self.jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        self.on_event({"event": "start", "cell": cell.id, "command": cell.command()})
+        started = time.monotonic()
+        with self._guard:
+            if self.stopping.is_set():
+                return
+            process = subprocess.Popen(
+                [sys.executable, "-m", "zinit", "train", *arguments, "--json"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+            self._running.add(process)
+        out, err = process.communicate()
+        with self._guard:
+            self._running.discard(process)
+        if process.returncode == 130 or self.stopping.is_set():
+            return  # stopped; it has saved, and goes on another time
+        document: dict[str, Any] = {"cell": cell.to_dict(), "id": cell.id, "command": cell.command()}
+        if process.returncode == 0:
+            document |= {"status": "done", **_result(run, json.loads(out))}
+            shutil.rmtree(run / "resume", ignore_errors=True)
+        else:
+            lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            own = [line.removeprefix("zinit: ") for line in lines if line.startswith("zinit: ")]
+            error = (own or lines)[-1]
+            # The user's error (status 2) holds for good; anything else may go better another time.
+            document |= {"status": "refused" if process.returncode == 2 else "failed", "error": error}
+        document["wall_seconds"] = round(time.monotonic() - started, 2)
+        if document["status"] != "failed":
+            write_json(self._path(cell), document)
+        self.on_event({"event": "cell", **document})
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One benchmark at a time in a folder."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks here
+            yield
+            return
+        with (self.output / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"another benchmark is running in {self.output}. Wait for it, or stop it.") from error
+            yield
+
+
+def _die_with_parent() -> None:
+    """A cell whose benchmark was killed must not go on beside the one that resumes it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What a cell keeps of its run."""
+    curves: dict[str, list[list[float]]] = {"train loss": []}
+    with (run / "log.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:  # the line that a kill tore
+                continue
+            if event["event"] == "step":
+                curves["train loss"].append([event["step"], event["loss"]])
+            elif event["event"] == "eval":
+                for name in CURVE:
+                    if event.get(name) is not None:
+                        curves.setdefault(f"held-out {name}", []).append([event["step"], event[name]])
+    document = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    kept = ("metrics", "counts", "num_trainable", "steps", "seconds")
+    return {
+        **{name: results.get(name) for name in kept},
+        "curves": {name: _thinned(_last_of_each(points)) for name, points in curves.items()},
+        "run": {name: document.get(name) for name in ("model", "data", "demo", "device", "versions", "fingerprint")},
+    }
+
+
+def _last_of_each(points: list[list[float]]) -> list[list[float]]:
+    """Of several points at one step the last: a resumed run repeats steps."""
+    last = {point[0]: point for point in points}
+    return [last[step] for step in sorted(last)]
+
+
+def _thinned(points: list[list[float]], most: int = 300) -> list[list[float]]:
+    """At most so many points, the last among them."""
+    stride = -(-len(points) // most) if points else 1
+    return points[::-1][::stride][::-1]
+
+
+def read_cells(output: Path) -> list[dict[str, Any]]:
+    """All finished cells of a folder.
+
+    Raises:
+        DataError: if one of them cannot be read.
+    """
+    found = []
+    for path in sorted((output / "cells").glob("*.json")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}). Remove it, and its cell is run again.") from error
+    return found
+
+
+def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
+    """The final runs in the order to run them, seeds outermost: a benchmark that is cut short is short of seeds.
+
+    Cells whose selection is not complete are left out.
+    """
+    finished = {cell["id"]: cell for cell in read_cells(output)}
+    found: list[tuple[int, Cell]] = []
+    for experiment in benchmark.experiments:
+        chosen = choose(experiment, finished)
+        for cell in experiment.cells(chosen=chosen):
+            if not experiment.select or choice_key(cell.method, cell.vary) in chosen:
+                found.append((experiment.seeds.index(cell.seed), cell))
+    return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
+
+
+def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """The settings with the best metric, by method and varied values; only where every trial is finished."""
+    trials: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
+    tried = combinations(experiment.select.get("vary", {}))
+    for index, cell in enumerate(experiment.selection_cells()):
+        found = finished.get(cell.id, {})
+        if not found:
+            continue
+        value = ((found.get("metrics") or {}).get("adapted") or {}).get(experiment.metric)
+        settings = tuple(f"{key}={to_json(v)}" for key, v in tried[index % len(tried)].items())
+        key = choice_key(cell.method, cell.vary)
+        trials.setdefault(key, []).append((float("-inf") if value is None else value, settings))
+    sign = -1.0 if experiment.metric in ("loss", "perplexity") else 1.0
+    complete = {key: found for key, found in trials.items() if len(found) == len(tried)}
+    return {key: max(found, key=lambda trial: sign * trial[0])[1] for key, found in complete.items()}
