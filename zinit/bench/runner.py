@@ -40,6 +40,7 @@ class Runner:
         jobs: runs side by side; None is one per visible GPU, or one per two CPU cores.
         budget: seconds after which no further cell is started; None is no limit.
         on_event: gets {"event": "plan" | "start" | "cell" | "budget", ...}.
+        launcher: the command line of zinit.
 
     Raises:
         ConfigError: if the folder holds something else, or another benchmark runs in it.
@@ -53,7 +54,9 @@ class Runner:
         jobs: int | None = None,
         budget: float | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
+        launcher: Sequence[str] = (sys.executable, "-m", "zinit"),
     ) -> None:
+        self.launcher = list(launcher)
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
         self.devices = visible_gpus()
         self.jobs = jobs or len(self.devices) or max(1, (os.cpu_count() or 1) // 2)
@@ -142,7 +145,7 @@ class Runner:
             if self.stopping.is_set():
                 return
             process = subprocess.Popen(
-                [sys.executable, "-m", "zinit", "train", *arguments, "--json"],
+                [*self.launcher, "train", *arguments, "--json"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

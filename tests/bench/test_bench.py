@@ -1,0 +1,295 @@
+"""The benchmark: cells are run once, whatever kills it; the figures are those of the cells."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import ROOT, environment
+from zinit.bench.plan import Benchmark, list_bench_presets, make_benchmark
+from zinit.bench.runner import Runner, final_cells, read_cells
+from zinit.bench.summary import summarise, write_summary
+from zinit.errors import ConfigError, DataError
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_zinit.py")))
+TWO = """
+description = "two tables"
+seeds = [0, 1, 2]
+methods = ["zero-init", "random-gate", "bitfit"]
+[[experiment]]
+name = "one"
+backbone = "llama"
+metric = "accuracy"
+options = ["train.learning_rate=3"]
+[[experiment]]
+name = "layers"
+backbone = "llama"
+metric = "accuracy"
+methods = ["zero-init"]
+vary = { "prefix.layers" = [1, 2] }
+"""
+
+
+def benchmark(folder: Path, text: str = TWO, **said: Any) -> Benchmark:
+    (folder / "bench.toml").write_text(text)
+    return make_benchmark(config_file=str(folder / "bench.toml"), **said)
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FAKE_JOURNAL", str(tmp_path / "journal"))
+    return tmp_path / "journal"
+
+
+def started(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+
+def test_every_cell_runs_once(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path)
+    cells = final_cells(plan, tmp_path / "none")
+    assert len(cells) == 3 * 3 + 3 * 2
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    for _ in range(2):
+        Runner(plan, tmp_path / "out", jobs=3, launcher=FAKE).run()
+    assert sorted(entry["cell"] for entry in started(journal)) == sorted(cell.id for cell in cells)
+    found = read_cells(tmp_path / "out")
+    assert {cell["status"] for cell in found if cell["cell"]["method"] == "bitfit"} == {"refused"}
+    assert all(cell["status"] == "done" for cell in found if cell["cell"]["method"] != "bitfit")
+    assert found[0]["curves"]["train loss"] == [] or found[0]["curves"]["train loss"][-1] == [4, 0.25]
+
+
+def test_a_cell_is_named_by_all_of_its_settings(tmp_path: Path) -> None:
+    plans = [benchmark(tmp_path), benchmark(tmp_path, TWO.replace("rate=3", "rate=4")), benchmark(tmp_path, seeds=[7])]
+    names = [{cell.id for cell in final_cells(plan, tmp_path / "none")} for plan in plans]
+    assert len(names[0]) == 15
+    assert len(names[0] & names[1]) == 6  # those of the other experiment
+    assert not names[0] & names[2]
+    commands = [cell.command() for cell in final_cells(plans[0], tmp_path / "none")]
+    assert (
+        "zinit train --backbone llama --task alpaca --preset alpaca/demo --seed 0 -o method=zero-init " in commands[0]
+    )
+    assert any(command.endswith("-o prefix.layers=2") for command in commands)
+
+
+def test_the_summary_is_the_arithmetic_of_the_cells(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path)
+    Runner(plan, tmp_path / "out", jobs=4, launcher=FAKE).run()
+    rows = {(row.experiment, row.method, str(row.vary)): row for row in write_summary(plan, tmp_path / "out")}
+    row = rows["one", "random-gate", "{}"]
+    assert row.values == pytest.approx({0: 0.5, 1: 0.51, 2: 0.52})
+    assert row.mean == pytest.approx(0.51)
+    assert row.std == pytest.approx(statistics.stdev([0.5, 0.51, 0.52]))
+    assert (row.frozen, row.samples, row.num_trainable, row.missing) == (pytest.approx(0.1), 50, 7, [])
+    assert row.difference == pytest.approx(-0.3)
+    assert row.difference_std == pytest.approx(0.0, abs=1e-12)  # paired by seed: each differs by the same
+    assert row.pairs == 3
+    assert rows["one", "zero-init", "{}"].difference is None
+    assert "no bias terms" in rows["one", "bitfit", "{}"].problem
+    assert rows["layers", "zero-init", "{'prefix.layers': 2}"].mean == pytest.approx(0.61)
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["mean"]) for line in table if line["method"] == "random-gate"] == pytest.approx([0.51])
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| random-gate | - | accuracy | 0.510 | 0.010 | 0, 1, 2 | 50 | 0.100 | -0.300 ± 0.000 (3) | 7 |" in text
+    assert "Demo figures" in text
+    assert "paper's" not in text.split("## one")[1]  # no column for what is not known
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.captions: list[str] = []
+        self.svgs = self.lines = 0
+        self.links: list[str] = []
+        self._in_caption = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.svgs += tag == "svg"
+        self.lines += tag == "path"
+        self._in_caption = tag == "figcaption"
+        self.links += [value or "" for name, value in attrs if name in ("src", "href") and tag != "use"]
+        assert tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_caption and data.strip():
+            self.captions.append(data.strip())
+
+
+def test_the_page_holds_its_plots(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path)
+    Runner(plan, tmp_path / "out", jobs=4, launcher=FAKE).run()
+    write_summary(plan, tmp_path / "out")
+    page = Page()
+    page.feed((tmp_path / "out" / "report.html").read_text())
+    assert [caption.split(" by")[0] for caption in page.captions] == [
+        "accuracy against trainable parameters",
+        "train loss",
+        "accuracy against prefix.layers",
+    ]
+    assert page.svgs == 3
+    assert page.lines > 20
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+
+
+def test_an_empty_benchmark_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_summary(benchmark(tmp_path), tmp_path / "out")
+    assert "15 runs not finished" in (tmp_path / "out" / "report.html").read_text()
+
+
+def is_running(pid: int) -> bool:
+    """Dead ones whose new parent has not looked at them yet do not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a benchmark takes its runs along only on Linux")
+def test_killed_in_the_middle_it_finishes_without_repeating(tmp_path: Path, journal: Path) -> None:
+    plan, out = benchmark(tmp_path), tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from zinit.bench.plan import make_benchmark; "
+        "from zinit.bench.runner import Runner; "
+        f"Runner(make_benchmark(config_file={str(tmp_path / 'bench.toml')!r}), Path({str(out)!r}), jobs=2, "
+        f"launcher={FAKE!r}).run()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**environment(), "FAKE_SECONDS": "0.3"}, cwd=ROOT)
+    while len(list(out.glob("cells/*.json"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.read_bytes() for path in out.glob("cells/*.json")}
+    time.sleep(0.2)
+    before = started(journal)
+    begun = {path.parent.name for path in out.glob("runs/*/run.json")} - {Path(name).stem for name in finished}
+    for entry in before[-2:]:  # its children died with it: nobody writes beside the one that resumes
+        with pytest.raises(ProcessLookupError):
+            os.kill(entry["pid"], 0)
+    Runner(plan, out, jobs=2, launcher=FAKE).run()
+    later = started(journal)[len(before) :]
+    assert not {f"{entry['cell']}.json" for entry in later} & finished.keys()
+    assert all((out / "cells" / name).read_bytes() == data for name, data in finished.items())
+    assert len(read_cells(out)) == 15
+    assert {entry["cell"] for entry in later if entry["resumed"]} == begun
+
+
+def test_asked_to_stop_it_stops(tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SECONDS", "30")
+    runner = Runner(benchmark(tmp_path), tmp_path / "out", jobs=2, launcher=FAKE)
+    threading.Timer(2.0, runner.stop).start()
+    began = time.monotonic()
+    runner.run()
+    assert time.monotonic() - began < 20
+    assert len(started(journal)) == 2
+    assert [c for c in read_cells(tmp_path / "out") if c["status"] != "refused"] == []
+
+
+def test_a_failed_cell_is_tried_again_and_others_go_on(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path, methods=["full", "zero-init"], seeds=[0])
+    events: list[dict[str, Any]] = []
+    Runner(plan, tmp_path / "out", jobs=1, launcher=FAKE, on_event=events.append).run()
+    failed = [event for event in events if event["event"] == "cell" and event["status"] == "failed"]
+    assert [event["error"] for event in failed] == ["RuntimeError: a fault"] * 3
+    assert len(read_cells(tmp_path / "out")) == 3
+    row = next(row for row in summarise(plan, tmp_path / "out") if row.method == "full")
+    assert row.missing == [0]
+    Path(f"{journal}.mended").touch()
+    Runner(plan, tmp_path / "out", jobs=1, launcher=FAKE).run()
+    assert len(read_cells(tmp_path / "out")) == 6
+
+
+def test_the_budget_is_kept(tmp_path: Path, journal: Path) -> None:
+    events: list[dict[str, Any]] = []
+    runner = Runner(benchmark(tmp_path), tmp_path / "out", jobs=1, budget=0, launcher=FAKE, on_event=events.append)
+    runner.run()
+    assert started(journal) == []
+    assert len([event for event in events if event["event"] == "budget"]) == 15
+
+
+SELECTION = """
+seeds = [5, 6]
+methods = ["zero-init"]
+[[experiment]]
+name = "chosen"
+backbone = "llama"
+metric = "accuracy"
+[experiment.select]
+vary = { "train.learning_rate" = [1, 2, 3.5, 2.5] }
+options = ["task.held_out=3"]
+"""
+
+
+def test_settings_are_chosen_before_the_final_runs(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path, SELECTION)
+    assert final_cells(plan, tmp_path / "out") == []
+    Runner(plan, tmp_path / "out", jobs=2, launcher=FAKE).run()
+    final = final_cells(plan, tmp_path / "out")
+    assert [(cell.seed, cell.options) for cell in final] == [
+        (5, ("train.learning_rate=3.5",)),  # 3.5 and 2.5 do equally well: the first of them
+        (6, ("train.learning_rate=3.5",)),
+    ]
+    trials = [cell for cell in read_cells(tmp_path / "out") if "selection" in cell["cell"]["experiment"]]
+    assert len(trials) == 4
+    assert all("task.held_out=3" in cell["cell"]["options"] for cell in trials)
+    (row,) = summarise(plan, tmp_path / "out")
+    assert row.values == pytest.approx({5: 0.8, 6: 0.81})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seeds = [0]", "one or more [[experiment]]"),
+        ("sedes = [0]\n" + TWO, "no setting 'sedes' in a benchmark. Did you mean 'seeds'"),
+        (TWO.replace('backbone = "llama"', 'backbone = "lama"', 1), "no backbone named 'lama'. Did you mean 'llama'"),
+        (TWO.replace("bitfit", "bitfot"), "no method named 'bitfot'. Did you mean 'bitfit'"),
+        (TWO.replace('name = "layers"', 'name = "one"'), "two experiments are named 'one'"),
+        (TWO.replace("[1, 2]", "3"), "vary maps a setting to a list"),
+        (TWO.replace("[0, 1, 2]", '["a"]'), "seeds are whole numbers"),
+        (TWO.replace("metric =", "metrik ="), "no setting 'metrik'. Did you mean 'metric'"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        benchmark(tmp_path, text)
+    assert expected in str(caught.value)
+
+
+def test_wrong_settings_stop_before_anything_runs(tmp_path: Path) -> None:
+    plan = benchmark(tmp_path, TWO.replace("prefix.layers", "prefix.leyers"))
+    with pytest.raises(ConfigError, match=r"experiment 'layers': no option named 'prefix\.leyers'"):
+        plan.check()
+
+
+def test_folders_that_are_not_for_it(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path)
+    with pytest.raises(ConfigError, match="holds something that is no benchmark"):
+        Runner(plan, tmp_path, launcher=FAKE)
+    Runner(plan, tmp_path / "out", budget=0, launcher=FAKE).run()
+    one = Runner(plan, tmp_path / "out", budget=0, launcher=FAKE)
+    with one._alone(), pytest.raises(ConfigError, match="another benchmark is running"):
+        Runner(plan, tmp_path / "out", launcher=FAKE).run()
+    (tmp_path / "out" / "cells" / "x.json").write_text("{")
+    with pytest.raises(DataError, match=r"x\.json is damaged"):
+        read_cells(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", sorted(list_bench_presets()))
+def test_presets_are_complete(name: str) -> None:
+    plan = make_benchmark(preset=name, data=None if name == "demo" else "data", model=None if name == "demo" else "m")
+    plan.check()
+    assert plan.description
+    assert all(experiment.seeds and experiment.methods for experiment in plan.experiments)
