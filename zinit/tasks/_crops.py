@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -83,3 +83,6 @@ class Views(Sequence[Tensor]):
             return self._made[index]
         view, position = divmod(index, len(self.pictures))
         return self._make(read_image(self.pictures[position]), position, view)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
