@@ -532,15 +532,15 @@ def test_a_run_from_end_to_end(saved: Path, tmp_path: Path) -> None:
         model=str(saved),
         data=str(data),
         prefix=PrefixConfig(length=3),
-        train=TrainConfig(steps=6, warmup_steps=1, batch_size=6, micro_batch_size=3, learning_rate=0.03),
-        options=BaseToNovelConfig(shots=3, views=2),
+        train=TrainConfig(steps=8, warmup_steps=1, batch_size=9, micro_batch_size=5, learning_rate=0.03),
+        options=BaseToNovelConfig(shots=3),  # 9 pictures: every step sees all of them
     )
     results = train_run(config, tmp_path / "run")
     frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
     assert {"base_accuracy", "novel_accuracy", "harmonic_mean", "loss"} <= set(frozen)
     assert adapted["loss"] != frozen["loss"]
-    losses = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    steps = [event["loss"] for event in losses if event["event"] == "step"]
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [event["loss"] for event in events if event["event"] == "step"]
     assert steps[-1] < steps[0]
     assert len(results["samples"]) == 8
     assert all("adapted" in sample for sample in results["samples"])
