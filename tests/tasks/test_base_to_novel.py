@@ -428,6 +428,7 @@ def test_accuracies_follow_the_protocol(tmp_path: Path) -> None:
     ]
     limited = evaluate(task(tmp_path, model), limit=6)
     assert limited.counts == {"base_answered": 6, "novel_answered": 6}
+    assert evaluate(task(tmp_path, model), limit=0).metrics == {}
 
 
 @pytest.mark.parametrize("towers", [None, ("text_model",), ("vision_model",)])
@@ -549,6 +550,34 @@ def test_a_run_from_end_to_end(saved: Path, tmp_path: Path) -> None:
     whole = evaluate_run(tmp_path / "run", data=str(data))
     assert whole["counts"]["base_test"] == 18  # all of it is tested on
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def run_with(method: str, saved: Path, data: Path) -> RunConfig:
+    return RunConfig.from_dict(
+        {
+            "backbone": "clip",
+            "model": str(saved),
+            "data": str(data),
+            "method": {"name": method},
+            "train": {"steps": 2, "warmup_steps": 1, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.01},
+            "task": {"name": "base-to-novel", "shots": 3},
+        }
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "bottleneck"])
+def test_other_methods_train_the_towers(saved: Path, tmp_path: Path, method: str) -> None:
+    results = train_run(run_with(method, saved, folders(tmp_path / "data")), tmp_path / "run")["metrics"]
+    assert results["adapted"]["loss"] != results["frozen"]["loss"]
+    again = evaluate_run(tmp_path / "run")["metrics"]
+    assert again["adapted"] == pytest.approx(results["adapted"])
+    assert again["frozen"] == pytest.approx(results["frozen"])
+
+
+@pytest.mark.parametrize("method", ["head-only", "logistic-regression", "prompt-tuning"])
+def test_methods_that_cannot_be_used_say_so(saved: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match=r"nothing to train|no single token embedding"):
+        train_run(run_with(method, saved, folders(tmp_path / "data")), tmp_path / "run")
 
 
 def test_presets_and_options_resolve() -> None:

@@ -321,6 +321,8 @@ class BaseToNovel(Task):
 
         self.eval()
         evaluation = Evaluation(metrics={})
+        if limit == 0:
+            return evaluation
         offset = len(self._train)
         for half in HALVES:
             images, labels = self._tested[half]
