@@ -94,7 +94,8 @@ def task(data: Path | str | None, model: Any = None, *, seed: int = 0, labels: A
 
 def accounted(t: Any) -> bool:
     counts = t.data_report()
-    return counts["read"] == sum(counts[name] for name in ACCOUNTED)
+    held_out = counts["base_test"] + counts["novel_test"]
+    return counts["read"] == sum(counts[name] for name in ACCOUNTED) and counts["held_out"] == held_out
 
 
 def evaluate(t: Any, limit: int | None = None) -> Any:

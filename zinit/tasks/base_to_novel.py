@@ -160,6 +160,7 @@ class BaseToNovel(Task):
                 raise DataError(f"there is no picture of a {half} class to test on: {self._counts}.")
             for key, tokens in self._tokenise(self.classes[half], host).items():
                 self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
+        self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
         patches = (self.size // int(getattr(host.vision_config, "patch_size", 16))) ** 2
         self.train_stream = Stream(name="train", lengths=[patches] * len(self._train), counts=[1] * len(self._train))
         held_out = len(self._tested["base"][0])
