@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,24 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 MAX_PIXELS = 100_000_000  # of one picture; more is taken for a decompression bomb
 KEPT_BYTES = 4 * 2**30  # decoded pictures held in memory; those beyond it are read again each time
 
-Picture = Path | Image.Image
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture file that lies in a data set instead of a folder.
+
+    Args:
+        name: for messages.
+        read: gives the file's bytes.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Picture = Path | Encoded | Image.Image
 OnBad = Literal["error", "skip"]
 Prepare = Callable[[Image.Image], Image.Image]
 
@@ -27,7 +46,7 @@ def read_image(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     """A whole picture in RGB: greyscale, palette and transparent ones are converted (transparency onto white).
 
     Args:
-        picture: a file, or a picture in memory.
+        picture: a file, an encoded picture, or one in memory.
         max_pixels: more than this is refused before anything is decoded.
 
     Raises:
@@ -38,7 +57,7 @@ def read_image(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
-            with Image.open(picture) as image:
+            with Image.open(io.BytesIO(picture.read()) if isinstance(picture, Encoded) else picture) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(
@@ -51,7 +70,7 @@ def read_image(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         raise DataError(f"there is no picture {picture}.") from error
     except UnidentifiedImageError as error:
         hint = ""
-        if _is_lfs_pointer(picture):
+        if isinstance(picture, Path) and _is_lfs_pointer(picture):
             hint = " It is a Git LFS pointer, not the picture itself: fetch the file with 'git lfs pull'."
         raise DataError(f"{picture} is no picture that can be read.{hint}") from error
     except Image.DecompressionBombError as error:

@@ -4,6 +4,6 @@ from zinit.backbones._hf import TransformersBackbone
 
 CLIP = TransformersBackbone(
     name="clip",
-    default_task="clip_base_to_novel",
+    default_task="base-to-novel",
     model_types=("clip", "clip_text_model", "clip_vision_model"),
 )

@@ -2,4 +2,10 @@
 
 from zinit.registry import Registry
 
-TASKS = Registry("task", {"alpaca": "zinit.tasks.alpaca:Alpaca"})
+TASKS = Registry(
+    "task",
+    {
+        "alpaca": "zinit.tasks.alpaca:Alpaca",
+        "base-to-novel": "zinit.tasks.base_to_novel:BaseToNovel",
+    },
+)

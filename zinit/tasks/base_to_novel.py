@@ -1,0 +1,393 @@
+"""CLIP's generalisation from base to novel classes (paper, Table 14; paper-facts 5.6 and 6.3).
+
+The classes are sorted; the first half is the base, trained on with a few pictures each, the rest is novel. Each half is
+tested among its own classes only. The classifier of a class is the text tower's reading of "a photo of a <class>.", so
+there is no head, and the frozen model's evaluation is zero-shot CLIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.errors import ConfigError, DataError
+from zinit.images import Images, OnBad, Picture, normalise, read_image
+from zinit.tasks._class_images import Labelled, draw_shots, read_split
+from zinit.tasks._crops import Views, plain
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base_to_novel_table import harmonic_mean
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.attach import Handle
+    from zinit.hosts import ClipProcessor
+
+Half = Literal["base", "novel"]
+HALVES: tuple[Half, Half] = ("base", "novel")
+TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
+TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
+BATCH = 64  # pictures, or texts, per forward pass without gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseToNovelConfig(JsonConfig):
+    """What the task does with its data.
+
+    Args:
+        shots: training pictures per base class, drawn by the run's seed.
+        template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
+        drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
+        folder: where the pictures of a split_zhou_*.json file are, seen from that file.
+        fields: what a Parquet file or Hub data set calls picture and class.
+        views: 1 trains on the plain pictures; more make so many random crops of each, all of them once per epoch.
+        crop_scale: smallest share of a picture that a crop covers.
+        few: whether a class with fewer pictures than shots is an error, or all it has are used.
+        on_bad: whether a picture that cannot be read is an error, or skipped and counted (in training another one is
+            drawn instead).
+        split_seed: of the half of each class that is tested on, where the data has no test part. Not the run's seed:
+            all runs are tested on the same pictures.
+        held_out_data: a source of its own for the test pictures instead.
+    """
+
+    shots: int = 16
+    template: str | tuple[str, ...] = "a photo of a {}."
+    drop_classes: str | tuple[str, ...] = ()
+    folder: str = "."
+    fields: tuple[str, ...] = ("image", "label")
+    views: int = 1
+    crop_scale: float = 0.08
+    few: Literal["error", "use_all"] = "error"
+    on_bad: OnBad = "error"
+    split_seed: int = 0
+    held_out_data: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name, least in (("shots", 1), ("views", 1), ("split_seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if isinstance(self.drop_classes, str):
+            names = tuple(name.strip() for name in self.drop_classes.split(",") if name.strip())
+            object.__setattr__(self, "drop_classes", names)
+        if isinstance(self.template, str):
+            object.__setattr__(self, "template", (self.template,))
+        if not self.template or not all(isinstance(text, str) and text.count("{}") == 1 for text in self.template):
+            raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
+        if len(self.fields) != 2 or not all(isinstance(field, str) and field for field in self.fields):
+            raise ConfigError(f"fields must name picture and class; got {self.fields!r}.")
+        scale = self.crop_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
+            raise ConfigError(f"crop_scale must be above 0 and at most 1; got {scale!r}.")
+
+
+class BaseToNovel(Task):
+    """See the module. Needs CLIP, or another model with ``get_image_features``, ``get_text_features``, ``logit_scale``.
+
+    Args:
+        model: the dual encoder.
+        processor: its tokenizer and pixel statistics.
+        handle: the adapter on the model, in either or both towers.
+        config: data handling.
+        data: source of the pictures, see `zinit.tasks._class_images.read_class_images`.
+        seed: of the shots and the crops.
+        train: False leaves the training pictures unread, for evaluation on ``held_out_data``.
+        labels: the class names of an earlier run; data with other classes is refused.
+
+    Attributes:
+        labels: names of all classes in label order, base classes first.
+        classes: names of each half's classes.
+    """
+
+    name = "base-to-novel"
+    Config = BaseToNovelConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ClipProcessor,
+        handle: Handle | None,
+        config: BaseToNovelConfig,
+        *,
+        data: str | None,
+        seed: int,
+        train: bool = True,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.processor, self.handle, self.config = model, processor, handle, config
+        host: Any = model.config
+        self.size = int(host.vision_config.image_size)
+        self.labels, training, tested, self._counts = read_split(
+            data,
+            config.held_out_data,
+            train=train,
+            labels=labels,
+            dropped=config.drop_classes,
+            folder=config.folder,
+            fields=config.fields,
+            seed=config.split_seed,
+        )
+        self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
+        if len(self.labels) < 4:
+            raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
+        middle = (len(self.labels) + 1) // 2
+        self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
+        pictures, self._train_labels = self._draw(training, seed) if train else ([], [])
+        if config.views > 1:
+            self._train = Views(pictures, size=self.size, views=config.views, smallest=config.crop_scale, seed=seed)
+        else:
+            self._train = Images(pictures, self._prepare)
+        self._train_labels *= config.views
+        self._tested = {
+            "base": self._open([(picture, label) for picture, label in tested if label < middle]),
+            "novel": self._open([(picture, label - middle) for picture, label in tested if label >= middle]),
+        }
+        for half in HALVES:
+            self._counts[f"{half}_classes"] = len(self.classes[half])
+            self._counts[f"{half}_test"] = len(self._tested[half][0])
+            self._counts[f"{half}_classes_without_test"] = len(self.classes[half]) - len(set(self._tested[half][1]))
+            if not self._tested[half][0]:
+                raise DataError(f"there is no picture of a {half} class to test on: {self._counts}.")
+            for key, tokens in self._tokenise(self.classes[half], host).items():
+                self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
+        self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
+        patches = (self.size // int(getattr(host.vision_config, "patch_size", 16))) ** 2
+        self.train_stream = Stream(name="train", lengths=[patches] * len(self._train), counts=[1] * len(self._train))
+        held_out = len(self._tested["base"][0])
+        self.held_out_stream = Stream(name="held_out", lengths=[patches] * held_out, counts=[1] * held_out)
+        self._text_features: dict[Half, tuple[Any, Tensor]] = {}
+        self._known: Tensor | None = None  # which pictures' features are kept
+        self._kept: Tensor | None = None
+
+    @staticmethod
+    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+        """A dual encoder and its processor.
+
+        Args:
+            source: folder or Hub id.
+            dtype: of the weights.
+            revision: on the Hub.
+        """
+        from zinit.hosts import load_clip
+
+        return load_clip(source, dtype=dtype, revision=revision)
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, image: Any) -> Any:
+        return plain(image, self.size)
+
+    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[Picture], list[int]]:
+        """The shots of the base classes."""
+        config, names = self.config, self.classes["base"]
+        mine = [(picture, label) for picture, label in training if label < len(names)]
+        usable = _is_readable if config.on_bad == "skip" else lambda picture: True
+        chosen, refused = draw_shots(mine, config.shots, len(names), seed=seed, usable=usable)
+        for name, pictures in zip(names, chosen, strict=True):
+            if not pictures or (len(pictures) < config.shots and config.few == "error"):
+                have = f"{len(pictures)} image{'' if len(pictures) == 1 else 's'}"
+                hint = (
+                    f"Lower task.shots, or take what there is: -o task.few=use_all{'' if pictures else ' (from 1 on)'}."
+                )
+                raise DataError(f"class {name!r} has {have} for {config.shots} shots. {hint}")
+        found = [(picture, label) for label, pictures in enumerate(chosen) for picture in pictures]
+        left = len(mine) - len(found) - len(refused)
+        counts = (len(found), len(found) * config.views, left, len(refused), len(training) - len(mine))
+        self._counts |= {
+            **dict(zip(TRAIN_COUNTS, counts, strict=True)),
+            "classes_with_fewer_shots": sum(len(pictures) < config.shots for pictures in chosen),
+        }
+        return [picture for picture, _ in found], [label for _, label in found]
+
+    def _open(self, pairs: list[Labelled]) -> tuple[Images, list[int]]:
+        """Decoded pictures and their labels."""
+        opened = Images([picture for picture, _ in pairs], self._prepare, on_bad=self.config.on_bad)
+        self._counts["test_skipped_unreadable"] += len(opened.skipped)
+        return opened, [pairs[position][1] for position in opened.kept]
+
+    def _tokenise(self, names: Sequence[str], host: Any) -> dict[str, Tensor]:
+        """Prompts of every class, its templates next to each other: (classes x templates, T)."""
+        prompts = [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
+        whole = str(host.model_type).startswith("siglip")  # pools the last token, padding or not
+        encoded = self.processor.tokenizer(
+            prompts, padding="max_length" if whole else True, return_tensors="pt", split_special_tokens=True
+        )
+        room, longest = int(host.text_config.max_position_embeddings), int(encoded["input_ids"].shape[1])
+        if longest > room:
+            prompt = max(prompts, key=len)
+            raise DataError(
+                f"a prompt has {longest} tokens, but the text tower has room for {room}: {prompt!r}. "
+                f"Shorten task.template or the class's name."
+            )
+        return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """``pixels`` uint8 (B, 3, size, size), ``labels`` (B,) and ``index`` (B,), among all pictures."""
+        if stream is self.train_stream:
+            return self._batch(self._train, self._train_labels, indices, 0)
+        return self._batch(*self._tested["base"], indices, len(self._train))
+
+    def _batch(self, images: Sequence[Tensor], labels: list[int], indices: Sequence[int], offset: int) -> Batch:
+        return {
+            "pixels": torch.stack([images[index] for index in indices]),
+            "labels": torch.tensor([labels[index] for index in indices]),
+            "index": torch.tensor([offset + index for index in indices]),
+        }
+
+    # --- model ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the pictures among the base classes, summed."""
+        return F.cross_entropy(self.logits(batch, "base"), batch["labels"], reduction="sum")
+
+    def logits(self, batch: Batch, half: Half) -> Tensor:
+        """CLIP's scaled cosines of pictures with the classes of one half: (B, classes), float32.
+
+        Args:
+            batch: of `collate`.
+            half: whose classes compete.
+        """
+        scale: Any = self.model.logit_scale
+        pictures, classes = self.image_features(batch), self.class_features(half)
+        with torch.autocast(pictures.device.type, enabled=False):
+            return scale.float().exp() * pictures @ classes.T
+
+    def class_features(self, half: Half) -> Tensor:
+        """Unit features of the classes of one half: (classes, D), float32. Kept while the text tower cannot change."""
+        if self._may_change("text"):
+            return self._encode_classes(half)
+        tokens = getattr(self, f"_{half}_input_ids")
+        state = (tokens.device, self.training)
+        if half not in self._text_features or self._text_features[half][0] != state:
+            with torch.no_grad():
+                self._text_features[half] = (state, self._encode_classes(half))
+        return self._text_features[half][1]
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Unit features of pictures: (B, D), float32. Kept while the vision tower cannot change."""
+        if self._may_change("vision"):
+            return self._encode_images(batch["pixels"])
+        index, pixels = batch["index"], batch["pixels"]
+        if self._known is None or self._known.device != index.device:
+            count = len(self._train) + sum(len(images) for images, _ in self._tested.values())
+            self._known, self._kept = torch.zeros(count, dtype=torch.bool, device=index.device), None
+        new = ~self._known[index]
+        if self._kept is None or new.any():
+            with torch.no_grad():
+                features = self._encode_images(pixels[new])
+            if self._kept is None:
+                self._kept = features.new_zeros(len(self._known), features.shape[1])
+            self._kept[index[new]], self._known[index[new]] = features, True
+        return self._kept[index]
+
+    def _may_change(self, tower: str) -> bool:
+        """Whether a tower's features may differ from call to call: it trains, or a prefix in it goes on and off."""
+        others = tuple(start for name, start in TOWERS.items() if name != tower)
+        return any(
+            (parameter.requires_grad or "zinit" in name.split("."))
+            and not name.startswith((*others, "logit_scale", "logit_bias"))
+            for name, parameter in self.model.named_parameters()
+        )
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        model: Any = self.model
+        values = normalise(pixels, self.processor.mean, self.processor.std).to(model.logit_scale.dtype)
+        return _unit(model.get_image_features(pixel_values=values))
+
+    def _encode_classes(self, half: Half) -> Tensor:
+        model: Any = self.model
+        keys = ("input_ids", "attention_mask")
+        tokens = {key: getattr(self, f"_{half}_{key}") for key in keys if hasattr(self, f"_{half}_{key}")}
+        size = len(tokens["input_ids"]) if torch.is_grad_enabled() else BATCH
+        parts = zip(*(value.split(size) for value in tokens.values()), strict=True)
+        features = torch.cat([_unit(model.get_text_features(**dict(zip(tokens, part, strict=True)))) for part in parts])
+        return F.normalize(features.unflatten(0, (-1, len(self.config.template))).mean(dim=1), dim=-1)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Accuracy on the test pictures of each half among its own classes, and the harmonic mean of the two."""
+        from accelerate.utils import gather_object
+
+        self.eval()
+        evaluation = Evaluation(metrics={})
+        if limit == 0:
+            return evaluation
+        offset = len(self._train)
+        for half in HALVES:
+            images, labels = self._tested[half]
+            chosen = _spread(len(images), limit)
+            mine = chosen[accelerator.process_index :: accelerator.num_processes]
+            found: dict[int, int] = {}
+            for start in range(0, len(mine), BATCH):
+                part = mine[start : start + BATCH]
+                batch = {k: v.to(accelerator.device) for k, v in self._batch(images, labels, part, offset).items()}
+                found |= zip(part, self.logits(batch, half).argmax(dim=-1).tolist(), strict=True)
+            if accelerator.num_processes > 1:
+                found = dict(gather_object(list(found.items())))
+            right = sum(found[index] == labels[index] for index in chosen)
+            evaluation.metrics[f"{half}_accuracy"] = right / len(chosen)
+            evaluation.counts[f"{half}_answered"] = len(chosen)
+            names = self.classes[half]
+            for index in (chosen[i] for i in _spread(len(chosen), 4)):
+                told = {"expected": _spoken(names[labels[index]]), "output": _spoken(names[found[index]])}
+                evaluation.samples.append({"prompt": _describe(images, index, half), **told})
+            offset += len(images)
+        metrics = evaluation.metrics
+        metrics["harmonic_mean"] = harmonic_mean(metrics["base_accuracy"], metrics["novel_accuracy"])
+        return evaluation
+
+    def data_report(self) -> dict[str, Any]:
+        """Counts of pictures read, dropped, drawn, skipped and tested on."""
+        return dict(self._counts)
+
+    def fingerprint(self) -> str:
+        """Over all pixels, labels and prompts."""
+        digest = hashlib.sha256(repr((self.labels, self.config.template)).encode())
+        for images, labels in ((self._train, self._train_labels), *self._tested.values()):
+            digest.update(repr(labels).encode())
+            for image in images:
+                digest.update(image.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _is_readable(picture: Picture) -> bool:
+    try:
+        read_image(picture)
+    except DataError:
+        return False
+    return True
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def _unit(output: Any) -> Tensor:
+    """Features as float32 vectors of length one; transformers returned plain tensors before it returned outputs."""
+    return F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """At most ``limit`` positions, evenly spread, so that no class is left out because it comes late."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // max(1, limit) for i in range(limit)]
+
+
+def _describe(images: Images, index: int, half: str) -> str:
+    picture = images.pictures[images.kept[index]]
+    if isinstance(picture, Path):
+        return f"{picture.parent.name}/{picture.name}"
+    return f"{half} picture {index + 1}"
