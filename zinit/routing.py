@@ -71,9 +71,8 @@ class RoutedPrefix:
         if prompts:
             key, value = project(torch.cat([prompt.to(dtype) for prompt in prompts.values()]))
             lengths = [len(prompt) for prompt in prompts.values()]
-            projected = dict(
-                zip(prompts, zip(key.split(lengths, 2), value.split(lengths, 2), strict=True), strict=True)
-            )
+            pieces = zip(key.split(lengths, 2), value.split(lengths, 2), strict=True)
+            projected = dict(zip(prompts, pieces, strict=True))
         pairs = [
             prefix.keys_values(lambda _, name=name: projected[name], dtype) for name, prefix in self.prefixes.items()
         ]

@@ -121,9 +121,8 @@ def test_the_route_ends_with_its_scope(case: Case, model: nn.Module) -> None:
     handle.activate()
     expected = {name: one_by_one(case, model, [name] * 3) for name in ("plain", "short", None)}
     handle.activate()
-    with pytest.raises(RuntimeError, match="inside"), handle.route(["short", "short", "short"]):
-        assert difference(run(case, model), expected["short"]) <= 1e-6
-        raise RuntimeError("inside")
+    with pytest.raises(ZeroDivisionError), handle.route(["short", "short", "short"]):
+        1 / int(difference(run(case, model), expected["short"]) > 1e-6)
     assert nothing_is_kept(model)
     assert handle.active
     assert torch.equal(run(case, model), expected["plain"])
@@ -186,7 +185,7 @@ def test_wrong_routes_are_refused(case: Case, model: nn.Module) -> None:
             pass
     with pytest.raises(ConfigError, match="2 samples does not fit a batch of 3"), handle.route(["plain", None]):
         run(case, model)
-    with pytest.raises(ConfigError, match="torch.no_grad"), handle.route(["plain", None, None]):
+    with pytest.raises(ConfigError, match=r"torch\.no_grad"), handle.route(["plain", None, None]):
         case.output(model, case.batch("none"))
     joint.detach()
     for what in (
