@@ -183,7 +183,10 @@ def test_wrong_routes_are_refused(case: Case, model: nn.Module) -> None:
     ):
         with pytest.raises(ConfigError, match=message), handle.route(route):  # pyright: ignore[reportArgumentType]
             pass
-    with pytest.raises(ConfigError, match="2 samples does not fit a batch of 3"), handle.route(["plain", None]):
+    with (
+        pytest.raises(ConfigError, match="a route of 2 samples does not fit a batch of 3"),
+        handle.route(["plain", None]),
+    ):
         run(case, model)
     with pytest.raises(ConfigError, match=r"torch\.no_grad"), handle.route(["plain", None, None]):
         case.output(model, case.batch("none"))
