@@ -131,9 +131,10 @@ class AdapterFile:
         Raises:
             CheckpointError: naming the field or the tensor that differs.
         """
-        from zinit.attach import ATTRIBUTE, select_sites
+        from zinit.attach import ATTRIBUTE
         from zinit.backbones import BACKBONES
         from zinit.prefix import ZeroGatedPrefix
+        from zinit.sites import select_sites
 
         if hasattr(model, ATTRIBUTE):
             sites = list(getattr(model, ATTRIBUTE).sites.values())

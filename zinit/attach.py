@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from zinit.attachment import ATTRIBUTE, Attachment
 from zinit.backbones import BACKBONES, find_backbone
-from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
+from zinit.backbones.base import AttentionSite, PrefixSlot
 from zinit.config import PrefixConfig
-from zinit.errors import BackboneError, ConfigError
+from zinit.errors import ConfigError
 from zinit.prefix import ZeroGatedPrefix
 from zinit.registry import did_you_mean
+from zinit.routing import routed
+from zinit.sites import select_sites
 
 if TYPE_CHECKING:
     from zinit.adapter_file import AdapterFile
-
-ATTRIBUTE = "_zinit"
-
-
-@dataclass
-class Attachment:
-    """What zinit did to one model: enough to undo all of it. Lives on the model, shared by its adapters."""
-
-    backbone: Backbone
-    sites: dict[str, AttentionSite]
-    handles: dict[str, Handle] = field(default_factory=dict)
-    slots: dict[str, PrefixSlot] = field(default_factory=dict)
-    trained_before: list[nn.Parameter] = field(default_factory=list)
-    wraps_generate: bool = False
-    generations: int = 0
 
 
 def attach(
@@ -88,7 +75,9 @@ def attach(
         raise ConfigError(
             f"this {type(model).__name__} has an adapter named {name!r} already. Detach it first, or pass another name."
         )
-    if attachment is None:
+    if attachment is not None:
+        attachment.check_no_route(f"attaching {name!r}")
+    else:
         if any(isinstance(module, PrefixSlot) for module in model.modules()):
             raise ConfigError(
                 f"this {type(model).__name__} shares layers with a model that has an adapter already. "
@@ -113,7 +102,7 @@ def attach(
             if site.name not in attachment.slots:
                 slot = PrefixSlot(site.project_kv)
                 attachment.backbone.install(model, site, slot)
-                undo.callback(_uninstall, model, attachment, site)
+                undo.callback(attachment.uninstall, model, site)
                 attachment.slots[site.name] = slot
         undo.pop_all()
     # From here on nothing fails.
@@ -219,7 +208,7 @@ class Handle:
             self.attachment.slots[site].frozen = None
 
     def activate(self) -> None:
-        """Makes this the model's adapter. Others stay attached, frozen and unused."""
+        """Makes this the model's adapter. Others stay attached, frozen and unused. A route comes before it."""
         for site, slot in self.attachment.slots.items():
             slot.active = self.name if site in self.prefixes else None
             slot.frozen = None
@@ -232,14 +221,39 @@ class Handle:
         """The frozen model, bit for bit, while inside. An adapter that is activated inside stays on."""
         slots = self.attachment.slots
         before = {name: slot.active for name, slot in slots.items()}
+        routes = {name: slot.route for name, slot in slots.items() if slot.route is not None}
         for slot in slots.values():
-            slot.active = None
+            slot.active = slot.route = None
         try:
             yield
         finally:
             if all(slot.active is None for slot in slots.values()):
                 for name, slot in slots.items():
                     slot.active = before.get(name)
+            for name, route in routes.items():
+                slots[name].route, slots[name].frozen = route, None
+
+    @contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Gives each sample of a batch its own adapter while inside, `generate` included; for inference.
+
+        Every adapter's keys and values are computed once, here. A batch may be a multiple of the route's length, as in
+        beam search: the beams of one sample lie side by side. Which adapter is active plays no part.
+
+        Args:
+            names: for each sample the name of an adapter on this model, or None for the frozen model. K, layers, gates
+                and parametrizations may differ.
+
+        Raises:
+            ConfigError: if a name is unknown, an adapter shares the words' softmax or has a context. And at the model's
+                call, if the batch does not fit, or gradients are enabled.
+
+        Example:
+            >>> with handle.route(["anna", "bert", None]):  # doctest: +SKIP
+            ...     model.generate(**three_texts)
+        """
+        with routed(self.attachment, names), self.attachment.frozen_prefix():
+            yield
 
     @contextmanager
     def context(self, context: Tensor) -> Iterator[None]:
@@ -278,12 +292,17 @@ class Handle:
 
         `model.generate` does this by itself. Weights changed inside are not noticed; outside nothing is kept.
         """
-        with _frozen_prefix(self.attachment):
+        with self.attachment.frozen_prefix():
             yield
 
     def detach(self) -> None:
-        """Takes this adapter off; with the last one the model is again what it was before `attach`."""
+        """Takes this adapter off; with the last one the model is again what it was before `attach`.
+
+        Raises:
+            ConfigError: inside a route.
+        """
         attachment = self.attachment
+        attachment.check_no_route(f"detaching {self.name!r}")
         for site in self.prefixes:
             slot = attachment.slots[site]
             del slot[self.name]
@@ -291,7 +310,7 @@ class Handle:
             if slot.active == self.name:
                 slot.active = None
             if not len(slot):
-                _uninstall(self.model, attachment, attachment.sites[site])
+                attachment.uninstall(self.model, attachment.sites[site])
         del attachment.handles[self.name]
         if not attachment.handles:
             for parameter in attachment.trained_before:
@@ -353,60 +372,6 @@ def load(
     return handle
 
 
-def select_sites(model: nn.Module, sites: list[AttentionSite], config: PrefixConfig) -> list[AttentionSite]:
-    """The sites that ``config.towers`` and ``config.layers`` ask for, in the model's order.
-
-    Raises:
-        BackboneError: if there are fewer, or no such tower.
-    """
-    towers: dict[str, list[AttentionSite]] = {}
-    for site in sites:
-        towers.setdefault(site.tower, []).append(site)
-    named = [tower for tower in towers if _is_named(tower, config.towers)]
-    for wanted in config.towers or ():
-        if not any(_is_named(tower, (wanted,)) for tower in towers):
-            raise BackboneError(
-                f"{type(model).__name__} has no tower {wanted!r}. It has {_list_towers(towers)}; name one by its path "
-                f"or a part of it."
-            )
-    chosen = {site.name for tower in named for site in _select_layers(model, tower, towers, config)}
-    return [site for site in sites if site.name in chosen]
-
-
-def _is_named(tower: str, names: tuple[str, ...] | None) -> bool:
-    """Whether one of the names is the tower's path or a run of whole parts of it."""
-    return names is None or any(f".{name}." in f".{tower}." for name in names)
-
-
-def _list_towers(towers: dict[str, list[AttentionSite]]) -> str:
-    return ", ".join(f"{tower or 'the model itself'} ({len(sites)} layers)" for tower, sites in towers.items())
-
-
-def _select_layers(
-    model: nn.Module, tower: str, towers: dict[str, list[AttentionSite]], config: PrefixConfig
-) -> list[AttentionSite]:
-    sites = towers[tower]
-    where, others = type(model).__name__, ""
-    if len(towers) > 1:
-        where = f"the tower {tower} of {where}"
-        others = f" Its towers: {_list_towers(towers)}; towers=[...] chooses among them."
-    if config.layers is None:
-        return sites
-    if isinstance(config.layers, int):
-        if config.layers > len(sites):
-            raise BackboneError(
-                f"{where} has {len(sites)} attention layers, but layers={config.layers} asks for more. "
-                f"Choose 1 to {len(sites)}, or null for all.{others}"
-            )
-        return sites[-config.layers :]
-    if config.layers[-1] >= len(sites):
-        raise BackboneError(
-            f"{where} has attention layers 0 to {len(sites) - 1}, but layers={list(config.layers)} "
-            f"asks for {config.layers[-1]}. Choose layers up to {len(sites) - 1}.{others}"
-        )
-    return [sites[index] for index in config.layers]
-
-
 def get_handle(model: nn.Module, name: str = "default") -> Handle:
     """The handle of an adapter that is attached already.
 
@@ -426,41 +391,10 @@ def _frozen_generate(model_class: Any) -> Callable[..., Any]:
 
     @functools.wraps(model_class.generate)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with _frozen_prefix(getattr(model, ATTRIBUTE)):
+        with getattr(model, ATTRIBUTE).frozen_prefix():
             return model_class.generate(model, *args, **kwargs)
 
     return generate
-
-
-def _uninstall(model: nn.Module, attachment: Attachment, site: AttentionSite) -> None:
-    attachment.backbone.uninstall(model, site)
-    attachment.slots.pop(site.name, None)
-
-
-@contextmanager
-def _frozen_prefix(attachment: Attachment) -> Iterator[None]:
-    attachment.generations += 1
-    try:
-        for name, slot in attachment.slots.items():
-            if slot.frozen is None:
-                _freeze(slot, attachment.sites[name].module)
-        yield
-    finally:
-        attachment.generations -= 1
-        if attachment.generations == 0:
-            for slot in attachment.slots.values():
-                slot.frozen = None
-
-
-@torch.no_grad()
-def _freeze(slot: PrefixSlot, host: nn.Module) -> None:
-    prefix = slot.prefix()
-    weights = [p for name, p in host.named_parameters() if not name.startswith("zinit.")]
-    if prefix is None or any(type(weight).__name__ == "DTensor" for weight in weights):
-        return  # sharded weights are whole only inside the host's own forward
-    floating = [weight.dtype for weight in weights if weight.is_floating_point()]
-    dtype = floating[0] if floating else torch.get_default_dtype()
-    slot.frozen = slot.keys_values(host, prefix, dtype)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -154,8 +154,23 @@ class ZeroGatedPrefix(nn.Module):
         Returns:
             (B, H, T, D). The softmax runs in float32 inside torch's fused kernels.
         """
-        key, value = (for_each_sample(x, query) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return attend_prompts(query, key, value, scale)
+
+
+def attend_prompts(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """``softmax(q P_k^T * scale + mask) P_v``, see `ZeroGatedPrefix.forward`.
+
+    Args:
+        query: (B, H, T, D).
+        key: (1 or R, H, K, D); R samples fit a batch of B = R * beams.
+        value: as ``key``.
+        scale: the host's.
+        mask: (R, 1, 1, K), added to the scores: where prefixes of several lengths are padded to one.
+    """
+    if mask is not None:
+        mask = for_each_sample(mask, query)
+    key, value = (for_each_sample(x, query) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 
 def for_each_sample(x: Tensor, query: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zinit.prefix import ZeroGatedPrefix
+
+if TYPE_CHECKING:
+    from zinit.routing import RoutedPrefix
 
 ProjectHostKV = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(host module, (K, C) or (B, K, C)) to two of (1 or B, G, K, D). A plain function: a prefix never holds its host."""
@@ -105,30 +108,38 @@ class PrefixSlot(nn.ModuleDict):
         self.active: str | None = None
         self.contexts: dict[str, Tensor] = {}
         self.frozen: tuple[Tensor, Tensor] | None = None
+        self.route: RoutedPrefix | None = None
 
     @classmethod
     def can_hold(cls, name: str) -> bool:
         """Whether a prefix may go by this name: an identifier that is no attribute of the slot itself."""
         return name.isidentifier() and not hasattr(cls(lambda host, tokens: (tokens, tokens)), name)
 
-    def prefix(self) -> ZeroGatedPrefix | None:
-        """The active prefix, if one is on here."""
+    def prefix(self) -> ZeroGatedPrefix | RoutedPrefix | None:
+        """The active prefix, or the route's; None if there is nothing to add here."""
+        if self.route is not None:
+            return self.route if self.route.prefixes else None
         if self.active is None or self.active not in self:
             return None
         return self[self.active]  # pyright: ignore[reportReturnType]
 
     def keys_values(
-        self, host: nn.Module, prefix: ZeroGatedPrefix, dtype: torch.dtype, context: Tensor | None = None
+        self,
+        host: nn.Module,
+        prefix: ZeroGatedPrefix | RoutedPrefix,
+        dtype: torch.dtype,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The active prefix's keys and gated values: frozen for the length of a generation, else computed anew.
+        """The keys and gated values: frozen for the length of a generation, else computed anew.
 
         Frozen ones are used only where no gradient could be wanted. A context given here comes before the one that
         `Handle.context` has set for the active adapter.
         """
         if self.frozen is not None and context is None and not torch.is_grad_enabled():
             return self.frozen
-        if context is None and self.active is not None:
-            context = self.contexts.get(self.active)
+        if context is None:
+            used = [self.active] if self.route is None else self.route.prefixes
+            context = next((self.contexts[name] for name in used if name in self.contexts), None)
         return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype, context)
 
 
