@@ -24,7 +24,7 @@ from zinit import demo
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.hosts import load_timm
-from zinit.run import train_run
+from zinit.run import evaluate_run, train_run
 from zinit.settings import RunConfig, absolute_path, list_presets, read_preset
 from zinit.tasks.vtab import VTAB, VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid
 
@@ -184,8 +184,9 @@ def test_bad_lists(tmp_path: Path) -> None:
         task(root / "test.txt")
 
 
-def save_classes(root: Path, count: int = 20, names: tuple[str, ...] = ("cat", "dog")) -> Path:
-    for label, name in enumerate(names):
+def save_classes(root: Path, count: int = 20, names: tuple[str, ...] = ("cat", "dog"), *, first: int = 0) -> Path:
+    """One folder per class, drawn as the classes from ``first``."""
+    for label, name in enumerate(names, start=first):
         (root / name).mkdir(parents=True)
         for i in range(count):
             picture(label, i).save(root / name / f"{i}.png")
@@ -461,16 +462,26 @@ def test_finished_runs_keep_their_classes(tmp_path: Path) -> None:
 # A run
 
 
-def test_train_run(tmp_path: Path) -> None:
-    """The prefix and the head learn colours, from a model in a folder, and a finished run evaluates other data."""
+@pytest.mark.parametrize("method", ["zero-init", "full", "head-only", "lora", "logistic-regression"])
+def test_a_run(tmp_path: Path, method: str) -> None:
+    """Colours are learned on a model in a folder; the finished run is the same on its own data, and meets others."""
     root = save_vtab(tmp_path / "data", train=48, val=12, test=24)
     config = RunConfig(
         backbone="vit",
         task="vtab",
         model=str(save_tiny(tmp_path / "model")),
         data=str(root),
+        method=method,
         prefix=PrefixConfig(length=4, init_std=0.1),
-        train=TrainConfig(steps=30, batch_size=20, micro_batch_size=10, learning_rate=2e-2, save_every=0),
+        train=TrainConfig(
+            steps=20,
+            batch_size=20,
+            micro_batch_size=20,
+            learning_rate=2e-2,
+            warmup_steps=2,
+            save_every=0,
+            evaluate_every=0,
+        ),
         options=VTABConfig(normalisation="model"),
     )
     results = train_run(config, tmp_path / "run")
@@ -478,9 +489,17 @@ def test_train_run(tmp_path: Path) -> None:
     assert adapted["accuracy"] >= 0.9 > frozen["accuracy"]
     assert adapted["loss"] < frozen["loss"]
     assert results["counts"]["read"] == 84
-    assert results["num_trainable"] == 3 * (4 * 32 + 4) + 3 * (32 + 1)
-    assert RunConfig.from_dict(json.loads((tmp_path / "run" / "run.json").read_text())["config"]) == config
+    if method in ("zero-init", "head-only"):
+        assert results["num_trainable"] == (3 * (4 * 32 + 4) if method == "zero-init" else 0) + 3 * (32 + 1)
     assert (tmp_path / "run" / "report.html").is_file()
+    assert RunConfig.from_dict(json.loads((tmp_path / "run" / "run.json").read_text())["config"]) == config
+    again = evaluate_run(tmp_path / "run")
+    assert again["metrics"] == results["metrics"]
+    elsewhere = evaluate_run(tmp_path / "run", data=str(save_classes(tmp_path / "other", 5, ("1", "2"), first=1)))
+    assert elsewhere["counts"]["held_out"] == elsewhere["counts"]["read"] == 10
+    assert elsewhere["metrics"]["adapted"]["accuracy"] >= 0.8  # not so if "1" were taken for the first class
+    with pytest.raises(DataError, match="the class '7' is none of the 3 that are trained"):
+        evaluate_run(tmp_path / "run", data=str(save_classes(tmp_path / "third", 2, ("1", "7"))))
 
 
 # Models from local files

@@ -96,7 +96,7 @@ class VTAB(Task):
         labels: names of the classes of a finished run; None takes the data's.
 
     Attributes:
-        labels: names of the classes, in the head's order.
+        labels: names of the classes, in the head's order; ``classes`` is the same.
         image_size: (height, width) in pixels.
 
     Raises:
@@ -125,7 +125,8 @@ class VTAB(Task):
         self.mean, self.std = self._normalisation()
         self._counts: dict[str, Any] = {}
         training, held_out, known = self._choose(data, seed, train=train)
-        self.labels = known if labels is None else list(labels)
+        self.labels = self.classes = known if labels is None else list(labels)
+        self._number = {label: index for index, label in enumerate(self.classes)}
         self._check_labels([*training, *held_out])
         self.train_examples, self._train_images = self._decode(training, "train")
         self.held_out_examples, self._held_out_images = self._decode(held_out, "held_out")
@@ -134,7 +135,7 @@ class VTAB(Task):
         self.train_stream = self._stream("train", self.train_examples)
         self.held_out_stream = self._stream("held_out", self.held_out_examples)
         width = int(getattr(model, "head_hidden_size", None) or model.num_features)  # pyright: ignore
-        self.head = nn.Linear(width, len(self.labels))
+        self.head = nn.Linear(width, len(self.classes))
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
@@ -189,14 +190,14 @@ class VTAB(Task):
         return clean, held_out, sources[0].labels or class_names(sources[0])
 
     def _check_labels(self, examples: list[Labelled]) -> None:
-        if len(self.labels) < 2:
-            raise DataError(f"at least two classes are needed; the data has {', '.join(self.labels) or 'none'}.")
-        known = set(self.labels)
+        if len(self.classes) < 2:
+            raise DataError(f"at least two classes are needed; the data has {', '.join(self.classes) or 'none'}.")
+        known = set(self.classes)
         if unknown := sorted({example.label for example in examples} - known):
             example = next(example for example in examples if example.label == unknown[0])
             raise DataError(
                 f"{example.where or example.picture}: the class {unknown[0]!r} is none of the {len(known)} that are "
-                f"trained ({', '.join(self.labels[:5])}{', ...' if len(known) > 5 else ''}); unknown in all: "
+                f"trained ({', '.join(self.classes[:5])}{', ...' if len(known) > 5 else ''}); unknown in all: "
                 f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
             )
 
@@ -235,10 +236,9 @@ class VTAB(Task):
         examples, images = (
             (self.train_examples, self._train_images) if train else (self.held_out_examples, self._held_out_images)
         )
-        number = {label: index for index, label in enumerate(self.labels)}
         return {
             "images": torch.stack([images[index] for index in indices]),
-            "labels": torch.tensor([number[examples[index].label] for index in indices]),
+            "labels": torch.tensor([self._number[examples[index].label] for index in indices]),
         }
 
     def _pooled(self, images: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class VTAB(Task):
             predicted = dict(gather_object(list(predicted.items())))
         if not count:
             return Evaluation(metrics={})
-        names = [self.labels[predicted[index]] for index in range(count)]
+        names = [self.classes[predicted[index]] for index in range(count)]
         right = sum(name == example.label for name, example in zip(names, self.held_out_examples, strict=False))
         shown = sorted({index * count // 8 for index in range(8)})  # spread: lists are often sorted by class
         samples = [
@@ -299,13 +299,18 @@ class VTAB(Task):
         ]
         return torch.cat(found).cpu() if found else torch.zeros(0, self.head.in_features)
 
+    @property
+    def train_labels(self) -> list[int]:
+        """Class numbers of `train_stream`, in order."""
+        return [self._number[example.label] for example in self.train_examples]
+
     def data_report(self) -> dict[str, Any]:
         """``read`` = ``train`` + ``held_out`` + ``not_used`` + everything skipped; why, for the first few."""
-        return {**self._counts, "classes": len(self.labels)}
+        return {**self._counts, "classes": len(self.classes)}
 
     def fingerprint(self) -> str:
         """Over pixels, labels and how pixels become the model's input."""
-        digest = hashlib.sha256(repr((self.labels, self.image_size, self.mean, self.std)).encode())
+        digest = hashlib.sha256(repr((self.classes, self.image_size, self.mean, self.std)).encode())
         for examples, images in (
             (self.train_examples, self._train_images),
             (self.held_out_examples, self._held_out_images),
