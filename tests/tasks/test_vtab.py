@@ -7,6 +7,7 @@ import pickle
 import shutil
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: str) -> None:
     assert report["read"] == 19
     assert report["train"] == 12
     assert report["lines_skipped"] + report["train_skipped"] == 1
-    assert str(file) in report["skipped"][0]
+    assert str(file) in report["reasons"][0]
 
 
 def test_bad_lists(tmp_path: Path) -> None:
@@ -258,6 +259,31 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         task(tmp_path / "bad.parquet")
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str) -> Any:
+        if name != "some/flowers":
+            raise FileNotFoundError(f"no {name}\nand more")
+        pictures = [picture(i % 2, i) for i in range(12)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["rose", "lily"])})
+        whole = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(12)]}, features=features)
+        parts = {"train": range(6), "validation": range(6, 8), "test": range(8, 12)}
+        return datasets.DatasetDict({part: whole.select(rows) for part, rows in parts.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    final, selection, one = task("some/flowers"), task("some/flowers", split="train800"), task("some/flowers:train")
+    assert [len(t.train_stream) for t in (final, selection, one)] == [8, 6, 4]
+    assert [len(t.held_out_stream) for t in (final, selection, one)] == [4, 2, 2]
+    assert final.labels == ["lily", "rose"]
+    assert final.held_out_examples[1].label == "lily"
+    assert balanced(selection)["not_used"] == 4
+    with pytest.raises(DataError, match="some/flowers has no part 'dev'; it has train, validation, test"):
+        task("some/flowers:dev")
+    with pytest.raises(DataError, match="there is no folder no/such, and the Hub did not .*: no no/such$"):
+        task("no/such")
 
 
 def test_csv_without_what_is_needed(tmp_path: Path) -> None:
@@ -403,11 +429,46 @@ def test_evaluation_and_features(tmp_path: Path) -> None:
         found.head.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     evaluation = found.evaluate(Accelerator(cpu=True))
     assert evaluation.metrics == {"accuracy": pytest.approx(sum(i % 3 == 1 for i in range(70)) / 70)}
-    assert evaluation.counts == {"classified": 70}
+    assert evaluation.counts == {"evaluated": 70}
     assert {sample["output"] for sample in evaluation.samples} == {"1"}
     assert {sample["expected"] for sample in evaluation.samples} == {"0", "1", "2"}
     assert evaluation.samples[0]["prompt"] == "test/000000.png"
     assert found.evaluate(Accelerator(cpu=True), limit=2).metrics == {"accuracy": 0.5}
+
+
+def test_processes_share_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = task(save_vtab(tmp_path / "kitti", test=67))
+    alone = found.evaluate(Accelerator(cpu=True))
+    shares: list[list[Any]] = []
+
+    def collect(share: list[Any]) -> list[Any]:
+        shares.append(share)
+        return [pair for share in shares for pair in share] if len(shares) == 3 else share + missing(share)
+
+    def missing(share: list[Any]) -> list[Any]:  # until all have spoken: anything, for the rest
+        return [(index, 0) for index in set(range(67)) - {index for index, _ in share}]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", collect)
+    for rank in range(3):
+        together = found.evaluate(SimpleNamespace(process_index=rank, num_processes=3))  # pyright: ignore
+    assert together == alone
+    assert sorted(index for share in shares for index, _ in share) == list(range(67))
+
+
+def test_the_fingerprint_sees_pixels_labels_and_preprocessing(tmp_path: Path) -> None:
+    root = save_vtab(tmp_path / "kitti")
+    before = task(root).fingerprint()
+    assert task(root, tiny(embed_dim=64)).fingerprint() == before
+    assert task(root, normalisation="none").fingerprint() != before
+    assert task(root, interpolation="bilinear").fingerprint() != before
+    file = root / "train800val200.txt"
+    lines = file.read_text()
+    file.write_text(lines.replace("000003.png 0", "000003.png 1", 1))
+    assert task(root).fingerprint() != before
+    file.write_text(lines)
+    assert task(root).fingerprint() == before
+    picture(2, 77).save(root / "images" / "test" / "000005.png")
+    assert task(root).fingerprint() != before
 
 
 def test_another_size_resamples_the_positions(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class VTAB(Task):
             "not_used": read_in - len(skipped) - len(training) - len(held_out),
             "lines_skipped": len(skipped),
             "train_skipped_also_held_out": len(training) - len(clean),
-            "skipped": skipped[:NAMED],
+            "reasons": skipped[:NAMED],
         }
         if (task := sources[-1].vtab) and config.split == "train800val200":
             self._counts["test_images_of_vtab"] = VTAB_TASKS[task].test_images
@@ -222,7 +222,7 @@ class VTAB(Task):
             where = examples[done].where  # pictures are read in order
             raise DataError(f"{where}: {error}" if where and where not in str(error) else str(error)) from error
         reasons = [f"{examples[i].where}: {why}".removeprefix(": ") for i, why in images.skipped.items()]
-        self._counts["skipped"] = (self._counts["skipped"] + reasons)[:NAMED]
+        self._counts["reasons"] = (self._counts["reasons"] + reasons)[:NAMED]
         self._counts |= {part: len(images), f"{part}_skipped": len(reasons)}
         return [examples[index] for index in images.kept], images
 
@@ -280,7 +280,7 @@ class VTAB(Task):
             for index in shown
             for example in [self.held_out_examples[index]]
         ]
-        return Evaluation(metrics={"accuracy": right / count}, counts={"classified": count}, samples=samples)
+        return Evaluation(metrics={"accuracy": right / count}, counts={"evaluated": count}, samples=samples)
 
     @torch.no_grad()
     def features(self, stream: Stream) -> Tensor:
