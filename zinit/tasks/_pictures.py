@@ -115,6 +115,7 @@ class Reader:
     def __init__(self, split: str, dataset: str | None, on_bad: OnBad, columns: Sequence[str] | None) -> None:
         self.split, self.dataset, self.on_bad, self.columns = split, dataset, on_bad, columns
         self.skipped: list[str] = []
+        self.names: list[str] | None = None  # of the classes, where the data names them
 
     def read(self, source: str | None) -> Parts:
         """All that is there.
@@ -137,7 +138,7 @@ class Reader:
             )
         else:
             parts = self._hub(source)
-        parts.skipped = self.skipped
+        parts.skipped, parts.labels = self.skipped, parts.labels or self.names
         return parts
 
     def _bad(self, message: str) -> None:
@@ -304,7 +305,7 @@ class Reader:
         if isinstance(dataset.features[image], Image):
             dataset = dataset.cast_column(image, Image(decode=False))
         kind, found = dataset.features[label], []
-        names = kind.names if isinstance(kind, ClassLabel) else None
+        names = self.names = list(kind.names) if isinstance(kind, ClassLabel) else None
         for number, record in enumerate(dataset.select_columns([image, label]), start=1):
             where, value, target = f"{name}, record {number}", record[image], record[label]
             if not (isinstance(value, dict) and (value.get("bytes") or value.get("path"))):
