@@ -231,6 +231,10 @@ def absolute_path(source: Any) -> Any:
     """A local path in full (links kept), so that a run can be used from any folder; anything else as it is."""
     if isinstance(source, str) and source and Path(source).expanduser().exists():
         return str(Path(source).expanduser().absolute())
+    if isinstance(source, str):
+        name, colon, file = source.partition(":")  # a model's name with a file of weights, see `zinit.hosts.load_timm`
+        if colon and Path(file).suffix and Path(file).expanduser().is_file():
+            return f"{name}:{Path(file).expanduser().absolute()}"
     return source
 
 
