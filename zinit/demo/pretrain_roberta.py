@@ -48,15 +48,18 @@ console = Console(stderr=True)
 # --- documents -----------------------------------------------------------------------------------------------------
 
 
-def documents(here: World, seed: int) -> Iterator[Document]:
-    """An endless stream: a plain text of some world in seven, else a passage with questions and answers beside it."""
+def documents(here: World, seed: int, *, contrast: float = 0.0) -> Iterator[Document]:
+    """An endless stream: a plain text of some world in ten, else a passage with questions and answers beside it.
+
+    ``contrast`` is the share of pairs whose passage tells the same things of every subject, so that only who is asked
+    about decides the answer.
+    """
     rng = Random(f"roberta {seed}")
     while True:
-        yield (
-            (next(world.texts(_redraw(here, rng), rng.randrange(2**32))), None)
-            if rng.random() < 1 / 10
-            else _pair(here, rng)
-        )
+        if rng.random() < 1 / 10:
+            yield next(world.texts(_redraw(here, rng), rng.randrange(2**32))), None
+        else:
+            yield _pair(here, rng, contrast)
 
 
 def _redraw(here: World, rng: Random) -> World:
@@ -67,11 +70,13 @@ def _redraw(here: World, rng: Random) -> World:
     return World(here.people, here.towns, facts)
 
 
-def _pair(here: World, rng: Random) -> Document:
-    told, untold = passage(here, rng, choose_subjects(here.people, here.towns, rng))
-    if rng.random() < 0.5:
-        told = told[: rng.randint(2, 4)]
-        untold = []
+def _pair(here: World, rng: Random, contrast: float) -> Document:
+    subjects = choose_subjects(here.people, here.towns, rng)
+    told, untold = passage(here, rng, subjects)
+    if contrast and rng.random() < contrast:
+        told, untold = _same_of_all(here, rng, subjects)
+    elif rng.random() < 0.5:
+        told, untold = told[: rng.randint(2, 4)], []
     text, _ = tell(told, rng)
     form = rng.choice(world._TALK + world._QUIZ)
     asked = [(fact, fact.object) for fact in rng.sample(told, min(len(told), rng.randint(2, 5)))]
@@ -81,6 +86,17 @@ def _pair(here: World, rng: Random) -> Document:
     exchange = "".join(form.q + ask(fact, rng) + mark + answer + form.end for fact, answer in asked)
     pair = (exchange.rstrip(), text)
     return pair if rng.random() < 0.7 else pair[::-1]
+
+
+def _same_of_all(here: World, rng: Random, subjects: list[str]) -> tuple[list[Fact], list[Fact]]:
+    relations = rng.sample([fact.relation for fact in here.facts[subjects[0]]], rng.randint(1, 2))
+    told = [
+        Fact(subject, relation, value)
+        for relation in relations
+        for subject, value in zip(subjects, rng.sample(relation.values, len(subjects)), strict=True)
+    ]
+    rng.shuffle(told)
+    return (told[1:], told[:1]) if len(told) > 2 and rng.random() < 0.4 else (told, [])
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -218,11 +234,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
     return model
 
 
-def train(model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]], steps: int, peak: float) -> None:
-    """Masked language modelling: AdamW, linear warm-up, then half a cosine to zero."""
+def train(
+    model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]], steps: int, peak: float, horizon: float
+) -> None:
+    """Masked language modelling: AdamW, linear warm-up, then half a cosine to zero at step ``horizon``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / horizon))
     )
     model.train()
     for step, batch in enumerate(islice(batches, steps)):
@@ -260,8 +278,12 @@ def cloze_accuracy(model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast
     return sum(right) / len(right)
 
 
-def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> RobertaForMaskedLM:
-    """Train tokenizer and model and write both to ``output``."""
+def pretrain(output: Path, steps: tuple[int, int], batch_size: int, peak: float, seed: int) -> RobertaForMaskedLM:
+    """Train tokenizer and model and write both to ``output``.
+
+    ``steps`` are those of two stages: passages of all sorts, from which it learns the language and what a question asks
+    for; then, if there are any, mostly such as tell the same things of everybody, so that it heeds who is asked about.
+    """
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # so small a model gains little from more, and sums stay in one order
     torch.use_deterministic_algorithms(True)
@@ -271,8 +293,12 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
     )
     model = make_model(tokenizer)
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    masker = Masker(tokenizer, here, seed)
-    train(model, batches(documents(here, seed + 1), masker, batch_size, seed), steps, peak)
+    first = batches(documents(here, seed + 1), Masker(tokenizer, here, seed), batch_size, seed)
+    train(model, first, steps[0], peak, horizon=2.5 * steps[0])
+    if steps[1]:
+        contrasts = documents(here, seed + 2, contrast=0.6)
+        second = batches(contrasts, Masker(tokenizer, here, seed + 1), batch_size, seed + 1)
+        train(model, second, steps[1], peak, horizon=steps[1])
     model.half()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -285,12 +311,12 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's masked language model on the invented world.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 0), help="of the two stages")
     parser.add_argument("--batch-size", type=int, default=16, help="documents")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pretrain(args.output, args.steps, args.batch_size, args.peak, args.seed)
+    pretrain(args.output, tuple(args.steps), args.batch_size, args.peak, args.seed)
 
 
 if __name__ == "__main__":
