@@ -7,13 +7,20 @@ This package says where things are; importing it loads no model code. :mod:`zini
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from zinit.demo import world
+from zinit.demo.questions import documents
 
 
 def llama_path() -> Path:
     """The folder of the demo's causal language model and its tokenizer, in transformers' format."""
     return Path(__file__).parent / "llama"
+
+
+def roberta_path() -> Path:
+    """The folder of the demo's masked language model and its tokenizer, in transformers' format."""
+    return Path(__file__).parent / "roberta"
 
 
 def instructions() -> tuple[list[world.Record], list[world.Record]]:
@@ -23,3 +30,12 @@ def instructions() -> tuple[list[world.Record], list[world.Record]]:
     parts share no instruction and no entity, so held-out answers can only come from what the frozen model knows.
     """
     return world.instructions(world.build())
+
+
+def questions() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The demo's reading comprehension, as ``(train, dev)`` documents in SQuAD v2.0's format.
+
+    Every paragraph has facts of its own, so answers have to be read. About a third of the questions have none. The two
+    parts share no subject and no paragraph.
+    """
+    return documents(world.build())
