@@ -107,6 +107,8 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
     counts = results.get("counts", {})
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
     console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}", markup=False)
+    if "baseline" in results:
+        console.print(f"frozen: {results['baseline']}", markup=False)
     odd = {name: n for name, n in counts.items() if n and ("skipped" in name or "truncated" in name or "empty" in name)}
     if odd:
         console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()), markup=False)

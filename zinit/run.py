@@ -237,9 +237,10 @@ def train_run(
     results = read_results(output) if resume else {}
     if "frozen" not in results.get("metrics", {}):
         on_event({"event": "stage", "text": "evaluating the frozen model"})
-        with disabled():
-            frozen = _evaluate(task, config, accelerator, task.evaluate_frozen)
-        results = {"metrics": {"frozen": frozen.metrics}, "seed": config.seed, "counts": task.data_report()}
+        with disabled(), task.frozen_baseline():
+            frozen = _evaluate(task, config, accelerator)
+        results = {"metrics": {"frozen": frozen.metrics}, "baseline": task.baseline, "seed": config.seed}
+        results["counts"] = task.data_report()
         results["samples"] = [
             {"prompt": sample["prompt"], "expected": sample["expected"], "frozen": sample["output"]}
             for sample in frozen.samples
@@ -279,7 +280,7 @@ def train_run(
         if task.handle is not None:
             task.handle.save(output)
     on_event({"event": "stage", "text": "evaluating the adapted model"})
-    adapted = _evaluate(task, config, accelerator, task.evaluate)
+    adapted = _evaluate(task, config, accelerator)
     results["metrics"]["adapted"] = adapted.metrics
     results["counts"] |= adapted.counts
     for sample, answered in zip(results["samples"], adapted.samples, strict=False):
@@ -313,27 +314,22 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     built = build_model(config, accelerator.device, saved=Path(directory))
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
     task.to(accelerator.device)
-    with built.adapted.disabled():  # before the trained weights are there
-        frozen = _evaluate(task, config, accelerator, task.evaluate_frozen, limit)
+    with built.adapted.disabled(), task.frozen_baseline():  # before the trained weights are there
+        frozen = _evaluate(task, config, accelerator, limit)
     load_trained(task, Path(directory))
-    adapted = _evaluate(task, config, accelerator, task.evaluate, limit)
+    adapted = _evaluate(task, config, accelerator, limit)
     return {
         "metrics": {"frozen": frozen.metrics, "adapted": adapted.metrics},
+        "baseline": task.baseline,
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
     }
 
 
-def _evaluate(
-    task: Task,
-    config: RunConfig,
-    accelerator: Accelerator,
-    evaluate: Callable[..., Evaluation],
-    limit: int | None = None,
-) -> Evaluation:
+def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
-        evaluation = evaluate(accelerator, limit=limit)
+        evaluation = task.evaluate(accelerator, limit=limit)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     evaluation.metrics = {"loss": loss, "perplexity": perplexity, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}

@@ -16,6 +16,7 @@ from zinit.adapter_file import write_atomically
 from zinit.bench.plan import REFERENCE, Benchmark, Experiment
 from zinit.bench.runner import final_cells, read_cells
 from zinit.run_directory import write_json
+from zinit.tasks import TASKS
 
 SAMPLES = ("evaluated", "answered", "questions", "sentences", "test", "held_out")  # names of the count of examples
 
@@ -30,6 +31,7 @@ class Row:
         method: registered name.
         vary: the settings that the experiment goes through, at this row's values.
         values: the metric by seed.
+        metrics: mean over the seeds of everything that was measured.
         frozen: the metric of the frozen model, mean over the seeds; None where it has none.
         difference: mean of (this - zero-init) over the seeds that both have; None for zero-init itself.
         difference_std: its standard deviation.
@@ -47,6 +49,7 @@ class Row:
     method: str
     vary: dict[str, Any]
     values: dict[int, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     frozen: float | None = None
     difference: float | None = None
     difference_std: float | None = None
@@ -113,7 +116,12 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
         row.num_trainable = cells[0]["num_trainable"]
         row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
         row.seconds = statistics.fmean(c["seconds"] for c in cells)
+        measured = [c["metrics"]["adapted"] for c in cells]
+        names = [name for name in measured[0] if all(m.get(name) is not None for m in measured)]
+        row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
+    tasks = {experiment.name: TASKS.get(str(experiment.task)) for experiment in benchmark.experiments}
     for row in rows.values():
+        row.paper = tasks[row.experiment].paper_figure(row.method, dataset_of(row), row.metric)
         reference = rows.get(_key(row.experiment, REFERENCE, row.vary))
         if reference is not None and reference is not row:
             pairs = [value - reference.values[seed] for seed, value in row.values.items() if seed in reference.values]
@@ -241,17 +249,19 @@ def write_summary(benchmark: Benchmark, output: Path) -> list[Row]:
     return rows
 
 
-def aggregates(experiment: Experiment, rows: list[Row]) -> list[str]:
-    """Means over several data sets as the task defines them, per method; nothing where the task defines none."""
-    from zinit.tasks import TASKS
+def dataset_of(row: Row) -> str:
+    """The data set of a row of an experiment that goes through several."""
+    named = row.vary.get("task.dataset", row.vary.get("data", ""))
+    return Path(str(named)).name
 
-    summary = getattr(TASKS.get(str(experiment.task)), "summarise_results", None)
-    if summary is None or "task.dataset" not in experiment.vary:
-        return []
-    found = []
+
+def aggregates(experiment: Experiment, rows: list[Row]) -> list[str]:
+    """Means over data sets as the task's literature has them, per method; nothing where the task defines none."""
+    task, found = TASKS.get(str(experiment.task)), []
     for method in experiment.methods:
-        own = [row for row in rows if row.experiment == experiment.name and row.method == method]
-        results = {row.vary["task.dataset"]: row.mean for row in own if row.mean is not None}
-        if results:
-            found += [f"{method}: {line}" for line in summary(results)]
+        own = [row for row in rows if (row.experiment, row.method) == (experiment.name, method) and row.metrics]
+        figures = task.over_datasets({dataset_of(row): row.metrics for row in own}) if own else {}
+        for name, figure in figures.items():
+            shown = show(figure) if isinstance(figure, float | None) else ", ".join(map(str, figure))
+            found.append(f"{method}, {name}: {shown}")
     return found

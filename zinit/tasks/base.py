@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ class Task(nn.Module, ABC):
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
             them, and hands them to the constructor as ``labels`` when it is loaded.
+        baseline: what `frozen_baseline` measures, in words.
         metric: what a benchmark compares, by its name in `Evaluation.metrics`.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
     """
@@ -72,6 +74,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     handle: Handle | None
     labels: list[str] | None = None
+    baseline = "the frozen model"
     metric = "accuracy"
     generates = False
     train_stream: Stream
@@ -94,12 +97,13 @@ class Task(nn.Module, ABC):
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 
-    def evaluate_frozen(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
-        """The baseline that stands beside the adapted result; called with the adapter switched off.
+    @contextmanager
+    def frozen_baseline(self) -> Iterator[None]:
+        """A scope, with the adapter switched off, in which the task is the ``baseline`` that stands beside the result.
 
-        A task whose head knows nothing before training may measure something more telling than that head.
+        A task whose head knows nothing before training may put something more telling in its place.
         """
-        return self.evaluate(accelerator, limit=limit)
+        yield
 
     def artifacts(self) -> dict[str, Any]:
         """JSON documents for the run's folder, by file name: what the last evaluation answered, say."""
@@ -112,6 +116,26 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the examples and how they are encoded: a resumed run must find the same."""
+
+    @classmethod
+    def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Figures over several data sets, as the task's literature has them; each under a name that says what it is.
+
+        Args:
+            results: {data set: {metric: mean over the seeds}}.
+        """
+        return {}
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        """What the LLaMA-Adapter paper reports for a method on a data set, in the metric's unit; None if nothing.
+
+        Args:
+            method: registered name.
+            dataset: as the benchmark names it.
+            metric: as `evaluate` names it.
+        """
+        return None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains beyond the prefix, by name: heads, biases, low-rank updates, a whole model."""

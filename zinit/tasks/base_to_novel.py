@@ -8,7 +8,7 @@ there is no head, and the frozen model's evaluation is zero-shot CLIP.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from zinit.images import Images, OnBad, Picture, normalise, read_image
 from zinit.tasks._class_images import Labelled, draw_shots, read_split
 from zinit.tasks._crops import Views, plain
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
-from zinit.tasks.base_to_novel_table import harmonic_mean
+from zinit.tasks.base_to_novel_table import harmonic_mean, paper_results, summarise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,6 +110,7 @@ class BaseToNovel(Task):
 
     name = "base-to-novel"
     Config = BaseToNovelConfig
+    metric = "harmonic_mean"
 
     def __init__(
         self,
@@ -347,6 +348,25 @@ class BaseToNovel(Task):
         metrics = evaluation.metrics
         metrics["harmonic_mean"] = harmonic_mean(metrics["base_accuracy"], metrics["novel_accuracy"])
         return evaluation
+
+    @classmethod
+    def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Base, novel and harmonic mean of each data set and on average; accuracies are averaged over seeds first."""
+        table = summarise({"data": data, **metrics} for data, metrics in results.items())
+        return {
+            f"{metric.replace('_', ' ')}{f' of {data}' if data else ''}": figure
+            for data, row in table.items()
+            if data != "average" or len(results) > 1
+            for metric, figure in row.items()
+        }
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        names = ("base_accuracy", "novel_accuracy", "harmonic_mean")
+        known = {name.lower(): row for name, row in paper_results()["Zero-init"].items()}
+        if method != "zero-init" or metric not in names or dataset.lower() not in known:
+            return None
+        return known[dataset.lower()][names.index(metric)] / 100
 
     def data_report(self) -> dict[str, Any]:
         """Counts of pictures read, dropped, drawn, skipped and tested on."""

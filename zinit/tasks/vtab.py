@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.images import Images, OnBad, normalise
+from zinit.methods.logistic_regression import solve_head
 from zinit.tasks._pictures import Labelled, Parts, Reader, class_names
 from zinit.tasks._vtab_facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
@@ -106,6 +108,7 @@ class VTAB(Task):
 
     name = "vtab"
     Config = VTABConfig
+    baseline = "logistic regression on the frozen model's features"
 
     def __init__(
         self,
@@ -255,6 +258,19 @@ class VTAB(Task):
         """Cross-entropy, summed over the pictures."""
         return F.cross_entropy(self._logits(batch["images"]), batch["labels"], reduction="sum")
 
+    @contextmanager
+    def frozen_baseline(self) -> Iterator[None]:
+        """With a head that logistic regression makes of the frozen features, while inside."""
+        if not len(self.train_stream):  # only held-out pictures were read
+            yield
+            return
+        untrained = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
+        solve_head(self.head, self.features(self.train_stream), self.train_labels)
+        try:
+            yield
+        finally:
+            self.head.load_state_dict(untrained)
+
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Top-1 accuracy, 0 to 1."""
@@ -298,6 +314,19 @@ class VTAB(Task):
             for start in range(0, len(stream), EVALUATION_BATCH)
         ]
         return torch.cat(found).cpu() if found else torch.zeros(0, self.head.in_features)
+
+    @classmethod
+    def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Group means and the two means over all, where the data sets are VTAB-1k's."""
+        if not results or not all(name in VTAB_TASKS for name in results):
+            return {}
+        return summarise({name: metrics["accuracy"] for name, metrics in results.items()}).to_dict()
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        row = {"zero-init": "Zero-init", "full": "Full", "bitfit": "Bias", "bottleneck": "Adapter"}.get(method, "")
+        figure = paper_results().get(row, {}).get(dataset) if metric == "accuracy" else None
+        return None if figure is None else figure / 100
 
     @property
     def train_labels(self) -> list[int]:
