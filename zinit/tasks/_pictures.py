@@ -308,14 +308,14 @@ class Reader:
         names = self.names = list(kind.names) if isinstance(kind, ClassLabel) else None
         for number, record in enumerate(dataset.select_columns([image, label]), start=1):
             where, value, target = f"{name}, record {number}", record[image], record[label]
-            if not (isinstance(value, dict) and (value.get("bytes") or value.get("path"))):
+            if not (isinstance(value, dict) and value.get("bytes")):  # a path alone could lead anywhere
                 self._bad(f"{where}: {image!r} holds no picture ({type(value).__name__}).")
             elif isinstance(target, bool) or not isinstance(target, int | str) or target == "":
                 self._bad(f"{where}: {label!r} must be a whole number or a name; got {target!r}.")
             elif names and not (isinstance(target, int) and 0 <= target < len(names)):
                 self._bad(f"{where}: {label!r} is {target!r}, but there are {len(names)} classes, from 0.")
             else:
-                picture = Encoded(where, partial(bytes, value["bytes"])) if value.get("bytes") else Path(value["path"])
+                picture = Encoded(where, partial(bytes, value["bytes"]))
                 found.append(Labelled(picture, names[int(target)] if names else str(target), where))
         return found
 
