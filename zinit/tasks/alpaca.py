@@ -17,6 +17,7 @@ from zinit.config import JsonConfig
 from zinit.data import read_records
 from zinit.demo import instructions
 from zinit.errors import ConfigError, DataError
+from zinit.losses import chunked_cross_entropy, split_head
 from zinit.metrics import METRICS
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 
@@ -154,6 +155,7 @@ class Alpaca(Task):
                 f"-o task.max_length={room}."
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._split = split_head(model)  # a tuple, so that nothing is registered twice
         training, held_out, self._counts = _split(config, data, seed, train=train)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
@@ -210,8 +212,8 @@ class Alpaca(Task):
         return encode_texts(self.tokenizer, texts)
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
-        """Right-padded ``input_ids`` (B, T), the ``positions`` (P,) that some example is supervised at, and ``targets``
-        (B, P), ignored where it is not.
+        """Right-padded ``input_ids`` (B, T); ``supervised`` (N,), where in the flattened batch a label follows, and the
+        ``targets`` (N,) there.
 
         There is no attention mask: under a causal mask no real token sees the padding behind it.
         """
@@ -219,23 +221,31 @@ class Alpaca(Task):
         chosen = [examples[index] for index in indices]
         longest = max(len(example.ids) for example in chosen)
         ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
-        labels = torch.full((len(chosen), longest), IGNORED, dtype=torch.long)
+        follows = torch.zeros((len(chosen), longest), dtype=torch.bool)
         for row, example in enumerate(chosen):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
-            labels[row, example.prompt_length : len(example.ids)] = torch.tensor(example.ids[example.prompt_length :])
-        targets = labels[:, 1:]
-        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-        return {"input_ids": ids, "positions": positions, "targets": targets[:, positions]}
+            follows[row, example.prompt_length - 1 : len(example.ids) - 1] = True
+        supervised = follows.flatten().nonzero().squeeze(1)
+        batch = {"input_ids": ids, "supervised": supervised, "targets": ids.flatten()[supervised + 1]}
+        if self._split is None:
+            batch["positions"] = follows.any(dim=0).nonzero().squeeze(1)
+        return batch
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of the response tokens, EOS included. Logits are made only where a label exists."""
-        positions, targets = batch["positions"], batch["targets"]
-        if self._keeps_logits:
-            logits = self.model(input_ids=batch["input_ids"], logits_to_keep=positions, use_cache=False).logits
+        ids, supervised, targets = batch["input_ids"], batch["supervised"], batch["targets"]
+        inputs = {"input_ids": ids, "use_cache": False}
+        if self._split is not None:
+            trunk, head = self._split
+            hidden = trunk(**inputs).last_hidden_state.flatten(0, 1)[supervised]
+            return chunked_cross_entropy(hidden, head.weight, head.bias, targets)
+        positions, length = batch["positions"], ids.shape[1]
+        if self._keeps_logits:  # of every position that any row is supervised at
+            logits = self.model(**inputs, logits_to_keep=positions).logits
         else:
-            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, positions]
-        flat = logits.float().flatten(0, 1)
-        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            logits = self.model(**inputs).logits[:, positions]
+        column = torch.searchsorted(positions, supervised % length)
+        return F.cross_entropy(logits[supervised // length, column].float(), targets, reduction="sum")
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
