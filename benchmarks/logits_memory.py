@@ -21,7 +21,7 @@ from zinit.losses import chunked_cross_entropy
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.set_defaults(vocabulary=128_000, width=256, layers=4, heads=4, kv_heads=4, rounds=5)
+    options.set_defaults(vocabulary=128_000, width=256, layers=4, heads=4, kv_heads=4, rounds=3)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--length", type=int, default=256, help="tokens of the longest example")
     options = options.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from zinit.demo import instructions
 from zinit.errors import ConfigError, DataError
 from zinit.losses import chunked_cross_entropy, split_head
 from zinit.metrics import METRICS
+from zinit.packing import first_fit, keeps_examples_apart
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class AlpacaConfig(JsonConfig):
         fields: what the data calls instruction, input and output.
         evaluation_limit: held-out examples that an answer is generated for.
         max_new_tokens: longest generated answer.
+        packing: lay the short examples of a micro-batch together into rows of at most ``max_length`` tokens.
     """
 
     max_length: int = 512
@@ -88,6 +91,7 @@ class AlpacaConfig(JsonConfig):
     fields: tuple[str, ...] = ("instruction", "input", "output")
     evaluation_limit: int = 200
     max_new_tokens: int = 128
+    packing: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 8), ("held_out", 1), ("evaluation_limit", 0), ("max_new_tokens", 1)):
@@ -96,6 +100,8 @@ class AlpacaConfig(JsonConfig):
                 raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
         if len(self.fields) != 3 or not all(isinstance(field, str) and field for field in self.fields):
             raise ConfigError(f"fields must name instruction, input and output; got {self.fields!r}.")
+        if not isinstance(self.packing, bool):
+            raise ConfigError(f"packing must be true or false; got {self.packing!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +162,7 @@ class Alpaca(Task):
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
+        self._row_length = _row_length(model, config)
         training, held_out, self._counts = _split(config, data, seed, train=train)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
@@ -212,39 +219,52 @@ class Alpaca(Task):
         return encode_texts(self.tokenizer, texts)
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
-        """Right-padded ``input_ids`` (B, T); ``supervised`` (N,), where in the flattened batch a label follows, and the
-        ``targets`` (N,) there.
+        """Right-padded ``input_ids`` (B, T), an example per row or several; ``supervised`` (N,), where in the flattened
+        batch a label follows, and the ``targets`` (N,) there. Where a row holds several, also ``position_ids`` (B, T).
 
         There is no attention mask: under a causal mask no real token sees the padding behind it.
         """
         examples = self.train_examples if stream is self.train_stream else self.held_out_examples
         chosen = [examples[index] for index in indices]
-        longest = max(len(example.ids) for example in chosen)
-        ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
-        follows = torch.zeros((len(chosen), longest), dtype=torch.bool)
-        for row, example in enumerate(chosen):
-            ids[row, : len(example.ids)] = torch.tensor(example.ids)
-            follows[row, example.prompt_length - 1 : len(example.ids) - 1] = True
+        rows = [[example] for example in chosen]
+        if self._row_length is not None:
+            rows = [[chosen[i] for i in row] for row in first_fit([len(e.ids) for e in chosen], self._row_length)]
+        longest = max(sum(len(example.ids) for example in row) for row in rows)
+        ids = torch.full((len(rows), longest), self.tokenizer.eos_token_id, dtype=torch.long)
+        positions = torch.arange(longest).repeat(len(rows), 1)
+        follows = torch.zeros((len(rows), longest), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            start = 0
+            for example in row:
+                end = start + len(example.ids)
+                ids[number, start:end] = torch.tensor(example.ids)
+                positions[number, start:] = torch.arange(longest - start)
+                follows[number, start + example.prompt_length - 1 : end - 1] = True
+                start = end
         supervised = follows.flatten().nonzero().squeeze(1)
         batch = {"input_ids": ids, "supervised": supervised, "targets": ids.flatten()[supervised + 1]}
+        if len(rows) < len(chosen):
+            batch["position_ids"] = positions
         if self._split is None:
-            batch["positions"] = follows.any(dim=0).nonzero().squeeze(1)
+            batch["columns"] = follows.any(dim=0).nonzero().squeeze(1)
         return batch
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of the response tokens, EOS included. Logits are made only where a label exists."""
         ids, supervised, targets = batch["input_ids"], batch["supervised"], batch["targets"]
-        inputs = {"input_ids": ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
         if self._split is not None:
             trunk, head = self._split
             hidden = trunk(**inputs).last_hidden_state.flatten(0, 1)[supervised]
             return chunked_cross_entropy(hidden, head.weight, head.bias, targets)
-        positions, length = batch["positions"], ids.shape[1]
-        if self._keeps_logits:  # of every position that any row is supervised at
-            logits = self.model(**inputs, logits_to_keep=positions).logits
+        columns, length = batch["columns"], ids.shape[1]  # those that any row is supervised in
+        if self._keeps_logits:
+            logits = self.model(**inputs, logits_to_keep=columns).logits
         else:
-            logits = self.model(**inputs).logits[:, positions]
-        column = torch.searchsorted(positions, supervised % length)
+            logits = self.model(**inputs).logits[:, columns]
+        column = torch.searchsorted(columns, supervised % length)
         return F.cross_entropy(logits[supervised // length, column].float(), targets, reduction="sum")
 
     @torch.no_grad()
@@ -320,6 +340,21 @@ class Alpaca(Task):
         for example in (*self.train_examples, *self.held_out_examples):
             digest.update(repr((example.ids, example.prompt_length)).encode())
         return digest.hexdigest()
+
+
+def _row_length(model: nn.Module, config: AlpacaConfig) -> int | None:
+    """Tokens of a row that several examples share; None where each has its own."""
+    if not config.packing:
+        return None
+    if keeps_examples_apart(model, rows=2):
+        return config.max_length
+    if keeps_examples_apart(model, rows=1):  # flash attention splits a batch of one row
+        return sys.maxsize
+    raise ConfigError(
+        f"{type(model).__name__} cannot take several examples in one row: in a trial they were not kept apart "
+        f"(attention implementation {getattr(getattr(model, 'config', None), '_attn_implementation', None)!r}). "
+        f"Leave packing off: -o task.packing=false."
+    )
 
 
 def _stream(name: str, examples: list[Example]) -> Stream:
