@@ -35,8 +35,8 @@ TINY = {
 }  # fmt: skip
 
 
-def llama(attention: str = "sdpa") -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**TINY, attn_implementation=attention))
+def llama(attention: str = "sdpa", **settings: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **settings}, attn_implementation=attention))
 
 
 def mistral(attention: str) -> MistralForCausalLM:
@@ -127,7 +127,11 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=264))
 
 
-@pytest.mark.parametrize("make", [lambda: llama("leaky"), mamba], ids=["leaky attention", "recurrent"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: llama("leaky"), lambda: llama("leaky", initializer_range=5e-4), mamba],
+    ids=["leaky", "hardly leaky", "recurrent"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_mixes_examples_is_refused(make: Callable, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
