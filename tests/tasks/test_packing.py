@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import zinit
 from tests.tiny import byte_tokenizer, save_records
 from zinit.errors import ConfigError
-from zinit.packing import first_fit, keeps_examples_apart
+from zinit.packing import keeps_examples_apart, lay_rows
 from zinit.tasks.alpaca import Alpaca, AlpacaConfig
 
 TINY = {
@@ -54,20 +54,32 @@ def task(model: nn.Module, handle: Any, folder: Path, **settings: Any) -> Alpaca
     return Alpaca(model.eval(), byte_tokenizer(), handle, AlpacaConfig(**settings), data=str(data), seed=0)
 
 
-@pytest.mark.parametrize("capacity", [60, 100, 512])
+def tokens(rows: list[list[int]], lengths: list[int]) -> int:
+    return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+
+
+@pytest.mark.parametrize("capacity", [60, 100, 512, 10_000])
 def test_rows_hold_every_example_once_and_no_more_than_fits(capacity: int) -> None:
     lengths = [(37 * i) % 53 + 5 for i in range(103)]
-    rows = first_fit(lengths, capacity)
+    rows = lay_rows(lengths, capacity)
     assert sorted(i for row in rows for i in row) == list(range(103))
-    totals = [sum(lengths[i] for i in row) for row in rows]
-    assert max(totals) <= capacity
-    assert len(rows) <= 11 / 9 * sum(lengths) / capacity + 1
+    assert max(sum(lengths[i] for i in row) for row in rows) <= capacity
+    assert tokens(rows, lengths) <= 1.02 * sum(lengths), "hardly any padding"
 
 
-def test_the_longest_goes_first_and_a_short_one_into_the_first_gap() -> None:
-    assert first_fit([3, 8, 2, 5, 9], 10) == [[4], [1, 2], [3, 0]]
-    assert first_fit([12, 3], 10) == [[0], [1]], "what is too long has a row of its own"
-    assert first_fit([], 10) == []
+def test_rows_never_cost_more_than_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 3, 5, 8, 13):
+        for _ in range(20):
+            lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+            assert tokens(lay_rows(lengths, 40), lengths) <= count * max(lengths)
+
+
+def test_rows_by_hand() -> None:
+    assert lay_rows([3, 8, 5], 10) == [[1], [2, 0]]
+    assert lay_rows([5, 5, 5, 5], 20) == [[0], [1], [2], [3]], "no padding to save, so no masks"
+    assert lay_rows([12, 3, 4], 10) == [[0], [2, 1]], "what is too long has a row of its own"
+    assert lay_rows([3, 8, 5], None) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from zinit.demo import instructions
 from zinit.errors import ConfigError, DataError
 from zinit.losses import chunked_cross_entropy, split_head
 from zinit.metrics import METRICS
-from zinit.packing import first_fit, keeps_examples_apart
+from zinit.packing import keeps_examples_apart, lay_rows
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Alpaca(Task):
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
-        self._row_length = _row_length(model, config)
+        self._row_length = _row_length(model, config) if config.packing else None
         training, held_out, self._counts = _split(config, data, seed, train=train)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
@@ -227,8 +226,8 @@ class Alpaca(Task):
         examples = self.train_examples if stream is self.train_stream else self.held_out_examples
         chosen = [examples[index] for index in indices]
         rows = [[example] for example in chosen]
-        if self._row_length is not None:
-            rows = [[chosen[i] for i in row] for row in first_fit([len(e.ids) for e in chosen], self._row_length)]
+        if self.config.packing:
+            rows = [[chosen[i] for i in row] for row in lay_rows([len(e.ids) for e in chosen], self._row_length)]
         longest = max(sum(len(example.ids) for example in row) for row in rows)
         ids = torch.full((len(rows), longest), self.tokenizer.eos_token_id, dtype=torch.long)
         positions = torch.arange(longest).repeat(len(rows), 1)
@@ -343,13 +342,11 @@ class Alpaca(Task):
 
 
 def _row_length(model: nn.Module, config: AlpacaConfig) -> int | None:
-    """Tokens of a row that several examples share; None where each has its own."""
-    if not config.packing:
-        return None
+    """Tokens that a row of several examples may hold; None where there is one row for all."""
     if keeps_examples_apart(model, rows=2):
         return config.max_length
     if keeps_examples_apart(model, rows=1):  # flash attention splits a batch of one row
-        return sys.maxsize
+        return None
     raise ConfigError(
         f"{type(model).__name__} cannot take several examples in one row: in a trial they were not kept apart "
         f"(attention implementation {getattr(getattr(model, 'config', None), '_attn_implementation', None)!r}). "
