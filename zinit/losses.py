@@ -33,7 +33,8 @@ def chunked_cross_entropy(
         A scalar, float32. The softmax runs in float32, the matrix products in the dtype of the model (or autocast's).
     """
     chunk = max(1, CHUNK_LOGITS // weight.shape[0]) if chunk is None else chunk
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         total = hidden.new_zeros((), dtype=torch.float32)
         for tokens, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             total = total + checkpoint(_cross_entropy, tokens, weight, bias, wanted, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]

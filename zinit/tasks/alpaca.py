@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.data import read_records
@@ -81,7 +80,8 @@ class AlpacaConfig(JsonConfig):
         fields: what the data calls instruction, input and output.
         evaluation_limit: held-out examples that an answer is generated for.
         max_new_tokens: longest generated answer.
-        packing: lay the short examples of a micro-batch together into rows of at most ``max_length`` tokens.
+        packing: lay the short examples of a micro-batch together into rows of at most ``max_length`` tokens. Pays
+            where micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
     """
 
     max_length: int = 512
@@ -264,7 +264,8 @@ class Alpaca(Task):
         else:
             logits = self.model(**inputs).logits[:, columns]
         column = torch.searchsorted(columns, supervised % length)
-        return F.cross_entropy(logits[supervised // length, column].float(), targets, reduction="sum")
+        log_likelihood = logits[supervised // length, column].float().log_softmax(dim=-1)
+        return -log_likelihood.gather(1, targets[:, None]).sum()  # rounded as the chunked loss is
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
