@@ -109,20 +109,27 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(actions: dict[str, Callable[[], Any]], *, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each action, every round running all of them one after the other; two rounds warm up."""
+def interleaved(
+    actions: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: str,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each action, every round running all of them one after the other; the first rounds warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 2):
+    for number in range(rounds + warm_up):
         names = list(actions)
         names = names[number % len(names) :] + names[: number % len(names)]  # nobody is always first
         for name in names:
             gc.collect()
             synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             actions[name]()
             synchronize(device)
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - started)
+            if number >= warm_up:
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -161,6 +161,7 @@ class TrainConfig(JsonConfig):
         steps: optimizer steps instead of epochs, if given.
         batch_size: examples per optimizer step, over all processes.
         micro_batch_size: examples per forward pass of one process; the rest accumulates.
+        micro_batch_tokens: tokens per forward pass instead, padding included, if given: as many examples as fit.
         learning_rate: peak rate, applied as it stands (not scaled by the batch).
         warmup_epochs: linear warm-up, then half a cosine; None is the paper's share, 2 of 5 epochs of the run.
         warmup_steps: instead of ``warmup_epochs``, if given.
@@ -183,6 +184,7 @@ class TrainConfig(JsonConfig):
     steps: int | None = None
     batch_size: int = 64
     micro_batch_size: int = 8
+    micro_batch_tokens: int | None = None
     learning_rate: float = 9e-3 * 64 / 256
     warmup_epochs: float | None = None
     warmup_steps: int | None = None
@@ -213,7 +215,9 @@ class TrainConfig(JsonConfig):
             raise ConfigError(f"epochs must be a number above 0; got {self.epochs!r}.")
         if self.steps == 0:
             raise ConfigError("steps must be a whole number of at least 1, or none for epochs; got 0.")
-        for name in ("steps", "warmup_steps", "evaluate_every", "save_every", "workers"):
+        if self.micro_batch_tokens == 0:
+            raise ConfigError("micro_batch_tokens must be a whole number of at least 1, or none; got 0.")
+        for name in ("steps", "micro_batch_tokens", "warmup_steps", "evaluate_every", "save_every", "workers"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ConfigError(f"{name} must be a whole number of at least 0; got {value!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import signal
@@ -107,14 +108,36 @@ class Plan:
             (examples, whether they count); those that do not count only keep processes in step.
         """
         examples = self.examples(step)
-        rounds = math.ceil(len(examples) / (self.config.micro_batch_size * world))
-        slots = rounds * world
+        parts = cut(self.config, self.stream, examples, world)[rank::world]
+        return [(part, True) if part else (examples[:1], False) for part in parts]
+
+
+def cut(config: TrainConfig, stream: Stream, examples: Sequence[int], world: int) -> list[list[int]]:
+    """Micro-batches: neighbours in length together, a multiple of ``world`` in number (some may be empty).
+
+    Args:
+        config: how many examples or tokens they hold.
+        stream: the examples' lengths.
+        examples: longest first.
+        world: processes that share them in turn.
+    """
+    if config.micro_batch_tokens is None:
+        slots = math.ceil(len(examples) / (config.micro_batch_size * world)) * world
+        if not slots:
+            return []
         bounds = [round(i * len(examples) / slots) for i in range(slots + 1)]
-        mine = []
-        for i in range(rank, slots, world):
-            part = examples[bounds[i] : bounds[i + 1]]
-            mine.append((part, True) if part else (examples[:1], False))
-        return mine
+        return [list(examples[a:b]) for a, b in itertools.pairwise(bounds)]
+    parts: list[list[int]] = []
+    for index in examples:
+        if parts and stream.lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= config.micro_batch_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    while len(parts) % world:  # the fullest is halved until every process has as many
+        fullest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        part, half = parts[fullest], (len(parts[fullest]) + 1) // 2
+        parts[fullest : fullest + 1] = [part[:half], part[half:]]
+    return parts
 
 
 class _Collated(torch.utils.data.Dataset):
@@ -345,12 +368,9 @@ def held_out_loss(
     stream = task.held_out_stream
     task.eval()
     order = sorted(range(len(stream)), key=lambda index: (-stream.lengths[index], index))
-    size, world = config.micro_batch_size, accelerator.num_processes
-    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    world = accelerator.num_processes
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    while len(parts) % world:
-        parts.append([])
-    for part in parts[accelerator.process_index :: world]:
+    for part in cut(config, stream, order, world)[accelerator.process_index :: world]:
         batch = task.collate(stream, part or order[:1])
         with accelerator.autocast():  # the same precision before, in and after training
             loss = (runnable or task)({k: v.to(accelerator.device) for k, v in batch.items()})

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 # Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
 # Where model and data lie is indifferent too: what is in them is compared.
 INDIFFERENT = (
-    *(f"train.{name}" for name in ("micro_batch_size", "evaluate_every", "save_every", "workers", "tensorboard")),
+    *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
+    *("train.workers", "train.tensorboard", "task.packing"),
     *("model", "data", "task.held_out_data", "task.evaluation_limit"),
 )
 SAME_MODEL = 0.999  # cosine of two samples of the weights

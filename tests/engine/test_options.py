@@ -41,6 +41,8 @@ def plain(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> l
         ("dtype=bfloat16", 2e-2),
         ("train.workers=1", 0.0),
         ("train.micro_batch_size=8", 1e-5),
+        ("train.micro_batch_tokens=400", 1e-5),
+        ("task.packing=true", 1e-5),
     ],
 )
 def test_same_losses(option: str, tolerance: float, inputs: dict[str, str], plain: list[float], tmp_path: Path) -> None:

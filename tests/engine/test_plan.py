@@ -88,3 +88,33 @@ def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
 def test_count_is_of_supervised_units() -> None:
     p = plan()
     assert p.count(3) == sum(LENGTHS[i] // 2 for i in p.examples(3))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("tokens", [1, 57, 120, 400, 10_000])
+def test_a_budget_of_tokens_is_kept_and_shared_alike(world: int, tokens: int) -> None:
+    p = plan(micro_batch_tokens=tokens)
+    for step in (0, 6, 13):
+        shares = [p.micro_batches(step, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1, "processes would wait for one another"
+        counted = sorted(i for share in shares for part, counts in share if counts for i in part)
+        assert counted == sorted(p.examples(step))
+        for share in shares:
+            for part, _ in share:
+                assert len(part) == 1 or len(part) * max(LENGTHS[i] for i in part) <= tokens
+
+
+def test_a_budget_of_tokens_is_used() -> None:
+    """No micro-batch could take the next example as well."""
+    p = plan(batch_size=103, micro_batch_tokens=400)
+    parts = [part for part, _ in p.micro_batches(0, 0, 1)]
+    assert all(LENGTHS[part[0]] * (len(part) + 1) > 400 for part in parts[:-1])
+    sizes = [len(part) for part in parts]
+    assert sizes[0] < sizes[-2], "short examples come in larger numbers"
+    assert plan(micro_batch_tokens=400).examples(9) == plan().examples(9)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, True])
+def test_a_wrong_budget_is_refused(tokens: float) -> None:
+    with pytest.raises(ConfigError, match="micro_batch_tokens must be a whole number"):
+        plan(micro_batch_tokens=tokens)
