@@ -22,13 +22,14 @@ def encoder_tokenizer(kind: str = "roberta", *, trim: bool = True, **options: An
         tokenizer.post_processor = processors.RobertaProcessing(
             ("</s>", 2), ("<s>", 0), trim_offsets=trim, add_prefix_space=False
         )
-        options = {"model_input_names": ["input_ids", "attention_mask"], **options}
     else:
         tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
     names = {"cls_token": "<s>", "bos_token": "<s>", "sep_token": "</s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{**names, "pad_token": "<pad>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False, **options},
+        model_input_names=inputs,
     )
 
 

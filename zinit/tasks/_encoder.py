@@ -33,39 +33,36 @@ def make_head(model: nn.Module, outputs: int, seed: int) -> nn.Linear:
 
 
 def head_logits(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
-    """(B, T, outputs) in float32, -inf at padding. Takes what `pad` makes; other entries of the batch are ignored."""
+    """(B, T, outputs) in float32. Takes what `pad` makes; other entries of the batch are ignored."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     hidden = model(**inputs).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.float())
 
 
-def pad(
-    tokenizer: Any, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None
-) -> tuple[Batch, list[int]]:
-    """One micro-batch, padded to its longest member on the tokenizer's own side.
+def pad(tokenizer: Any, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None) -> Batch:
+    """One micro-batch, padded to its longest member.
+
+    Always on the right, whatever the tokenizer's side: absolute positions must start at each example's first token.
 
     Args:
-        tokenizer: names the padding token and side.
+        tokenizer: names the padding token.
         ids: token ids of each example.
         types: token types of each example, if the model takes them.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, all (B, T), and where each example begins.
+        ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, all (B, T).
     """
-    longest = max(len(row) for row in ids)
-    shape = (len(ids), longest)
+    shape = (len(ids), max(len(row) for row in ids))
     batch = {"input_ids": torch.full(shape, tokenizer.pad_token_id), "attention_mask": torch.zeros(shape).long()}
     if types is not None:
-        batch["token_type_ids"] = torch.full(shape, getattr(tokenizer, "pad_token_type_id", 0))
-    firsts = [longest - len(row) if tokenizer.padding_side == "left" else 0 for row in ids]
-    for index, (first, row) in enumerate(zip(firsts, ids, strict=True)):
-        span = slice(first, first + len(row))
-        batch["input_ids"][index, span] = torch.from_numpy(row.astype(np.int64))
-        batch["attention_mask"][index, span] = 1
+        batch["token_type_ids"] = torch.zeros(shape).long()
+    for index, row in enumerate(ids):
+        batch["input_ids"][index, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        batch["attention_mask"][index, : len(row)] = 1
         if types is not None:
-            batch["token_type_ids"][index, span] = torch.from_numpy(types[index].astype(np.int64))
-    return batch, firsts
+            batch["token_type_ids"][index, : len(row)] = torch.from_numpy(types[index].astype(np.int64))
+    return batch
 
 
 def takes_token_types(model: nn.Module, tokenizer: Any) -> bool:

@@ -151,13 +151,12 @@ class Squad(Task):
         """What `pad` makes, with the positions ``starts`` and ``ends`` (B,) of the answers' first and last tokens."""
         windows = self.train_windows if stream is self.train_stream else self.held_out_windows
         chosen = [windows[index] for index in indices]
-        batch, firsts = self._pad(chosen)
+        batch = self._pad(chosen)
         for name in ("start", "end"):
-            positions = [first + getattr(window, name) for first, window in zip(firsts, chosen, strict=True)]
-            batch[f"{name}s"] = torch.tensor(positions)
+            batch[f"{name}s"] = torch.tensor([getattr(window, name) for window in chosen])
         return batch
 
-    def _pad(self, windows: Sequence[Window]) -> tuple[Batch, list[int]]:
+    def _pad(self, windows: Sequence[Window]) -> Batch:
         types = [window.types for window in windows if window.types is not None]
         return pad(self.tokenizer, [window.ids for window in windows], types or None)
 
@@ -225,10 +224,10 @@ class Squad(Task):
         scores: list[np.ndarray] = [np.empty(0)] * len(windows)
         for begin in range(0, len(order), batch_size):
             part = order[begin : begin + batch_size]
-            batch, firsts = self._pad([windows[index] for index in part])
+            batch = self._pad([windows[index] for index in part])
             rows = self._scores({name: tensor.to(device) for name, tensor in batch.items()}).cpu().numpy()
-            for index, first, row in zip(part, firsts, rows, strict=True):
-                scores[index] = row[first : first + len(windows[index].ids)]
+            for index, row in zip(part, rows, strict=True):
+                scores[index] = row[: len(windows[index].ids)]
         of_question: dict[int, list[int]] = defaultdict(list)
         for index, window in enumerate(windows):
             of_question[window.question].append(index)
@@ -289,18 +288,17 @@ def _split(
         return questions
 
     training: list[Question] = []
+    held_out: list[Question] = []
     train_file, dev_file = (None, None) if data is None else train_and_dev(data)
-    held_out_file = dev_file
     if config.held_out_data is not None:
         alone, dev = train_and_dev(config.held_out_data)
-        held_out_file = dev or alone
-    if train_file is None:
+        dev_file = dev or alone
+    if train_file is None and (train or dev_file is None):
         training, held_out = _demo()
-    else:
-        training = read(train_file) if train or held_out_file is None else []
-        held_out = []
-    if held_out_file is not None:
-        held_out = read(held_out_file)
+    elif train_file is not None and (train or dev_file is None):
+        training = read(train_file)
+    if dev_file is not None:
+        held_out = read(dev_file)
     elif train_file is not None:
         training, held_out = split_questions(training, seed, train_file)
     if not train:
