@@ -85,17 +85,10 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
 def _read_file(path: Path) -> Any:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file, not {path.suffix or 'one without a suffix'}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty.")
-    with path.open("rb") as file:
-        if file.read(42).startswith(b"version https://git-lfs.github.com/spec"):
-            raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
     if path.suffix == ".parquet":
+        _check_content(path)
         return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+    text = read_text(path)
     if path.suffix == ".jsonl":
         return _read_lines(path, text)
     try:
@@ -104,6 +97,27 @@ def _read_file(path: Path) -> Any:
         if error.lineno > 1 and error.msg == "Extra data":
             return _read_lines(path, text)  # JSON lines under the suffix .json, as Hub files often are
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: if it is empty, the pointer to a file that was not fetched, or no UTF-8.
+    """
+    _check_content(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+
+
+def _check_content(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty.")
+    with path.open("rb") as file:
+        if file.read(42).startswith(b"version https://git-lfs.github.com/spec"):
+            raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
 
 
 def _read_lines(path: Path, text: str) -> Iterator[Any]:

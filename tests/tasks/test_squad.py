@@ -107,8 +107,8 @@ def broken(**change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (broken(answers=[{"text": "house 1", "answer_start": 999}]), r"answer_start 999: the context has \d+ characters\."
-         r" It occurs at \d+\."),
+        (broken(answers=[{"text": "house 1", "answer_start": 999}]),
+         r"answer_start 999: the context has \d+ characters\. It occurs at \d+\."),
         (broken(answers=[{"text": "house 1", "answer_start": -3}]), "answer_start -3: the context has"),
         (broken(answers=[{"text": "", "answer_start": 0}]), "has an answer without text"),
         (broken(answers=[{"text": 1, "answer_start": 0}]), "'text' must be text; got int 1"),
@@ -428,6 +428,11 @@ def test_evaluation_against_one_window_at_a_time(unanswerable: bool, tmp_path: P
         assert found.metrics["best_exact_match"] >= found.metrics["exact_match"]
     else:
         assert all(given.values())
+    everything = range(len(given))
+    shared_out = task._answer(everything[::2]) + task._answer(everything[1::2])
+    assert sorted((i, text) for i, text, _ in shared_out) == sorted(
+        (i, text) for i, text, _ in task._answer(everything)
+    )
     assert task.artifacts() == {"predictions.json": task.predictions, "null_odds.json": task.null_odds}
     assert task.evaluate(make_accelerator(TrainConfig()), limit=3).counts["questions"] == 3
     assert task.evaluate(make_accelerator(TrainConfig()), limit=0).metrics == {}

@@ -9,5 +9,6 @@ TASKS = Registry(
         "base-to-novel": "zinit.tasks.base_to_novel:BaseToNovel",
         "vtab": "zinit.tasks.vtab:VTAB",
         "squad": "zinit.tasks.squad:Squad",
+        "ner": "zinit.tasks.ner:TokenClassification",
     },
 )
