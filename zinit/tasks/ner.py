@@ -275,6 +275,7 @@ class TokenClassification(Task):
             metrics={name: 100 * float(value) for name, value in metrics.items()}, counts=counts, samples=samples
         )
 
+    @torch.no_grad()
     def _predict(self, indices: Sequence[int], *, batch_size: int = 32) -> list[tuple[int, int, int]]:
         """(sentence, word, label) of every word of some held-out windows."""
         device = next(self.model.parameters()).device

@@ -215,6 +215,7 @@ class Squad(Task):
         counts = {"questions": len(questions), "unanswerable": sum(not texts for texts in references)}
         return Evaluation(metrics=metrics, counts={**counts, "refused": sum(refused)}, samples=samples)
 
+    @torch.no_grad()
     def _answer(self, indices: Iterable[int], *, batch_size: int = 32) -> list[tuple[int, str, float]]:
         """(question, best answer, null odds) of held-out questions; windows of like length go together."""
         device = next(self.model.parameters()).device
