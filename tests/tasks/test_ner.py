@@ -15,7 +15,7 @@ from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder, tiny_encod
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.engine import make_accelerator
 from zinit.errors import ConfigError, DataError
-from zinit.run import train_run
+from zinit.run import evaluate_run, train_run
 from zinit.settings import RunConfig
 from zinit.tasks._sentences import read_sentences
 from zinit.tasks.ner import TokenClassification, TokenClassificationConfig
@@ -312,3 +312,9 @@ def test_a_whole_run_learns(tmp_path: Path) -> None:
     assert adapted["accuracy"] > frozen["accuracy"]
     assert set(adapted) == {"loss", "perplexity", "f1", "precision", "recall", "accuracy"}
     assert results["counts"]["read"] == 60
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["labels"] == LABELS
+    assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]
+    fewer = write(tmp_path / "fewer.json", [{"tokens": ["in", "Rome"], "ner_tags": ["O", "B-LOC"]}])
+    assert evaluate_run(tmp_path / "run", data=fewer)["counts"]["words"] == 2
+    with pytest.raises(DataError, match="the tag 'B-MISC' of the token 'x' is not among the labels O, B-LOC, B-PER"):
+        evaluate_run(tmp_path / "run", data=write(tmp_path / "more.json", [{"tokens": ["x"], "ner_tags": ["B-MISC"]}]))

@@ -18,7 +18,7 @@ from zinit.engine import make_accelerator
 from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.hosts import load_encoder
 from zinit.metrics import METRICS
-from zinit.run import train_run
+from zinit.run import evaluate_run, train_run
 from zinit.settings import RunConfig
 from zinit.tasks._questions import Question, parse_questions, read_questions
 from zinit.tasks._windows import best_answer, best_span, make_windows
@@ -469,20 +469,43 @@ def test_loading_an_encoder(tmp_path: Path) -> None:
         load_encoder(folder, dtype=torch.float32)
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
-    config = RunConfig(
+def run_config(folder: Path, kind: str = "roberta", method: str = "zero-init") -> RunConfig:
+    return RunConfig(
         backbone="roberta",
         task="squad",
-        model=str(save_tiny_encoder(tmp_path / "model")),
-        data=write(tmp_path / "data.json", document(20)),
+        model=str(save_tiny_encoder(folder / "model", kind)),
+        data=write(folder / "data.json", document(20)),
+        method=method,
         prefix=PrefixConfig(length=4, parametrization="key_value"),
         train=TrainConfig(steps=8, batch_size=8, micro_batch_size=4, learning_rate=3e-2),
         options=SquadConfig(max_length=160, stride=16),
     )
-    results = train_run(config, tmp_path / "run")
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    results = train_run(run_config(tmp_path), tmp_path / "run")
     frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
     assert adapted["loss"] < frozen["loss"]
     assert results["num_trainable"] == 2 * 4 * 32 * 2 + 2 * 4 + 66  # keys and values, gates, head
     assert results["counts"]["read"] == 30 == results["counts"]["train"] + results["counts"]["held_out"]
     assert {"exact_match", "f1", "has_answer_f1", "no_answer_f1", "best_f1", "best_f1_threshold"} <= set(adapted)
     assert set(results["samples"][0]) == {"prompt", "expected", "frozen", "adapted"}
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    odds = json.loads((tmp_path / "run" / "null_odds.json").read_text())
+    assert len(predictions) == results["counts"]["held_out"]
+    assert predictions.keys() == odds.keys()
+    assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]
+    other = evaluate_run(tmp_path / "run", data=write(tmp_path / "other.json", document(5, unanswerable=False)))
+    assert other["counts"]["questions"] == 5
+    assert "no_answer_f1" not in other["metrics"]["adapted"]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("prefix-tuning", "roberta"), ("prompt-tuning", "roberta"), ("full", "bert"), ("head-only", "roberta"),
+     ("bitfit", "bert"), ("lora", "bert")],
+)  # fmt: skip
+def test_every_method_can_be_compared_with(method: str, kind: str, tmp_path: Path) -> None:
+    results = train_run(run_config(tmp_path, kind, method), tmp_path / "run")
+    assert results["metrics"]["adapted"]["loss"] < results["metrics"]["frozen"]["loss"]
+    assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]

@@ -111,6 +111,7 @@ class TokenClassification(Task):
 
     name = "ner"
     Config = TokenClassificationConfig
+    labels: list[str]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
