@@ -237,7 +237,7 @@ def test_evaluation_gives_known_figures(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     task = make(tmp_path, held_out_data=write(tmp_path / "dev.json", dev))
     given = [["B-PER", "O", "O", "B-LOC"], ["O", "B-LOC", "O"]]
-    answers = [(s, w, task.labels.index(tag)) for s, tags in enumerate(given) for w, tag in enumerate(tags)]
+    answers = [(s, w, task._labels.index(tag)) for s, tags in enumerate(given) for w, tag in enumerate(tags)]
     monkeypatch.setattr(task, "_predict", lambda indices: answers)
     found = task.evaluate(make_accelerator(TrainConfig()))
     precision, recall = 1 / 3, 1 / 4

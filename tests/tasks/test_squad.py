@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def broken(**change: Any) -> dict[str, Any]:
     [
         (broken(answers=[{"text": "house 1", "answer_start": 999}]),
          r"answer_start 999: the context has \d+ characters\. It occurs at \d+\."),
-        (broken(answers=[{"text": "house 1", "answer_start": -3}]), "answer_start -3: the context has"),
+        (broken(answers=[{"text": ".", "answer_start": -1}]), "answer_start -1: the context has"),
         (broken(answers=[{"text": "", "answer_start": 0}]), "has an answer without text"),
         (broken(answers=[{"text": 1, "answer_start": 0}]), "'text' must be text; got int 1"),
         (broken(answers=[{"text": "a", "answer_start": "0"}]), "'answer_start' must be a whole number; got str"),
@@ -342,6 +343,19 @@ def test_the_null_score_is_the_smallest_of_the_windows_and_spans_compete_across_
     assert span.null_odds == span.null - 4.0
 
 
+@pytest.mark.parametrize("trim", [True, False])
+def test_white_space_is_no_answer(trim: bool) -> None:
+    context = "a  b   c"
+    question = Question(id="1", text="?", context=context, answers=(), starts=())
+    made = make_windows(encoder_tokenizer(trim=trim), [question], max_length=20, stride=3, max_question=4, types=False)
+    window = made.items[0]
+    scores = np.zeros((len(window.ids), 2))
+    for place, character in enumerate(context):
+        scores[window.first + place] = 9.0 if character == " " else ord(character) - ord("a")
+    span = best_answer(context, made.items, [scores], n_best=20, max_answer=30)
+    assert (span.text, span.score) == ("c", 4.0)
+
+
 # The task
 
 
@@ -414,15 +428,19 @@ def answered_by_hand(task: Squad) -> dict[str, tuple[str, float]]:
 @pytest.mark.parametrize("unanswerable", [False, True])
 def test_evaluation_against_one_window_at_a_time(unanswerable: bool, tmp_path: Path) -> None:
     dev = write(tmp_path / "dev.json", document(8, unanswerable=unanswerable))
-    task = make(tmp_path, document(30, unanswerable=unanswerable), held_out_data=dev, n_best=384, null_threshold=-0.3)
+    task = make(tmp_path, document(30, unanswerable=unanswerable), held_out_data=dev, n_best=384)
     torch.nn.init.normal_(task.head.weight, std=0.3)
-    found = task.evaluate(make_accelerator(TrainConfig()))
     expected = answered_by_hand(task)
-    given = {key: "" if unanswerable and odds > -0.3 else text for key, (text, odds) in expected.items()}
+    order = sorted(odds for _, odds in expected.values())
+    threshold = (order[2] + order[3]) / 2  # a few questions are answered, the others are not
+    task.config = replace(task.config, null_threshold=threshold)
+    found = task.evaluate(make_accelerator(TrainConfig()))
+    given = {key: "" if unanswerable and odds > threshold else text for key, (text, odds) in expected.items()}
     assert task.predictions == given
     assert list(task.null_odds.values()) == pytest.approx([odds for _, odds in expected.values()], abs=1e-4)
     assert found.counts["questions"] == len(given) == len(task.held_out_questions)
     assert found.counts["refused"] == sum(not text for text in given.values())
+    assert found.counts["refused"] == (len(given) - 3 if unanswerable else 0)
     assert unanswerable == ("no_answer_f1" in found.metrics) == ("best_f1" in found.metrics)
     if unanswerable:
         assert found.metrics["best_exact_match"] >= found.metrics["exact_match"]

@@ -67,7 +67,9 @@ def pad(tokenizer: Any, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] |
 
 def takes_token_types(model: nn.Module, tokenizer: Any) -> bool:
     """Whether the encoder tells a first text from a second by token types, and the tokenizer makes them."""
-    host: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a wrapper of PEFT's
+    host: Any = model
+    if hasattr(host, "get_base_model"):  # a wrapper of PEFT's
+        host = host.get_base_model()
     taken = "token_type_ids" in inspect.signature(host.forward).parameters
     kinds = getattr(getattr(model, "config", None), "type_vocab_size", 2)
     return taken and kinds > 1 and "token_type_ids" in tokenizer.model_input_names

@@ -111,7 +111,6 @@ class TokenClassification(Task):
 
     name = "ner"
     Config = TokenClassificationConfig
-    labels: list[str]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -130,8 +129,8 @@ class TokenClassification(Task):
         check_encoder(model, tokenizer, config.max_length)
         given = labels or (None if config.labels is None else list(config.labels))
         training, held_out, self._counts = _split(config, data, seed, train=train, labels=given)
-        self.labels = _resolve_labels(given, training)
-        self.head = make_head(model, len(self.labels), seed)
+        self.labels = self._labels = _resolve_labels(given, training)
+        self.head = make_head(model, len(self._labels), seed)
         self.held_out_sentences = held_out
         self.train_windows = self._encode(training, "train")
         self.held_out_windows = self._encode(held_out, "held_out")
@@ -153,7 +152,7 @@ class TokenClassification(Task):
         return load_encoder(source, dtype=dtype, revision=revision)
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
-        index = {label: number for number, label in enumerate(self.labels)}
+        index = {label: number for number, label in enumerate(self._labels)}
         windows: list[Window] = []
         split = skipped = 0
         for place, sentence in enumerate(sentences):
@@ -161,7 +160,7 @@ class TokenClassification(Task):
                 if tag not in index:
                     raise DataError(
                         f"{sentence.where}: the tag {tag!r} of the token {token!r} is not among the labels "
-                        f"{', '.join(self.labels)}. Correct it, or name all labels: -o task.labels=..."
+                        f"{', '.join(self._labels)}. Correct it, or name all labels: -o task.labels=..."
                     )
             labels = np.asarray([index[tag] for tag in sentence.tags], dtype=np.int64)
             found = self._windows(place, sentence, labels)
@@ -250,10 +249,10 @@ class TokenClassification(Task):
         found = self._predict(wanted[accelerator.process_index :: accelerator.num_processes])
         if accelerator.num_processes > 1:
             found = gather_object(found)
-        missing = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
+        missing = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
         predicted = [[missing] * len(sentence.tokens) for sentence in sentences]
         for sentence, word, label in found:
-            predicted[sentence][word] = self.labels[label]
+            predicted[sentence][word] = self._labels[label]
         expected = [list(sentence.tags) for sentence in sentences]
         self._predictions = predicted
         silent: Any = {"zero_division": 0}
@@ -297,7 +296,7 @@ class TokenClassification(Task):
             {"tokens": list(sentence.tokens), "expected": list(sentence.tags), "predicted": tags}
             for sentence, tags in zip(self.held_out_sentences, self._predictions, strict=False)
         ]
-        return {"predictions.json": {"labels": self.labels, "sentences": sentences}}
+        return {"predictions.json": {"labels": self._labels, "sentences": sentences}}
 
     def data_report(self) -> dict[str, Any]:
         """Counts of sentences read and kept, of their windows and words, and of words the tokenizer has none for."""
@@ -305,7 +304,7 @@ class TokenClassification(Task):
 
     def fingerprint(self) -> str:
         """Over the labels, and the token ids and targets of both parts."""
-        digest = hashlib.sha256(repr(self.labels).encode())
+        digest = hashlib.sha256(repr(self._labels).encode())
         for window in (*self.train_windows, *self.held_out_windows):
             for array in (window.ids, window.positions, window.labels):
                 digest.update(array.tobytes())
