@@ -185,7 +185,7 @@ def test_every_word_is_read_off_once_at_its_first_token(max_length: int, tmp_pat
             for word, position, label in zip(window.words, window.positions, window.labels, strict=True):
                 first = encoder_tokenizer()(sentence.tokens[word], add_special_tokens=False)["input_ids"][0]
                 assert window.ids[position] == first
-                assert task.labels[label] == sentence.tags[word]
+                assert task._labels[label] == sentence.tags[word]
     assert split == task.data_report()["held_out_split_sentences"]
     assert bool(split) == (max_length < 60)
     words = task.data_report()["train_words"]

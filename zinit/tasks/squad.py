@@ -168,10 +168,8 @@ class Squad(Task):
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy of the answer's two ends over all positions, halved each, summed over the windows."""
         scores = self._scores(batch)
-        ends = (
-            F.cross_entropy(scores[..., i], batch[name], reduction="sum") for i, name in enumerate(("starts", "ends"))
-        )
-        return sum(ends, start=scores.new_zeros(())) / 2
+        starts = F.cross_entropy(scores[..., 0], batch["starts"], reduction="sum")
+        return (starts + F.cross_entropy(scores[..., 1], batch["ends"], reduction="sum")) / 2
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
