@@ -20,7 +20,7 @@ from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.hosts import load_encoder
 from zinit.metrics import METRICS
 from zinit.run import evaluate_run, train_run
-from zinit.settings import RunConfig
+from zinit.settings import RunConfig, list_presets, read_preset
 from zinit.tasks._questions import Question, parse_questions, read_questions
 from zinit.tasks._windows import best_answer, best_span, make_windows
 from zinit.tasks.squad import Squad, SquadConfig
@@ -527,3 +527,21 @@ def test_every_method_can_be_compared_with(method: str, kind: str, tmp_path: Pat
     results = train_run(run_config(tmp_path, kind, method), tmp_path / "run")
     assert results["metrics"]["adapted"]["loss"] < results["metrics"]["frozen"]["loss"]
     assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]
+
+
+@pytest.mark.parametrize("name", [name for name in list_presets() if name.startswith(("squad/", "ner/"))])
+def test_presets_hold_the_published_recipes(name: str) -> None:
+    """K, epochs, batch and rate of P-tuning v2 (paper-facts 6.2)."""
+    values = read_preset(name)
+    assert values.pop("description")
+    config = RunConfig.from_dict(values)
+    recipe = (config.prefix.length, config.train.epochs, config.train.batch_size, config.train.learning_rate)
+    if name == "squad/demo":
+        assert recipe == (10, 8, 32, 1e-2)
+    elif name.startswith("squad/"):
+        assert recipe == ((16, 30, 8, 5e-3) if name.endswith("v1.1") else (8, 10, 8, 5e-3))
+        assert config.options.version == name[-3:]
+        assert config.prefix.gating == ("p-tuning" not in name)
+    else:
+        assert recipe == {"3": (11, 30, 16, 3e-2), "4": (144, 80, 32, 6e-2)}[name[-1]]
+        assert config.options.max_length == {"3": 152, "4": 128}[name[-1]]
