@@ -315,7 +315,7 @@ def _split(
 def _demo() -> tuple[list[Question], list[Question]]:
     from zinit import demo
 
-    train, dev = demo.questions()  # pyright: ignore[reportAttributeAccessIssue]
+    train, dev = demo.questions()
     return parse_questions(train, "the demo's questions")[0], parse_questions(dev, "the demo's held-out questions")[0]
 
 
