@@ -23,26 +23,41 @@ def read_records(source: str, *, required: Sequence[str], optional: Sequence[str
     Raises:
         DataError: if the source is missing, unreadable, empty or lacks a field; it names the record.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _single_file(path)
-    if path.is_file():
-        records: Iterable[Any] = _read_file(path)
-        name = str(path)
-    elif _looks_like_path(source):
-        raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
-    else:
-        records, name = _read_hub(source), source
+    records, name = read_document(source)
+    if isinstance(records, dict | str) or not isinstance(records, Iterable):
+        raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
     found = [_pick(record, index, name, required, optional) for index, record in enumerate(records)]
     if not found:
         raise DataError(f"{name} holds no records.")
     return found
 
 
+def read_document(source: str) -> tuple[Any, str]:
+    """What a source holds, whatever its structure, and its name for messages.
+
+    Args:
+        source: see `read_records`; JSON need not be an array here.
+
+    Returns:
+        The document of a JSON file, an iterable of the records of any other source.
+
+    Raises:
+        DataError: if the source is missing, unreadable or empty.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _single_file(path)
+    if path.is_file():
+        return _read_file(path), str(path)
+    if _looks_like_path(source):
+        raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
+    return _read_hub(source), source
+
+
 def _pick(record: Any, index: int, name: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
     where = f"{name}, record {index + 1}"
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with the fields {', '.join(required)}; got {_short(record)}.")
+        raise DataError(f"{where}: expected an object with the fields {', '.join(required)}; got {describe(record)}.")
     picked = {}
     for field in (*required, *optional):
         value = record.get(field)
@@ -56,7 +71,7 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
                 f"its fields otherwise, name them: -o task.fields=question,context,answer."
             )
         if not isinstance(value, str):
-            raise DataError(f"{where}: the field {field!r} must be text; got {_short(value)}.")
+            raise DataError(f"{where}: the field {field!r} must be text; got {describe(value)}.")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -67,31 +82,42 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
     return picked
 
 
-def _read_file(path: Path) -> Iterable[Any]:
+def _read_file(path: Path) -> Any:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file, not {path.suffix or 'one without a suffix'}.")
+    if path.suffix == ".parquet":
+        _check_content(path)
+        return _read_parquet(path)
+    text = read_text(path)
+    if path.suffix == ".jsonl":
+        return _read_lines(path, text)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.lineno > 1 and error.msg == "Extra data":
+            return _read_lines(path, text)  # JSON lines under the suffix .json, as Hub files often are
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: if it is empty, the pointer to a file that was not fetched, or no UTF-8.
+    """
+    _check_content(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+
+
+def _check_content(path: Path) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty.")
     with path.open("rb") as file:
         if file.read(42).startswith(b"version https://git-lfs.github.com/spec"):
             raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
-    if path.suffix == ".jsonl":
-        return _read_lines(path, text)
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.lineno > 1 and error.msg == "Extra data":
-            return _read_lines(path, text)  # JSON lines under the suffix .json, as Hub files often are
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a JSON array of records; got {_short(records)}.")
-    return records
 
 
 def _read_lines(path: Path, text: str) -> Iterator[Any]:
@@ -140,6 +166,7 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES or source.count("/") > 1
 
 
-def _short(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value in an error message: its type and how it begins."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,36 @@ def load_clip(
         settings = {}
     mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
     return model, ClipProcessor(tokenizer, tuple(mean), tuple(std))
+
+
+def load_encoder(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    """The trunk of an encoder, without a head or pooling layer, and its fast tokenizer, on the CPU.
+
+    Args:
+        source: a folder in transformers' format, or a Hub id.
+        dtype: of the weights.
+        revision: on the Hub.
+
+    Raises:
+        BackboneError: if there is no such model, or it lacks some of the weights.
+    """
+    from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
+
+    source = model_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model_class: Any = MODEL_MAPPING[type(config)]
+        pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
+        model, report = model_class.from_pretrained(
+            source, config=config, dtype=dtype, revision=revision, output_loading_info=True, **pooling
+        )
+    except Exception as error:  # see load_causal_lm
+        raise BackboneError(f"{source} cannot be loaded as an encoder: {first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
+    return model, tokenizer
 
 
 def load_on_meta(source: str | Path) -> nn.Module:

@@ -9,5 +9,7 @@ METRICS = Registry(
     {
         "exact_match": "zinit.metrics.exact_match:ExactMatch",
         "rouge_l": "zinit.metrics.rouge_l:RougeL",
+        "squad": "zinit.metrics.squad:Squad",
+        "squad_v2": "zinit.metrics.squad:SquadV2",
     },
 )

@@ -8,5 +8,7 @@ TASKS = Registry(
         "alpaca": "zinit.tasks.alpaca:Alpaca",
         "base-to-novel": "zinit.tasks.base_to_novel:BaseToNovel",
         "vtab": "zinit.tasks.vtab:VTAB",
+        "squad": "zinit.tasks.squad:Squad",
+        "ner": "zinit.tasks.ner:TokenClassification",
     },
 )
