@@ -1,14 +1,19 @@
 """Tiny pretrained backbones and data to adapt them to: every command of zinit works offline on a fresh machine.
 
 This package says where things are; importing it loads no model code. :mod:`zinit.demo.world` makes the text data,
-``zinit.demo.pretrain_*`` made the backbones. Figures of the demo say nothing about those of any paper.
+:mod:`zinit.demo.images` the pictures, ``zinit.demo.pretrain_*`` made the backbones. Figures of the
+demo say nothing about those of any paper.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zinit.demo import world
+
+if TYPE_CHECKING:
+    from zinit.demo.images import Labelled
 
 
 def llama_path() -> Path:
@@ -23,3 +28,26 @@ def instructions() -> tuple[list[world.Record], list[world.Record]]:
     parts share no instruction and no entity, so held-out answers can only come from what the frozen model knows.
     """
     return world.instructions(world.build())
+
+
+def vit_path() -> Path:
+    """The folder of the demo's Vision Transformer, in timm's format: ``timm.create_model(f"local-dir:{...}")``."""
+    return Path(__file__).parent / "vit"
+
+
+def pictures(dataset: str) -> tuple[list[str], dict[str, Labelled]]:
+    """A demo task in VTAB-1k's form: the names of its classes, and (32 x 32 RGB picture, label) pairs by split.
+
+    Args:
+        dataset: ``"digits"`` (natural: real handwritten digits), ``"textures"`` (specialized) or ``"counts"``
+            (structured: how many objects).
+
+    Returns:
+        The splits are ``"train800"``, ``"val200"`` and ``"test"`` (the rest); they share no picture.
+
+    Raises:
+        ConfigError: if there is no such task.
+    """
+    from zinit.demo import images
+
+    return images.task(dataset)
