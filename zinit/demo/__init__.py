@@ -51,3 +51,20 @@ def pictures(dataset: str) -> tuple[list[str], dict[str, Labelled]]:
     from zinit.demo import images
 
     return images.task(dataset)
+
+
+def clip_path() -> Path:
+    """The folder of the demo's CLIP, its tokenizer and image processor, in transformers' format."""
+    return Path(__file__).parent / "clip"
+
+
+def base_to_novel() -> tuple[list[str], dict[str, Labelled]]:
+    """The demo's base-to-novel task: sorted class names such as "red star", and (picture, label) pairs by split.
+
+    The pictures are outlines in pale colours on squared paper; the demo's CLIP was pretrained on nothing like them,
+    though it knows the colours and shapes. The splits ``"train"`` (24 pictures of each class) and ``"test"`` (40)
+    share no picture.
+    """
+    from zinit.demo import images
+
+    return images.drawings()

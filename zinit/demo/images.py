@@ -163,6 +163,32 @@ def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
     return [str(number + 1) for number in range(MOST)], _shuffled(pictures, labels, rng)
 
 
+DRAWN_COLOURS = ("blue", "green", "orange", "pink", "purple", "red")
+DRAWN_SHAPES = ("cross", "heart", "star", "triangle")
+DRAWN_PER_CLASS = {"train": 24, "test": 40}
+
+
+def drawings(seed: int = SEED) -> tuple[list[str], dict[str, Labelled]]:
+    """Outlines in pale colours on squared paper; see :func:`zinit.demo.base_to_novel`."""
+    rng = s.stream("drawings", seed)
+    names = sorted(f"{colour} {shape}" for colour in DRAWN_COLOURS for shape in DRAWN_SHAPES)
+    splits: dict[str, Labelled] = {}
+    for split, number in DRAWN_PER_CLASS.items():
+        labels = [label for label in range(len(names)) for _ in range(number)]
+        splits[split] = _shuffled([_drawing(*names[label].split(), rng) for label in labels], labels, rng)
+    return names, splits
+
+
+def _drawing(colour: str, shape: str, rng: Generator) -> s.Pixels:
+    pale = s.tint(s.COLOURS[colour], rng, 0.08) * np.float32(0.65) + np.float32(0.3)
+    paper = np.broadcast_to(s.tint((0.9, 0.87, 0.8), rng), (s.SIZE, s.SIZE, 3))
+    picture = s.mix(paper, s.tint((0.6, 0.7, 0.75), rng), 0.6 * _mesh(rng))
+    for x, y, radius in s.places(1, (8, 13), rng):
+        distance = s.SHAPES[shape](*s.local(x, y, radius, rng))
+        picture = s.mix(picture, pale, s.cover(np.abs(distance) - 1.2 / radius, radius))
+    return s.finish(picture, rng, 0.15)
+
+
 DATASETS: dict[str, Callable[[], tuple[list[str], Labelled]]] = {
     "digits": digits,
     "textures": textures,
