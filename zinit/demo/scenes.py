@@ -7,7 +7,7 @@ a colour, a pattern and a size, on a background. :func:`caption` puts a scene in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -157,8 +157,13 @@ def pick(rng: Generator, names: Sequence[str]) -> str:
     return names[int(rng.integers(len(names)))]
 
 
-def scenes(seed: int) -> Iterator[tuple[Scene, Pixels]]:
-    """An endless stream of scenes and their pictures (32, 32, 3)."""
+def scenes(seed: int, plain: float = 0) -> Iterator[tuple[Scene, Pixels]]:
+    """An endless stream of scenes and their pictures (32, 32, 3).
+
+    Args:
+        seed: other seeds give other scenes.
+        plain: the share of scenes with one object, whose pattern and background are plain.
+    """
     rng = stream("scenes", seed)
     while True:
         count = int(rng.integers(1, MAX_COUNT + 1)) if rng.random() < 0.5 else 1
@@ -171,6 +176,8 @@ def scenes(seed: int) -> Iterator[tuple[Scene, Pixels]]:
             background=pick(rng, BACKGROUNDS),
             count=count,
         )
+        if plain and rng.random() < plain:
+            scene = replace(scene, pattern="plain", background="plain", count=1, size=pick(rng, ("medium", "large")))
         yield scene, draw(scene, rng)
 
 
