@@ -32,7 +32,7 @@ BOS_ID, EOS_ID = range(2)  # the tokenizer's trainer numbers special tokens firs
 def pairs(seed: int) -> Iterator[tuple[str, scenes.Scene, scenes.Pixels]]:
     """Endless pictures with a caption each."""
     rng = scenes.stream("captions", seed)
-    for scene, picture in scenes.scenes(seed, plain=0.7):
+    for scene, picture in scenes.scenes(seed, plain=0.8):
         yield scenes.caption(scene, rng), scene, picture
 
 
@@ -136,8 +136,8 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's CLIP on procedural pictures and captions.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
