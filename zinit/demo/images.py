@@ -163,13 +163,13 @@ def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
     return [str(number + 1) for number in range(MOST)], _shuffled(pictures, labels, rng)
 
 
-DRAWN_COLOURS = ("blue", "green", "orange", "pink", "purple", "red")
-DRAWN_SHAPES = ("cross", "heart", "star", "triangle")
+DRAWN_COLOURS = ("black", "blue", "brown", "cyan", "green", "orange", "pink", "purple", "red", "yellow")
+DRAWN_SHAPES = ("circle", "line")
 DRAWN_PER_CLASS = {"train": 24, "test": 40}
 
 
 def drawings(seed: int = SEED) -> tuple[list[str], dict[str, Labelled]]:
-    """Outlines in pale colours on squared paper; see :func:`zinit.demo.base_to_novel`."""
+    """Pale shapes with a dark outline on squared paper; see :func:`zinit.demo.base_to_novel`."""
     rng = s.stream("drawings", seed)
     names = sorted(f"{colour} {shape}" for colour in DRAWN_COLOURS for shape in DRAWN_SHAPES)
     splits: dict[str, Labelled] = {}
@@ -185,7 +185,8 @@ def _drawing(colour: str, shape: str, rng: Generator) -> s.Pixels:
     picture = s.mix(paper, s.tint((0.6, 0.7, 0.75), rng), 0.6 * _mesh(rng))
     for x, y, radius in s.places(1, (8, 13), rng):
         distance = s.SHAPES[shape](*s.local(x, y, radius, rng))
-        picture = s.mix(picture, pale, s.cover(np.abs(distance) - 1.2 / radius, radius))
+        picture = s.mix(picture, pale, 0.6 * s.cover(distance, radius))
+        picture = s.mix(picture, pale * np.float32(0.5), s.cover(np.abs(distance) - 0.5 / radius, radius))
     return s.finish(picture, rng, 0.15)
 
 
