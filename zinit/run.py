@@ -331,8 +331,8 @@ def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: in
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
         evaluation = task.evaluate(accelerator, limit=limit)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    evaluation.metrics = {"loss": loss, "perplexity": perplexity, **evaluation.metrics}
+    of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
+    evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
     return evaluation
 

@@ -8,6 +8,7 @@ from zinit.backbones._hf import TransformersBackbone
 ROBERTA = TransformersBackbone(
     name="roberta",
     default_task="squad",
+    demo_model="zinit.demo:roberta_path",
     model_types=("roberta", "bert", "camembert", "electra", "xlm-roberta"),
     attention="attention.self",
     head_dim="attention_head_size",

@@ -121,7 +121,7 @@ def project_kv(host: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class TimmBackbone:
     """timm models whose attention is plain, by a numerical check of each module."""
 
-    name, default_task, demo_model = "vit", "vtab", ""
+    name, default_task, demo_model = "vit", "vtab", "zinit.demo:vit_path"
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it is a timm model, or a part of one that attends."""

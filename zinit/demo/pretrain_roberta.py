@@ -85,7 +85,7 @@ def _pair(here: World, rng: Random, contrast: float) -> Document:
     mark = form.a.rstrip() + " "  # a word is one token after a space and another one without
     exchange = "".join(form.q + ask(fact, rng) + mark + answer + form.end for fact, answer in asked)
     pair = (exchange.rstrip(), text)
-    return pair if rng.random() < 0.7 else pair[::-1]
+    return pair if rng.random() < 0.7 else (pair[1], pair[0])
 
 
 def _same_of_all(here: World, rng: Random, subjects: list[str]) -> tuple[list[Fact], list[Fact]]:
@@ -165,7 +165,7 @@ class Masker:
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
-        return {"input_ids": ids, "attention_mask": (ids != pad).long(), "labels": labels}
+        return {"input_ids": ids, "attention_mask": ids.ne(pad).long(), "labels": labels}
 
     def _hidden(
         self, segments: list[str], sides: list[int | None], offsets: list[tuple[int, int]]
@@ -223,11 +223,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
             eos_token_id=2,
         )
     )
-    weight = model.roberta.embeddings.position_embeddings.weight
+    roberta: Any = model.roberta
+    weight = roberta.embeddings.position_embeddings.weight
     place = torch.arange(weight.shape[0])[:, None]
     angle = place / 1000 ** (torch.arange(weight.shape[1] // 2) / (weight.shape[1] // 2))
     weight.data.copy_(0.05 * math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], dim=1))
-    for layer in model.roberta.encoder.layer:
+    for layer in roberta.encoder.layer:
         attention = layer.attention
         nn.init.normal_(attention.self.query.weight, std=0.08)
         attention.self.key.weight.data.copy_(attention.self.query.weight)
