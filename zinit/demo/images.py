@@ -164,7 +164,7 @@ def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
 
 
 DRAWN_COLOURS = ("black", "blue", "brown", "cyan", "green", "orange", "pink", "purple", "red", "yellow")
-DRAWN_SHAPES = ("circle", "line")
+DRAWN_SHAPES = ("circle", "ring")
 DRAWN_PER_CLASS = {"train": 24, "test": 40}
 
 
