@@ -127,7 +127,8 @@ def test_counts_shows_as_many_objects_as_it_says(monkeypatch: pytest.MonkeyPatch
     for picture, label in images.counts(0, 60)[1]:
         pixels = np.asarray(picture).astype(int)
         ground = np.median(pixels.reshape(-1, 3), axis=0)
-        off.append(spots(np.abs(pixels - ground).sum(-1) > 60)[1] - (label + 1))
+        found = spots(np.abs(pixels - ground).sum(-1) > 110, np.ones((3, 3)))[1]
+        off.append(found - (label + 1))
     assert off.count(0) >= 0.9 * len(off)
     assert max(map(abs, off)) <= 1
 
@@ -202,22 +203,22 @@ def test_the_shipped_files_are_small_and_float16(folder: Path) -> None:
 
 @torch.inference_mode()
 def test_timm_loads_the_trunk_and_it_has_learned() -> None:
-    """A linear map of its features, fitted on 800 scenes, tells backgrounds apart; the same of random weights less."""
+    """A linear map of its features, fitted on 300 scenes, tells backgrounds apart; the same of random weights less."""
     import timm
     from sklearn.linear_model import LogisticRegression
 
     from zinit.demo.pretrain_vit import normalized
 
-    shown, pictures = zip(*islice(scenes.scenes(99), 600), strict=True)
+    shown, pictures = zip(*islice(scenes.scenes(99), 400), strict=True)
     labels = np.array([scene.labels()[list(scenes.ATTRIBUTES).index("background")] for scene in shown])
     shares: list[float] = []
     for pretrained in (True, False):
         torch.manual_seed(0)
         trunk = timm.create_model(f"local-dir:{demo.vit_path()}", pretrained=pretrained, num_classes=0).eval()
         features = trunk(normalized(list(pictures))).numpy()
-        assert features.shape == (600, trunk.num_features)
-        probe = LogisticRegression(max_iter=300).fit(features[:400], labels[:400])
-        shares.append(float(probe.score(features[400:], labels[400:])))
+        assert features.shape == (400, trunk.num_features)
+        probe = LogisticRegression(max_iter=300).fit(features[:300], labels[:300])
+        shares.append(float(probe.score(features[300:], labels[300:])))
     assert tuple(trunk.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
     assert shares[0] > 0.8
     assert shares[0] > shares[1] + 0.2

@@ -74,7 +74,7 @@ def clip_path() -> Path:
 
 
 def base_to_novel() -> tuple[list[str], dict[str, Labelled]]:
-    """The demo's base-to-novel task: sorted class names such as "red line", and (picture, label) pairs by split.
+    """The demo's base-to-novel task: sorted class names such as "red ring", and (picture, label) pairs by split.
 
     The pictures are pale shapes with a dark outline on squared paper; the demo's CLIP was pretrained on nothing like
     them, though it knows the colours and shapes. The splits ``"train"`` (24 pictures of each class) and ``"test"``

@@ -155,7 +155,7 @@ def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
         texture = TEXTURES[s.pick(rng, ("clouds", "marble", "ripples", "waves"))](rng)
         picture = s.mix(np.broadcast_to(ground, (s.SIZE, s.SIZE, 3)), s.tint(ground, rng, 0.1), texture)
         colour = s.unlike(ground, rng, 0.9)
-        for x, y, radius in s.places(label + 1, (3.5, 5.5), rng, gap=0.5):
+        for x, y, radius in s.places(label + 1, (3.5, 5.5), rng, gap=1.5):
             shape = NEW_SHAPES[s.pick(rng, tuple(NEW_SHAPES))]
             cover = s.cover(shape(*s.local(x, y, radius, rng, turn=1)), radius)
             picture = s.mix(picture, s.tint(colour, rng, 0.08), cover)
@@ -164,7 +164,7 @@ def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
 
 
 DRAWN_COLOURS = ("black", "blue", "brown", "cyan", "green", "orange", "pink", "purple", "red", "yellow")
-DRAWN_SHAPES = ("circle", "line")
+DRAWN_SHAPES = ("circle", "ring")
 DRAWN_PER_CLASS = {"train": 24, "test": 40}
 
 

@@ -136,7 +136,7 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's CLIP on procedural pictures and captions.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
