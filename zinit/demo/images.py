@@ -171,11 +171,12 @@ DRAWN_PER_CLASS = {"train": 24, "test": 40}
 def drawings(seed: int = SEED) -> tuple[list[str], dict[str, Labelled]]:
     """Pale shapes with a dark outline on squared paper; see :func:`zinit.demo.base_to_novel`."""
     rng = s.stream("drawings", seed)
-    names = sorted(f"{colour} {shape}" for colour in DRAWN_COLOURS for shape in DRAWN_SHAPES)
+    kinds = sorted((colour, shape) for colour in DRAWN_COLOURS for shape in DRAWN_SHAPES)
+    names = [f"{colour} {shape}" for colour, shape in kinds]
     splits: dict[str, Labelled] = {}
     for split, number in DRAWN_PER_CLASS.items():
         labels = [label for label in range(len(names)) for _ in range(number)]
-        splits[split] = _shuffled([_drawing(*names[label].split(), rng) for label in labels], labels, rng)
+        splits[split] = _shuffled([_drawing(*kinds[label], rng) for label in labels], labels, rng)
     return names, splits
 
 

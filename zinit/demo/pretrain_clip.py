@@ -96,7 +96,7 @@ def losses(
 
 def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures (32, 32, 3) as CLIP takes them, (B, 3, 32, 32)."""
-    return normalized(list(pictures), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    return normalized(list(pictures), tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
 
 @torch.inference_mode()

@@ -162,7 +162,7 @@ class Masker:
                         ids[token] = self.rng.randrange(len(SPECIAL), len(self.tokenizer))
             rows.append((ids, labels))
         length = max(len(ids) for ids, _ in rows)
-        pad = self.tokenizer.pad_token_id
+        pad: int = self.tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]
         ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return {"input_ids": ids, "attention_mask": ids.ne(pad).long(), "labels": labels}
