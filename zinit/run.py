@@ -200,6 +200,8 @@ def train_run(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
     task.to(accelerator.device)
+    with disabled():
+        task.prepare()
     identity = _identity(config, task)
     if resume:
         _check_same_run(output, identity, built.key_probe)

@@ -312,7 +312,7 @@ def pretrain(output: Path, steps: tuple[int, int], batch_size: int, peak: float,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's masked language model on the invented world.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 0), help="of the two stages")
+    parser.add_argument("--steps", type=int, nargs=2, default=(5000, 0), help="of the two stages")
     parser.add_argument("--batch-size", type=int, default=16, help="documents")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)

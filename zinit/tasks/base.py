@@ -97,6 +97,10 @@ class Task(nn.Module, ABC):
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 
+    def prepare(self) -> None:
+        """Called once before a run measures or trains anything: on its device, with the adapter switched off."""
+        return
+
     @contextmanager
     def frozen_baseline(self) -> Iterator[None]:
         """A scope, with the adapter switched off, in which the task is the ``baseline`` that stands beside the result.

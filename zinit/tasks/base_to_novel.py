@@ -363,7 +363,7 @@ class BaseToNovel(Task):
     @classmethod
     def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
         names = ("base_accuracy", "novel_accuracy", "harmonic_mean")
-        known = {name.lower(): row for name, row in paper_results()["Zero-init"].items()}
+        known = {name.lower(): row for name, row in paper_results()["zero-init"].items()}
         if method != "zero-init" or metric not in names or dataset.lower() not in known:
             return None
         return known[dataset.lower()][names.index(metric)] / 100

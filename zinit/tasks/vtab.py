@@ -51,6 +51,10 @@ class VTABConfig(JsonConfig):
         interpolation: of the resize: "bicubic" (FacT) or "bilinear" (VPT).
         normalisation: "imagenet" (VPT) or the "model"'s own mean and deviation in pretraining; "none" leaves [0, 1].
         image_size: pixels a side; None is the model's own. Position embeddings are resampled to another.
+        head_init: where the head starts: "normal", N(0, 0.02^2), or "logistic-regression", the classifier that the frozen
+            features give. With closed gates training then starts at the frozen model with its own best linear head
+            (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
+        head_C: inverse strength of that regression's L2 penalty, on standardised features.
         drop_path: rate of stochastic depth of the last layer, growing linearly from 0 at the first (FacT: 0.1).
     """
 
@@ -62,6 +66,8 @@ class VTABConfig(JsonConfig):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     normalisation: Literal["imagenet", "model", "none"] = "imagenet"
     image_size: int | None = None
+    head_init: Literal["normal", "logistic-regression"] = "normal"
+    head_C: float = 1.0
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class VTABConfig(JsonConfig):
             raise ConfigError(
                 f"image_size must be a whole number of pixels, or none for the model's own; got {size!r}."
             )
+        if isinstance(self.head_C, bool) or not isinstance(self.head_C, int | float) or not self.head_C > 0:
+            raise ConfigError(f"head_C must be a number above 0; got {self.head_C!r}.")
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise ConfigError(f"drop_path must be a rate in [0, 1); got {rate!r}.")
         fields = self.fields
@@ -257,6 +265,11 @@ class VTAB(Task):
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy, summed over the pictures."""
         return F.cross_entropy(self._logits(batch["images"]), batch["labels"], reduction="sum")
+
+    def prepare(self) -> None:
+        """Starts the head from the frozen features, if that is asked for."""
+        if self.config.head_init == "logistic-regression" and len(self.train_stream):
+            solve_head(self.head, self.features(self.train_stream), self.train_labels, C=self.config.head_C)
 
     @contextmanager
     def frozen_baseline(self) -> Iterator[None]:
