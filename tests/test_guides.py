@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import zinit
-from tests.tiny import ROOT
+from tests.tiny import ROOT, environment
 from zinit.backbones import BACKBONES
 from zinit.backbones.check import check_backbone
-from zinit.errors import BackboneError
+from zinit.demo import roberta_path
+from zinit.errors import BackboneError, DataError
 from zinit.methods import METHODS
+from zinit.run import build_model, build_task, evaluate_run, train_run
+from zinit.settings import resolve
 from zinit.tasks import TASKS
 
 
@@ -31,7 +36,7 @@ class Guide:
     Attributes:
         text: all of it.
         files: {name in a block's first line: the block}.
-        typed: the Python blocks without a name.
+        blocks: (name, code) in order; the typed Python blocks have no name.
         commands: lines of the shell blocks.
         names: what the typed blocks have defined.
         printed: what they have printed, and what the text says that they print.
@@ -39,10 +44,21 @@ class Guide:
 
     text: str
     files: dict[str, str] = field(default_factory=dict)
-    typed: list[str] = field(default_factory=list)
+    blocks: list[tuple[str, str]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     printed: list[tuple[str, str]] = field(default_factory=list)
+
+    def follow(self, stop: str = "never") -> Guide:
+        """Writes the files and types the rest, in order, up to a block that holds ``stop``."""
+        for name, code in self.blocks:
+            if stop in code:
+                break
+            if name:
+                Path(name).write_text(code)
+            else:
+                self.type(code)
+        return self
 
     def type(self, code: str) -> None:
         """Runs a block; every ``print(...)  # text`` in it must print that."""
@@ -61,8 +77,9 @@ def read(name: str) -> Guide:
         if named:
             assert named[1] not in guide.files
             guide.files[named[1]] = code
+            guide.blocks.append((named[1], code))
         elif language == "python":
-            guide.typed.append(code)
+            guide.blocks.append(("", code))
         else:
             guide.commands += code.splitlines()
     return guide
@@ -94,12 +111,7 @@ def test_the_guides_are_short(name: str) -> None:
 
 @pytest.fixture
 def backbone(folder: Path) -> Guide:
-    guide = read("new-backbone.md")
-    for name, code in guide.files.items():
-        (folder / name).write_text(code)
-    for code in guide.typed:
-        guide.type(code)
-    return guide
+    return read("new-backbone.md").follow()
 
 
 def test_the_backbone_guide_runs_and_prints_what_it_says(backbone: Guide) -> None:
@@ -167,7 +179,10 @@ BROKEN = {
     "gets no gradient": ("*slot.keys_values(", "*(x.detach() for x in slot.keys_values("),
     "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if slot.frozen else 1)"),
     "a disabled adapter must change no bit": ("    return out\n", "    return out if slot.active else 2 * out\n"),
-    "detaching must give the model's own output": (", site.module.attend", "\n        site.module.attend = lambda q, k, v: q"),
+    "detaching must give the model's own output": (
+        ", site.module.attend",
+        "\n        site.module.attend = lambda q, k, v: q",
+    ),
     "detaching must leave the model's own parts only": ("del site.module.zinit, ", "del "),
 }
 
@@ -184,3 +199,144 @@ def test_the_check_finds_what_is_broken(backbone: Guide, folder: Path, promise: 
     zinit.register_backbone("broken", "broken:MINE")
     with pytest.raises(BackboneError, match=f"'mine' on Decoder: .*{promise}"):
         check_backbone(backbone.names["Decoder"](), torch.randn(2, 6, 32), backbone="broken")
+
+
+def test_what_the_backbone_guide_ships_is_a_table_that_names_its_object(backbone: Guide) -> None:
+    entry = tomllib.loads(backbone.files["pyproject.toml"])["project"]["entry-points"]["zinit.backbones"]
+    assert entry == {"mine": "my_backbone:MINE"}
+    assert BACKBONES.get("mine").name == "mine"
+
+
+# --- a task -----------------------------------------------------------------------------------------------------------
+
+PYTHON_API = "train_run("
+
+
+def settings(*options: str) -> Any:
+    return resolve(config_file="sentences.toml", model=str(roberta_path()), data="feelings.jsonl", options=options)[0]
+
+
+@pytest.fixture
+def task(folder: Path) -> Guide:
+    """The guide's files and data, and its task registered."""
+    guide = read("new-task.md").follow(stop=PYTHON_API)
+    for name, code in guide.files.items():
+        (folder / name).write_text(code)
+    zinit.register_task("sentences", "sentences:Sentences")
+    return guide
+
+
+def test_the_task_guide_runs_and_prints_what_it_says(folder: Path) -> None:
+    guide = read("new-task.md").follow()
+    assert [said for said, _ in guide.printed] == ["True True", "2834 300 60"]
+    assert [said for said, _ in guide.printed] == [claimed for _, claimed in guide.printed]
+    assert 4 * (5 * 128 + 4) + 2 * 128 + 2 == 2834
+    code = [line for line in guide.files["sentences.py"].splitlines() if line.strip() and line[0] != "#"]
+    assert len(code) < 90
+    results = evaluate_run("runs/python", data="more.jsonl")
+    assert results["counts"]["read"] == results["counts"]["held_out"] == 50
+    assert results["metrics"]["adapted"]["accuracy"] > 0.8
+
+
+QUICK = ("train.steps=2", "train.warmup_steps=0", "train.evaluate_every=0", "train.save_every=0", "task.held_out=250")
+
+
+@pytest.mark.parametrize("method", list(METHODS.shipped))
+def test_every_method_trains_the_task(task: Guide, method: str) -> None:
+    results = train_run(settings(f"method={method}", *QUICK), "run")
+    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    assert adapted["loss"] != frozen["loss"]
+    assert 0 <= adapted["accuracy"] <= 1
+    if method == "logistic-regression":
+        assert adapted["accuracy"] > 0.6
+    assert evaluate_run("run")["metrics"]["adapted"] == pytest.approx(adapted, rel=1e-4)
+
+
+def build(*options: str, **known: Any) -> Any:
+    config = settings("method=head-only", *options)
+    return build_task(config, build_model(config, torch.device("cpu")), **known)
+
+
+def test_the_task_keeps_the_contract(task: Guide, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build()
+    counts = made.data_report()
+    assert counts["read"] == counts["train"] + counts["held_out"] + counts["train_skipped_also_held_out"] == 300
+    assert not {tuple(ids) for ids, _ in made.parts["train"]} & {tuple(ids) for ids, _ in made.parts["held_out"]}
+    assert made.labels == ["bad", "good"]
+    batch = made.collate(made.train_stream, [0, 3])
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in made.collate(made.train_stream, [0, 3]).items())
+    one, both = made(made.collate(made.train_stream, [0])), made(made.collate(made.train_stream, [0, 1]))
+    torch.testing.assert_close(both, one + made(made.collate(made.train_stream, [1])))
+    assert (both.shape, both.dtype) == ((), torch.float32)
+    assert made.fingerprint() == build().fingerprint() != build("seed=1").fingerprint()
+
+    class Share:
+        num_processes = 2
+
+        def __init__(self, index: int) -> None:
+            self.process_index = index
+
+    shares: list[Any] = []
+    monkeypatch.setattr(sys.modules["sentences"], "gather_object", lambda mine: shares.extend(mine) or shares)
+    with pytest.raises(KeyError):  # alone it has half of the answers
+        made.evaluate(Share(0))
+    together = made.evaluate(Share(1)).metrics
+    monkeypatch.setattr(sys.modules["sentences"], "gather_object", lambda mine: mine)
+    alone = Share(0)
+    alone.num_processes = 1
+    assert together == made.evaluate(alone).metrics
+    (folder / "odd.jsonl").write_text('{"text": "The song was so-so.", "label": "middling"}\n')
+    with pytest.raises(DataError, match=r"not trained: \['middling'\]. Known: \['bad', 'good'\]"):
+        build("task.held_out_data=odd.jsonl", labels=["bad", "good"], train=False)
+    with pytest.raises(zinit.ConfigError, match="the task 'sentences' has no embedded demo: pass --model and --data"):
+        resolve(config_file="sentences.toml")
+
+
+def run_commands(guide: Guide, folder: Path, change: dict[str, str]) -> str:
+    """The guide's shell block, with what ``pip install -e .`` would have written about the entry point."""
+    project = tomllib.loads(guide.files["pyproject.toml"])["project"]
+    information = folder / "site" / f"{project['name']}-{project['version']}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1\n")
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {where}" for name, where in entries.items()))
+    ]
+    (information / "entry_points.txt").write_text("\n".join(lines))
+    script = "\n".join(guide.commands)
+    for old, new in change.items():
+        assert script.count(old) == 1
+        script = script.replace(old, new)
+    script = (
+        f'set -e\nzinit() {{ "{sys.executable}" -m zinit "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n{script}'
+    )
+    environ = environment()
+    environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(folder / "site"), str(folder)])
+    done = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=400, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_of_the_task_guide_run(task: Guide, folder: Path) -> None:
+    out = run_commands(
+        task,
+        folder,
+        {
+            "--output runs/first": "--output runs/first -o train.steps=2 -o train.warmup_steps=0",
+            "runs/bench": "runs/bench --dry-run",
+        },
+    )
+    assert "60 held-out examples" in out
+    assert "50 held-out examples" in out
+    cells = [line for line in out.splitlines() if line.startswith("zinit train")]
+    assert len(cells) == 5
+    assert sum("learning_rate=1e-3" in cell and "method=full" in cell for cell in cells) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_task_guide_runs(task: Guide, folder: Path) -> None:
+    run_commands(task, folder, {})
+    summary = (folder / "runs" / "bench" / "summary.md").read_text()
+    for method in ("zero-init", "lora", "full", "head-only", "logistic-regression"):
+        assert method in summary

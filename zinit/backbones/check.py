@@ -15,8 +15,8 @@ from zinit.errors import BackboneError
 def check_backbone(model: nn.Module, *args: Any, backbone: str | None = None, **kwargs: Any) -> int:
     """Attaches a prefix everywhere, tries it, and takes it off again.
 
-    A closed gate changes no bit; an open one changes the output; every gate and prompt gets a gradient; what is computed
-    ahead for a generation is the same; a disabled adapter changes no bit; detaching restores everything.
+    A closed gate changes no bit; an open one changes the output; every gate and prompt gets a gradient; what is
+    computed ahead for a generation is the same; a disabled adapter changes no bit; detaching restores everything.
 
     What this cannot see is a query that is taken too early (before its rotation) or a wrong scale: compare one layer
     with the formula by hand (docs/new-backbone.md).
