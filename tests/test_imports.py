@@ -29,6 +29,7 @@ def imported_by(code: str) -> set[str]:
         "import zinit; zinit.register_backbone('mine', 'torch:nn')",
         "from zinit.backbones import BACKBONES; list(BACKBONES); 'llama' in BACKBONES",
         "import zinit; zinit.register_task('mine', 'torch:nn')",
+        "import zinit; zinit.register_method('mine', 'torch:nn')",
     ],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import zinit
-from zinit.backbones import BACKBONES
-from zinit.errors import ConfigError
+from tests.tiny import environment
+from zinit.backbones import BACKBONES, find_backbone
+from zinit.errors import BackboneError, ConfigError
 from zinit.registry import Registry, did_you_mean
 
 
@@ -85,3 +88,100 @@ def test_the_public_function_fills_the_registry(monkeypatch: pytest.MonkeyPatch)
 def test_every_shipped_entry_loads_and_knows_its_name() -> None:
     for name in BACKBONES:
         assert BACKBONES.get(name).name == name
+
+
+# --- entry points of installed packages ------------------------------------------------------------------------------
+
+
+def install(folder: Path, package: str, entries: dict[str, str], code: str = "THING = object()\n") -> None:
+    """What pip leaves behind: a module and the metadata of its distribution. ``entries``: {"group/name": address}."""
+    information = folder / f"{package}-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"[{key.partition('/')[0]}]\n{key.partition('/')[2]} = {where}\n" for key, where in entries.items()]
+    (information / "entry_points.txt").write_text("".join(lines))
+    (folder / f"{package}.py").write_text(code)
+
+
+def test_installed_packages_add_names_that_are_imported_on_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "plug_in", {"test.things/mine": "plug_in : THING", "test.others/other": "plug_in:THING"})
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("thing", {"own": "zinit.registry:Registry"}, group="test.things")
+    assert list(registry) == ["mine", "own"]
+    assert registry.where("mine") == "plug_in:THING"
+    assert "plug_in" not in sys.modules
+    assert registry.get("mine") is sys.modules["plug_in"].THING
+    assert registry.shipped == {"own"}
+    assert list(Registry("thing", {})) == []
+    with pytest.raises(ConfigError, match=r"no thing named 'min'. Did you mean 'mine'\? Known: mine, own."):
+        Registry("thing", {"own": "a:A"}, group="test.things").get("min")
+    with pytest.raises(ConfigError, match=r"'mine' exists already \(plug_in:THING\)"):
+        Registry("thing", {}, group="test.things").register("mine", "other:THING")
+
+
+def test_entry_points_are_read_once_and_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: asked.append(group) or [])
+    registry = Registry("thing", {"own": "zinit.registry:Registry"}, group="test.things")
+    assert "own" in registry
+    assert registry.get("own") is Registry
+    assert asked == []
+    for _ in range(2):
+        assert "mine" not in registry
+        assert list(registry) == ["own"]
+    assert asked == ["test.things"]
+
+
+def test_an_entry_point_that_cannot_be_used_is_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "pushy", {"test.things/own": "pushy:THING"})
+    install(tmp_path, "sloppy", {"test.things/bad": "sloppy"})
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("thing", {"own": "zinit.registry:Registry"}, group="test.things")
+    with pytest.warns(UserWarning, match="of the package") as caught:
+        assert list(registry) == ["own"]
+    said = sorted(str(warning.message) for warning in caught)
+    assert "'pushy' is left out: a thing named 'own' exists already" in said[0]
+    assert "'sloppy' is left out: the thing 'bad' needs an address" in said[1]
+    assert registry.get("own") is Registry
+
+
+def test_registered_backbones_are_asked_first_and_a_broken_one_harms_no_other_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    code = "class Z:\n    name = 'z_mine'\n    def matches(self, model): return hasattr(model, 'is_mine')\nZ = Z()\n"
+    (tmp_path / "z_backbone.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(BACKBONES, "_where", dict(BACKBONES._where))
+    zinit.register_backbone("broken", "no_such_module:X")
+    zinit.register_backbone("z_mine", "z_backbone:Z")
+    from tests.contract.cases import causal_lm
+
+    model = causal_lm("Llama")
+    with pytest.warns(UserWarning, match="'broken' cannot be loaded from 'no_such_module:X'"):
+        assert find_backbone(model).name == "llama"
+    model.is_mine = True
+    with pytest.warns(UserWarning, match="'broken'"):
+        assert find_backbone(model).name == "z_mine"
+    with pytest.warns(UserWarning, match="'broken'"), pytest.raises(BackboneError, match="Known backbones: broken"):
+        find_backbone(torch.nn.Linear(1, 1))
+
+
+def test_the_command_line_knows_installed_entries_and_its_help_reads_none(tmp_path: Path) -> None:
+    groups = ("backbones", "tasks", "methods")
+    install(tmp_path, "plug_in", {f"zinit.{group}/mine-{group}": "no_such_module:X" for group in groups})
+    environ = environment() | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{tmp_path}"}
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
+
+    forbid = "import sys, importlib.metadata as m; del m.entry_points; import zinit, zinit.cli, zinit.settings;"
+    done = run(f"{forbid} sys.argv = ['zinit', '--help']; zinit.cli.main()")
+    assert (done.returncode, "Usage: zinit" in done.stdout) == (0, True), done.stderr
+    done = run(f"{forbid} list(zinit.backbones.BACKBONES)")
+    assert "cannot import name 'entry_points'" in done.stderr  # the check can fail
+    for group in groups:
+        done = run(f"import sys, zinit.cli; sys.argv = ['zinit', 'ls', '{group}', '--json']; zinit.cli.main()")
+        assert done.returncode == 0, done.stderr
+        assert f'"mine-{group}": "the {group[:-1]} ' in done.stdout

@@ -54,6 +54,7 @@ __all__ = [
     "import_adapter",
     "load",
     "register_backbone",
+    "register_method",
     "register_task",
 ]
 
@@ -97,3 +98,10 @@ def register_task(name: str, where: str) -> None:
     from zinit.tasks import TASKS
 
     TASKS.register(name, where)
+
+
+def register_method(name: str, where: str) -> None:
+    """Adds a method: ``zinit.register_method("mine", "my_package.method:MyMethod")``; see `register_backbone`."""
+    from zinit.methods import METHODS
+
+    METHODS.register(name, where)

@@ -23,7 +23,7 @@ from zinit.hosts import load_on_meta
 from zinit.methods import METHODS
 from zinit.methods.base import Method
 from zinit.metrics import METRICS
-from zinit.registry import did_you_mean
+from zinit.registry import Registry, did_you_mean
 from zinit.run import build_model, build_task, demo_model, versions
 from zinit.settings import list_presets, parse_value, resolve
 from zinit.tasks import TASKS
@@ -74,12 +74,16 @@ def list_kind(kind: str) -> dict[str, str]:
     if kind not in registries:
         raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*registries, 'presets', 'benchmarks'])}")
     registry = registries[kind]
-    return {name: _first_line(registry.get(name), registry.where(name)) for name in registry}
+    return {name: _describe(registry, name) for name in registry}
 
 
-def _first_line(entry: Any, where: str) -> str:
+def _describe(registry: Registry, name: str) -> str:
     import importlib
 
+    try:
+        entry, where = registry.get(name), registry.where(name)
+    except ConfigError as error:  # somebody else's package: the others are still listed
+        return str(error)
     if isinstance(entry, type) and issubclass(entry, Method):  # several share a module
         return (entry.__doc__ or "").strip().split("\n")[0]
     module = importlib.import_module(where.partition(":")[0])
@@ -99,12 +103,12 @@ def examine() -> dict[str, Any]:
         "installed" if find_spec("tensorboard") else "not installed (pip install 'zinit[tensorboard]')"
     )
     for name in BACKBONES:
-        if BACKBONES.get(name).demo_model:
-            try:
+        try:
+            if BACKBONES.get(name).demo_model:
                 found[f"demo {name}"] = _self_test(name)
-            except Exception as error:  # a doctor reports, whatever it is
-                found[f"demo {name}"] = "broken"
-                problems.append(f"demo {name}: {type(error).__name__}: {error}")
+        except Exception as error:  # a doctor reports, whatever it is
+            found[f"demo {name}"] = "broken"
+            problems.append(f"demo {name}: {type(error).__name__}: {error}")
     return {"found": found, "problems": problems}
 
 

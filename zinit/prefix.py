@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zinit.config import PrefixConfig
-from zinit.errors import ConfigError
+from zinit.errors import BackboneError, ConfigError
 
 ProjectKV = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The host's frozen key and value projections: (K, C) or (B, K, C) to two of (1 or B, G, K, D)."""
@@ -153,7 +153,15 @@ class ZeroGatedPrefix(nn.Module):
 
         Returns:
             (B, H, T, D). The softmax runs in float32 inside torch's fused kernels.
+
+        Raises:
+            BackboneError: with a softmax shared by prompts and words, which no addition can make (see `join_words`).
         """
+        if not self.config.separate_softmax:
+            raise BackboneError(
+                "the model's backbone does not support plain prefix tuning (separate_softmax=False): it adds the "
+                "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.join_words`."
+            )
         return attend_prompts(query, key, value, scale)
 
 

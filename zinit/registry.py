@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,14 +27,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 class Registry:
     """Names to ``"module:object"`` addresses, imported on first use, so that listing costs nothing.
 
+    Installed packages add theirs through entry points of a group; they are looked up once, when a list or an unknown
+    name is first asked for. One that cannot be used (its name is taken) is left out with a warning.
+
     Args:
         kind: what the entries are, for messages ("backbone", "task").
         entries: the names zinit ships.
+        group: of the entry points ("zinit.backbones"); None has none.
+
+    Attributes:
+        shipped: the names zinit ships.
     """
 
-    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+    def __init__(self, kind: str, entries: dict[str, str], *, group: str | None = None) -> None:
         self.kind = kind
+        self.shipped = frozenset(entries)
         self._where: dict[str, str] = dict(entries)
+        self._unread = group
 
     def register(self, name: str, where: str) -> None:
         """Adds an entry.
@@ -48,7 +58,7 @@ class Registry:
         module, _, attribute = where.partition(":")
         if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
             raise ConfigError(f"the {self.kind} {name!r} needs an address like 'package.module:OBJECT', got {where!r}.")
-        there = self._where.get(name, where)
+        there = self._all().get(name, where)
         if there != where:
             raise ConfigError(f"a {self.kind} named {name!r} exists already ({there}). Choose another name.")
         self._where[name] = where
@@ -72,12 +82,26 @@ class Registry:
         Raises:
             ConfigError: if the name is unknown (with the nearest known one).
         """
-        if name not in self._where:
-            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self._where)}")
+        if name not in self:
+            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self)}")
         return self._where[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._where))
+        return iter(sorted(self._all()))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._where or name in self._all()
+
+    def _all(self) -> dict[str, str]:
+        """All entries, those of installed packages included."""
+        group, self._unread = self._unread, None
+        if group is not None:
+            from importlib.metadata import entry_points
+
+            for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+                try:
+                    self.register(entry.name, entry.value.replace(" ", ""))
+                except ConfigError as error:
+                    owner = getattr(entry.dist, "name", "unknown")
+                    warnings.warn(f"an entry point of the package {owner!r} is left out: {error}", stacklevel=2)
+        return self._where

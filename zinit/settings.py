@@ -211,6 +211,8 @@ def resolve(
     parsed = [_parse_option(option, task, method) for option in options]
     if preset is None and model is None and not any(option.get("model") for option in parsed):
         preset = f"{task}/demo"
+        if preset not in _preset_names():
+            raise ConfigError(f"the task {task!r} has no embedded demo: pass --model and --data.")
     if preset is not None and "/" not in preset:
         preset = f"{task}/{preset}"
     values: dict[str, Any] = {}

@@ -1,10 +1,14 @@
-"""Backbones by name. A new one is one file of facts and one line here (or `zinit.register_backbone`)."""
+"""Backbones by name. A new one is one file of facts and one line here.
+
+Outside of zinit: `zinit.register_backbone`, or an entry point of the group ``zinit.backbones`` (docs/new-backbone.md).
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
-from zinit.errors import BackboneError
+from zinit.errors import BackboneError, ConfigError
 from zinit.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,17 +26,24 @@ BACKBONES = Registry(
         "vit": "zinit.backbones.vit:VIT",
         DISCOVERY: "zinit.backbones._discover:TRANSFORMERS",
     },
+    group="zinit.backbones",
 )
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The registered backbone that knows this model; discovery is asked last.
+    """The backbone that knows this model: registered ones are asked first, then zinit's own, then discovery.
+
+    A registered one that cannot be imported is passed over with a warning: it may have nothing to do with this model.
 
     Raises:
         BackboneError: if none does.
     """
-    for name in sorted(BACKBONES, key=lambda name: name == DISCOVERY):
-        backbone: Backbone = BACKBONES.get(name)
+    for name in sorted(BACKBONES, key=lambda name: (name in BACKBONES.shipped, name == DISCOVERY)):
+        try:
+            backbone: Backbone = BACKBONES.get(name)
+        except ConfigError as error:
+            warnings.warn(str(error), stacklevel=3)
+            continue
         if backbone.matches(model):
             return backbone
     raise BackboneError(

@@ -1,4 +1,7 @@
-"""Ways to adapt a model, by name: zero-init attention and what it is compared with. A new one is a file and a line."""
+"""Ways to adapt a model, by name: zero-init attention and what it is compared with. A new one is a file and a line.
+
+Outside of zinit: `zinit.register_method`, or an entry point of the group ``zinit.methods``.
+"""
 
 from zinit.registry import Registry
 
@@ -16,4 +19,5 @@ METHODS = Registry(
         "bottleneck": "zinit.methods.bottleneck:Bottleneck",
         "logistic-regression": "zinit.methods.logistic_regression:LogisticRegression",
     },
+    group="zinit.methods",
 )

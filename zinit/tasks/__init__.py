@@ -1,4 +1,7 @@
-"""Tasks by name. A new one is one file and one line here (or `zinit.register_task`)."""
+"""Tasks by name. A new one is one file and one line here.
+
+Outside of zinit: `zinit.register_task`, or an entry point of the group ``zinit.tasks`` (docs/new-task.md).
+"""
 
 from zinit.registry import Registry
 
@@ -11,4 +14,5 @@ TASKS = Registry(
         "squad": "zinit.tasks.squad:Squad",
         "ner": "zinit.tasks.ner:TokenClassification",
     },
+    group="zinit.tasks",
 )
