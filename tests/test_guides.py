@@ -242,7 +242,7 @@ def test_the_task_guide_runs_and_prints_what_it_says(folder: Path) -> None:
 QUICK = ("train.steps=2", "train.warmup_steps=0", "train.evaluate_every=0", "train.save_every=0", "task.held_out=40")
 
 
-@pytest.mark.parametrize("method", list(METHODS.shipped))
+@pytest.mark.parametrize("method", sorted(METHODS.shipped))
 def test_every_method_trains_the_task(task: Guide, method: str) -> None:
     results = train_run(settings(f"method={method}", *QUICK), "run")
     frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]

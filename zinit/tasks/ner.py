@@ -111,6 +111,8 @@ class TokenClassification(Task):
 
     name = "ner"
     Config = TokenClassificationConfig
+    baseline = "the frozen model with an untrained head"
+    metric = "f1"
 
     def __init__(
         self,

@@ -91,6 +91,8 @@ class Squad(Task):
 
     name = "squad"
     Config = SquadConfig
+    baseline = "the frozen model with an untrained head"
+    metric = "f1"
 
     def __init__(
         self,

@@ -51,9 +51,9 @@ class VTABConfig(JsonConfig):
         interpolation: of the resize: "bicubic" (FacT) or "bilinear" (VPT).
         normalisation: "imagenet" (VPT) or the "model"'s own mean and deviation in pretraining; "none" leaves [0, 1].
         image_size: pixels a side; None is the model's own. Position embeddings are resampled to another.
-        head_init: where the head starts: "normal", N(0, 0.02^2), or "logistic-regression", the classifier that the frozen
-            features give. With closed gates training then starts at the frozen model with its own best linear head
-            (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
+        head_init: where the head starts: "normal", N(0, 0.02^2), or "logistic-regression", the classifier that the
+            frozen features give, so that with closed gates training starts at the frozen model with its own best
+            linear head (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
         head_C: inverse strength of that regression's L2 penalty, on standardised features.
         drop_path: rate of stochastic depth of the last layer, growing linearly from 0 at the first (FacT: 0.1).
     """
