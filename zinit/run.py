@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinit.adapter_file import cosine, fingerprint
+from zinit.adapter_file import AdapterFile, cosine, fingerprint
 from zinit.attach import Handle
 from zinit.backbones import BACKBONES
 from zinit.checkpoint import check_identity
-from zinit.engine import Event, Interrupted, fit, held_out_loss, make_accelerator
+from zinit.engine import Event, Interrupted, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
 from zinit.run_directory import (
@@ -33,6 +33,7 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
+from zinit.strategy import for_evaluation, make_accelerator, place
 from zinit.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def train_run(
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
-    task.to(accelerator.device)
+    place(task, accelerator)
     with disabled():
         task.prepare()
     identity = _identity(config, task)
@@ -278,10 +279,10 @@ def train_run(
         _report(output, accelerator)
         raise
     trained = time.perf_counter() - started
-    if accelerator.is_main_process:
-        save_trained(task, output)  # before the evaluation: nothing that happens there can lose it
-        if task.handle is not None:
-            task.handle.save(output)
+    # Before the evaluation: nothing that happens there can lose it.
+    save_trained(task, output, writes=accelerator.is_main_process)
+    if accelerator.is_main_process and task.handle is not None:
+        _save_adapter(task.handle, output, built.key_probe)
     on_event({"event": "stage", "text": "evaluating the adapted model"})
     adapted = _evaluate(task, config, accelerator)
     results["metrics"]["adapted"] = adapted.metrics
@@ -316,7 +317,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     accelerator = make_accelerator(config.train)
     built = build_model(config, accelerator.device, saved=Path(directory))
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
-    task.to(accelerator.device)
+    place(task, accelerator)
     with built.adapted.disabled(), task.frozen_baseline():  # before the trained weights are there
         frozen = _evaluate(task, config, accelerator, limit)
     load_trained(task, Path(directory))
@@ -332,7 +333,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
-        evaluation = task.evaluate(accelerator, limit=limit)
+        evaluation = task.evaluate(for_evaluation(accelerator), limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
@@ -361,6 +362,14 @@ def _check_same_run(output: Path, identity: dict[str, Any], key_probe: list[floa
             f"the run in {output} cannot go on: the weights of the frozen model are not the ones it started on. "
             f"Restore them, or start a new run in another folder."
         )
+
+
+def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -> None:
+    """As `Handle.save`; a sharded host cannot be asked for its weights any more, so the sample is handed in."""
+    file = AdapterFile.of(handle)
+    dataclasses.replace(
+        file, fingerprint={**file.fingerprint, "key_probe": file.fingerprint["key_probe"] or key_probe}
+    ).write(output)
 
 
 def _tensorboard(output: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from zinit.config import to_json
 from zinit.engine import Event
 from zinit.errors import CheckpointError, ConfigError
 from zinit.settings import RunConfig
+from zinit.strategy import share_of, whole
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task
@@ -87,16 +88,21 @@ def read_results(output: Path) -> dict[str, Any]:
         return {}
 
 
-def save_trained(task: Task, directory: Path) -> None:
+def save_trained(task: Task, directory: Path, *, writes: bool = True) -> None:
     """Writes ``trained.safetensors``: what trains beside the prefix. Nothing is written where nothing does.
+
+    Args:
+        task: after training.
+        directory: of the run.
+        writes: only one process does; the others help to gather what is sharded.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
     from safetensors.torch import save
 
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in task.trained().items()}
-    if tensors:
+    tensors = {name: whole(parameter).cpu().contiguous() for name, parameter in task.trained().items()}
+    if tensors and writes:
         with writing(directory / TRAINED):
             write_atomically(directory / TRAINED, save(tensors, metadata={"format": "pt"}))
 
@@ -126,7 +132,7 @@ def load_trained(task: Task, directory: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit the run's settings: {error}") from error
     for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(share_of(tensors[name], parameter))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,0 +1,116 @@
+"""DDP and FSDP2 on two processes (gloo, CPU), and one process: the same run, whichever saves and whichever goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.engine.test_crash import command, steps
+from tests.tiny import environment, save_records, save_tiny_llama
+from zinit import strategy
+from zinit.config import TrainConfig
+from zinit.errors import ConfigError
+from zinit.run import train_run
+from zinit.run_directory import read_run
+
+OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=0", "warmup_steps=2",
+           "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05", "prefix.gate_init=random"]  # fmt: skip
+STRATEGIES = ("ddp", "fsdp2")
+
+
+def make_runs(runs: list[dict[str, Any]]) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.engine.strategies", json.dumps(runs)],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def cut(run: Path, copy: Path) -> Path:
+    """A copy of a run as if it had been killed after step 6."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "resume" / "step-00000009")
+    for name in ("adapter.safetensors", "adapter.json"):
+        (copy / name).unlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    model = str(save_tiny_llama(folder / "model"))
+    inputs = {"model": model, "data": str(save_records(folder / "data.json", 60))}
+    first = []
+    for name in STRATEGIES:
+        kinds = {
+            name: OPTIONS,
+            f"{name}-checkpointing": [*OPTIONS, "gradient_checkpointing=true"],
+            f"{name}-full": [*OPTIONS, "method=full", "learning_rate=0.001"],
+        }
+        first += [
+            {"output": str(folder / kind), "strategy": name, "options": options, **inputs}
+            for kind, options in kinds.items()
+        ]
+    make_runs(first)
+    again = []
+    for one, other in (STRATEGIES, STRATEGIES[::-1]):
+        for kind in ("", "-full"):
+            copy = folder / f"{one}{kind}-then-{other}"
+            shutil.copytree(folder / f"{one}{kind}", copy)
+            shutil.rmtree(copy / "resume" / "step-00000009")
+            again.append({"output": str(copy), "strategy": other, "resume": True})
+    make_runs(again)
+    return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    names = [name for name in ("adapter.safetensors", "trained.safetensors") if (run / name).exists()]
+    assert names
+    return {key: value for name in names for key, value in load_file(run / name).items()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
+    one, two = steps(found), steps(expected)
+    assert list(one) == list(two) == list(range(1, 10))
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-6 * max(one.values())
+    ours, theirs = (json.loads((run / "metrics.json").read_text())["metrics"] for run in (found, expected))
+    for part in ("frozen", "adapted"):
+        assert ours[part] == pytest.approx(theirs[part], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["", "-checkpointing", "-full"])
+def test_fsdp2_is_ddp(runs: Path, kind: str) -> None:
+    assert_same_run(runs / f"fsdp2{kind}", runs / f"ddp{kind}")
+    gates = [json.loads(line) for line in (runs / "fsdp2" / "log.jsonl").read_text().splitlines() if '"gates"' in line]
+    assert len(gates) == 10
+    # The sample of the host's weights, which guards against another base, is there though the host was sharded.
+    ours, theirs = (json.loads((runs / name / "adapter.json").read_text())["model"] for name in STRATEGIES)
+    assert ours == theirs
+    assert ours["key_probe"]
+
+
+@pytest.mark.parametrize("kind", ["", "-full"])
+@pytest.mark.parametrize(("one", "other"), [STRATEGIES, STRATEGIES[::-1]])
+def test_one_strategy_goes_on_where_the_other_was_killed(runs: Path, one: str, other: str, kind: str) -> None:
+    assert_same_run(runs / f"{one}{kind}-then-{other}", runs / f"{one}{kind}")
+
+
+@pytest.mark.parametrize("one", STRATEGIES)
+def test_one_process_goes_on_where_two_were_killed(runs: Path, tmp_path: Path, one: str) -> None:
+    copy = cut(runs / one, tmp_path / "run")
+    train_run(read_run(copy)[0], copy, resume=True)
+    assert_same_run(copy, runs / one)
