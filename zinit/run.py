@@ -24,11 +24,13 @@ from zinit.run_directory import (
     TRAINED,
     Log,
     check_output,
+    launch_id,
     load_trained,
     read_finished_run,
     read_results,
     read_run,
     save_trained,
+    was_restarted,
     write_json,
     writing,
 )
@@ -172,7 +174,7 @@ def train_run(
         config: what to run.
         output: a new or empty folder; with ``resume`` one that holds this run.
         preset: its name, for the record.
-        resume: go on from the last checkpoint.
+        resume: go on from the last checkpoint. A run that torchrun starts anew (--max-restarts) does so by itself.
         on_event: also gets every event that is logged.
 
     Returns:
@@ -183,6 +185,7 @@ def train_run(
         Interrupted: on a signal, after saving.
     """
     output = Path(output)
+    resume = resume or was_restarted(output)
     check_output(output, resume)
     extra: dict[str, Any] = {}
     if config.train.tensorboard:
@@ -227,6 +230,8 @@ def train_run(
         "counts": task.data_report(),
         "num_trainable": sum(p.numel() for p in task.parameters() if p.requires_grad),
         "processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
+        "launch": launch_id(),
         "device": str(accelerator.device),
         "versions": versions(),
     }
@@ -367,9 +372,11 @@ def _check_same_run(output: Path, identity: dict[str, Any], key_probe: list[floa
 def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -> None:
     """As `Handle.save`; a sharded host cannot be asked for its weights any more, so the sample is handed in."""
     file = AdapterFile.of(handle)
-    dataclasses.replace(
-        file, fingerprint={**file.fingerprint, "key_probe": file.fingerprint["key_probe"] or key_probe}
-    ).write(output)
+    sample = file.fingerprint["key_probe"] or key_probe
+    try:
+        dataclasses.replace(file, fingerprint={**file.fingerprint, "key_probe": sample}).write(output)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Make room, then: zinit train --resume --output {output}") from error
 
 
 def _tensorboard(output: Path) -> dict[str, Any]:

@@ -80,6 +80,18 @@ def check_output(output: Path, resume: bool) -> None:
         raise ConfigError(f"the output folder {output} cannot be made: {parent} is not writable.")
 
 
+def launch_id() -> str | None:
+    """What torchrun calls the launch that this process belongs to; restarts keep it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def was_restarted(output: Path) -> bool:
+    """Whether torchrun (--max-restarts) has started this process anew and the run in ``output`` began before that."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (output / "run.json").is_file():
+        return False
+    return read_run(output)[1].get("launch") == launch_id()
+
+
 def read_results(output: Path) -> dict[str, Any]:
     """What ``metrics.json`` holds; nothing if it is not there or torn."""
     try:

@@ -39,6 +39,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
             "DeepSpeed is not supported: it steps, clips and saves by itself, and zinit was never run with it. FSDP2 "
             "shards the same: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m zinit train ..."
         )
+    _join_after_restart()
     AcceleratorState._reset_state()  # a process may make several runs, each with a precision of its own
     # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
@@ -63,6 +64,23 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     return accelerator
 
 
+def _join_after_restart() -> None:
+    """Forms the group of processes anew after torchrun restarted them on one machine (--max-restarts).
+
+    The store they meet at (of --standalone and c10d) still holds the addresses of the group that died, so that each
+    life needs names of its own there. On several machines lives are not counted alike, and this is left to torch.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, world = next(rendezvous("env://"))
+    backend = dist.get_default_backend_for_device(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life-{life}", store), rank=rank, world_size=world)
+
+
 def _asked_for(strategy: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
 
@@ -81,8 +99,8 @@ def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml.")
     plugin: Any = state.fsdp_plugin
     wrong = {
-        "fsdp_cpu_ram_efficient_loading: false (else only one process has the weights)": plugin.cpu_ram_efficient_loading,
-        "fsdp_activation_checkpointing: false, and -o train.gradient_checkpointing=true": plugin.activation_checkpointing,
+        "fsdp_cpu_ram_efficient_loading: false (every process reads the weights)": plugin.cpu_ram_efficient_loading,
+        "-o train.gradient_checkpointing=true, not fsdp_activation_checkpointing": plugin.activation_checkpointing,
         "-o train.mixed_precision=no (a host of -o dtype=bfloat16 needs none)": config.mixed_precision != "no",
         "-o train.compile=false": config.compile,
     }

@@ -7,23 +7,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.engine.test_crash import command, steps
+from tests.engine.test_crash import steps
 from tests.tiny import environment, save_records, save_tiny_llama
-from zinit import strategy
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.run import train_run
 from zinit.run_directory import read_run
+from zinit.strategy import _use_fsdp2, check_prepared, make_accelerator
 
 OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=0", "warmup_steps=2",
-           "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05", "prefix.gate_init=random"]  # fmt: skip
+           "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05",
+           "prefix.gate_init=random"]  # fmt: skip
 STRATEGIES = ("ddp", "fsdp2")
 
 
@@ -114,3 +117,58 @@ def test_one_process_goes_on_where_two_were_killed(runs: Path, tmp_path: Path, o
     copy = cut(runs / one, tmp_path / "run")
     train_run(read_run(copy)[0], copy, resume=True)
     assert_same_run(copy, runs / one)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported.*configs/accelerate/fsdp2.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "one process has nobody to share with"),
+    ],
+)
+def test_what_cannot_run_is_refused(asked: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        make_accelerator(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "FSDP1 is not supported. Set fsdp_version: 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "train.gradient_checkpointing=true"),
+        ({}, {"mixed_precision": "bf16", "compile": True}, "train.mixed_precision=no .*; -o train.compile=false"),
+    ],
+)
+def test_fsdp_that_zinit_cannot_keep_its_promises_under_is_refused(
+    asked: dict[str, str], settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for two processes: Accelerate as it is on CPUs, where it takes FSDP for plain data parallelism."""
+    for name, value in {"FSDP_VERSION": "2", **asked}.items():
+        monkeypatch.setenv(name, value)
+    state = SimpleNamespace(fsdp_plugin=None, distributed_type=DistributedType.MULTI_CPU)
+
+    class Two:
+        num_processes = 2
+        distributed_type = DistributedType.MULTI_CPU
+        state: Any = None
+
+        @property
+        def is_fsdp2(self) -> bool:
+            return self.state.distributed_type == DistributedType.FSDP and self.state.fsdp_plugin.fsdp_version == 2
+
+    two: Any = Two()
+    two.state = state
+    with pytest.raises(ConfigError, match=message):
+        _use_fsdp2(two, TrainConfig(**settings))
+
+
+def test_another_strategy_than_the_one_asked_for_is_refused() -> None:
+    plain: Any = SimpleNamespace(is_fsdp2=True, num_processes=2, distributed_type=DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"FSDP over 2 processes was asked for, but .* prepared as Linear"):
+        check_prepared(nn.Linear(2, 2), plain)
+    plain.is_fsdp2, plain.distributed_type = False, DistributedType.MULTI_GPU
+    with pytest.raises(ConfigError, match="prepared as Linear"):
+        check_prepared(nn.Linear(2, 2), plain)
