@@ -32,7 +32,8 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
         ConfigError: if not as many processes came together as were launched, or under a strategy that is not supported.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
 
     if _asked_for("DEEPSPEED"):
         raise ConfigError(
@@ -40,9 +41,11 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
             "shards the same: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m zinit train ..."
         )
     _join_after_restart()
-    AcceleratorState._reset_state()  # a process may make several runs, each with a precision of its own
     # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
+    AcceleratorState._reset_state()  # a process may make several runs, each with a precision and a strategy of its own
+    if cpu and PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -77,7 +80,8 @@ def _join_after_restart() -> None:
     if life == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
         return
     store, rank, world = next(rendezvous("env://"))
-    backend = dist.get_default_backend_for_device(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, store=dist.PrefixStore(f"life-{life}", store), rank=rank, world_size=world)
 
 
@@ -86,6 +90,7 @@ def _asked_for(strategy: str) -> bool:
 
 
 def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state: Any = accelerator.state
@@ -95,6 +100,7 @@ def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
         # Accelerate shards on GPUs and their like only; on CPUs it would run plain data parallelism without a word.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # states that are made later copy it
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml.")
     plugin: Any = state.fsdp_plugin
@@ -180,8 +186,9 @@ def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
-    if is_sharded(accelerator):
-        prepared = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))
+    if _asked_for("FSDP"):
+        sharded = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))
+        prepared = is_sharded(accelerator) and sharded
     else:
         prepared = accelerator.num_processes == 1 or isinstance(wrapped, DistributedDataParallel)
     if not prepared:

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.engine.test_crash import steps
-from tests.tiny import environment, save_records, save_tiny_llama
+from tests.tiny import ROOT, environment, save_records, save_tiny_llama
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.run import train_run
 from zinit.run_directory import read_run
+from zinit.settings import resolve
 from zinit.strategy import _use_fsdp2, check_prepared, make_accelerator
 
 OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=0", "warmup_steps=2",
@@ -43,8 +44,8 @@ def cut(run: Path, copy: Path) -> Path:
     """A copy of a run as if it had been killed after step 6."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "resume" / "step-00000009")
-    for name in ("adapter.safetensors", "adapter.json"):
-        (copy / name).unlink()
+    for name in ("adapter.safetensors", "adapter.json", "trained.safetensors"):
+        (copy / name).unlink(missing_ok=True)
     return copy
 
 
@@ -65,12 +66,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for kind, options in kinds.items()
         ]
     make_runs(first)
+    train_run(resolve(backbone="llama", options=OPTIONS, **inputs)[0], folder / "one")
     again = []
+    for two in STRATEGIES:
+        again.append({"output": str(cut(folder / "one", folder / f"one-then-{two}")), "strategy": two, "resume": True})
     for one, other in (STRATEGIES, STRATEGIES[::-1]):
         for kind in ("", "-full"):
-            copy = folder / f"{one}{kind}-then-{other}"
-            shutil.copytree(folder / f"{one}{kind}", copy)
-            shutil.rmtree(copy / "resume" / "step-00000009")
+            copy = cut(folder / f"{one}{kind}", folder / f"{one}{kind}-then-{other}")
             again.append({"output": str(copy), "strategy": other, "resume": True})
     make_runs(again)
     return folder
@@ -98,6 +100,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("kind", ["", "-checkpointing", "-full"])
 def test_fsdp2_is_ddp(runs: Path, kind: str) -> None:
     assert_same_run(runs / f"fsdp2{kind}", runs / f"ddp{kind}")
+    for name, strategy in (("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")):
+        assert json.loads((runs / f"{name}{kind}" / "run.json").read_text())["strategy"] == strategy
     gates = [json.loads(line) for line in (runs / "fsdp2" / "log.jsonl").read_text().splitlines() if '"gates"' in line]
     assert len(gates) == 10
     # The sample of the host's weights, which guards against another base, is there though the host was sharded.
@@ -117,6 +121,27 @@ def test_one_process_goes_on_where_two_were_killed(runs: Path, tmp_path: Path, o
     copy = cut(runs / one, tmp_path / "run")
     train_run(read_run(copy)[0], copy, resume=True)
     assert_same_run(copy, runs / one)
+
+
+@pytest.mark.parametrize("two", STRATEGIES)
+def test_two_processes_go_on_where_one_was_killed(runs: Path, two: str) -> None:
+    assert_same_run(runs / f"one-then-{two}", runs / "one")
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
+def test_accelerate_launch_with_our_configurations(runs: Path, tmp_path: Path, name: str, strategy: str) -> None:
+    inputs = ["--backbone", "llama", "--model", str(runs / "model"), "--data", str(runs / "data.json")]
+    options = [part for option in OPTIONS for part in ("-o", option)]
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--config_file"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "-m", "zinit", "train",
+         *inputs, *options, "--output", str(tmp_path / "run")],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (document["processes"], document["strategy"]) == (2, strategy)
+    assert_same_run(tmp_path / "run", runs / name)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +190,12 @@ def test_fsdp_that_zinit_cannot_keep_its_promises_under_is_refused(
         _use_fsdp2(two, TrainConfig(**settings))
 
 
-def test_another_strategy_than_the_one_asked_for_is_refused() -> None:
+def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     plain: Any = SimpleNamespace(is_fsdp2=True, num_processes=2, distributed_type=DistributedType.FSDP)
     with pytest.raises(ConfigError, match=r"FSDP over 2 processes was asked for, but .* prepared as Linear"):
         check_prepared(nn.Linear(2, 2), plain)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     plain.is_fsdp2, plain.distributed_type = False, DistributedType.MULTI_GPU
     with pytest.raises(ConfigError, match="prepared as Linear"):
         check_prepared(nn.Linear(2, 2), plain)
