@@ -1,6 +1,6 @@
 """Makes runs under strategies, one after the other in one group of processes; see `test_strategies`.
 
-Called by torchrun with a JSON list of runs: output, strategy, options, and whether to resume.
+Called by torchrun with a JSON list of runs: output, strategy, options, and whether to resume, or to evaluate a finished run.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 
-from zinit.run import train_run
-from zinit.run_directory import read_run
+from zinit.run import evaluate_run, train_run
+from zinit.run_directory import read_run, write_json
 from zinit.settings import resolve
 
 
@@ -21,6 +22,9 @@ def main() -> None:
     for run in json.loads(sys.argv[1]):
         os.environ["ACCELERATE_USE_FSDP"] = str(run["strategy"] == "fsdp2").lower()
         os.environ["FSDP_VERSION"] = "2"
+        if run.get("evaluate"):
+            write_json(Path(run["output"]) / "evaluated.json", evaluate_run(run["output"]))
+            continue
         if run.get("resume"):
             config, _ = read_run(run["output"])
         else:

@@ -20,12 +20,12 @@ from tests.engine.test_crash import steps
 from tests.tiny import ROOT, environment, save_records, save_tiny_llama
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
-from zinit.run import train_run
+from zinit.run import evaluate_run, train_run
 from zinit.run_directory import read_run
 from zinit.settings import resolve
 from zinit.strategy import _use_fsdp2, check_prepared, make_accelerator
 
-OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=0", "warmup_steps=2",
+OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=4", "warmup_steps=2",
            "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05",
            "prefix.gate_init=random"]  # fmt: skip
 STRATEGIES = ("ddp", "fsdp2")
@@ -74,8 +74,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in ("", "-full"):
             copy = cut(folder / f"{one}{kind}", folder / f"{one}{kind}-then-{other}")
             again.append({"output": str(copy), "strategy": other, "resume": True})
+    for kind in ("", "-full"):
+        again.append({"output": str(folder / f"fsdp2{kind}"), "strategy": "fsdp2", "evaluate": True})
     make_runs(again)
     return folder
+
+
+@pytest.mark.parametrize("kind", ["", "-full"])
+def test_a_finished_run_is_evaluated_as_it_was(runs: Path, kind: str) -> None:
+    expected = json.loads((runs / f"fsdp2{kind}" / "metrics.json").read_text())["metrics"]
+    found = json.loads((runs / f"fsdp2{kind}" / "evaluated.json").read_text())["metrics"]
+    for part in ("frozen", "adapted"):
+        assert found[part] == pytest.approx(expected[part], rel=1e-6)
+    assert evaluate_run(runs / f"fsdp2{kind}")["metrics"]["adapted"] == pytest.approx(expected["adapted"], rel=1e-6)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -92,9 +103,22 @@ def assert_same_run(found: Path, expected: Path) -> None:
     one, two = steps(found), steps(expected)
     assert list(one) == list(two) == list(range(1, 10))
     assert max(abs(one[step] - two[step]) for step in one) < 1e-6 * max(one.values())
-    ours, theirs = (json.loads((run / "metrics.json").read_text())["metrics"] for run in (found, expected))
+    for kind in ("grad_norm", "eval"):
+        ours, theirs = (numbers(run, kind) for run in (found, expected))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (found, expected))
     for part in ("frozen", "adapted"):
-        assert ours[part] == pytest.approx(theirs[part], rel=1e-6)
+        assert ours["metrics"][part] == pytest.approx(theirs["metrics"][part], rel=1e-6)
+    assert ours["samples"] == theirs["samples"]  # the generated answers
+    assert len(ours["samples"]) == 3
+
+
+def numbers(run: Path, kind: str) -> dict[int, float]:
+    """Norms of the gradient by step, or held-out losses."""
+    events = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    name = "step" if kind == "grad_norm" else "eval"
+    key = "grad_norm" if kind == "grad_norm" else "loss"
+    return {event["step"]: event[key] for event in events if event["event"] == name}
 
 
 @pytest.mark.parametrize("kind", ["", "-checkpointing", "-full"])
