@@ -44,7 +44,8 @@ def test_counts_are_those_of_the_modules(shape: Shape) -> None:
 
 def saved_bytes(shape: Shape, tokens: int) -> int:
     """What autograd keeps of the activations between the forward and the backward pass of the layers."""
-    model = llama(shape).to(torch.bfloat16)
+    model = llama(shape)
+    model.bfloat16()
     zinit.attach(model, zinit.PrefixConfig(length=10, layers=shape.adapted), seed=0)
     model.train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

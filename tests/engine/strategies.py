@@ -1,6 +1,6 @@
 """Makes runs under strategies, one after the other in one group of processes; see `test_strategies`.
 
-Called by torchrun with a JSON list of runs: output, strategy, options, and whether to resume, or to evaluate a finished run.
+Called by torchrun with a JSON list of runs: output, strategy, options, and whether to resume or evaluate what is there.
 """
 
 from __future__ import annotations

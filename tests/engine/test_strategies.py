@@ -66,7 +66,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for kind, options in kinds.items()
         ]
     make_runs(first)
-    train_run(resolve(backbone="llama", options=OPTIONS, **inputs)[0], folder / "one")
+    config, _ = resolve(backbone="llama", options=OPTIONS, model=model, data=inputs["data"])
+    train_run(config, folder / "one")
     again = []
     for two in STRATEGIES:
         again.append({"output": str(cut(folder / "one", folder / f"one-then-{two}")), "strategy": two, "resume": True})
