@@ -154,17 +154,13 @@ def place(task: Task, accelerator: Accelerator) -> None:
     task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
 
 
-def _kinds_of_blocks(model: nn.Module) -> set[str]:
-    """Class names of the modules that a model is a row of: the outermost lists of several of one composite class."""
-    for _, child in model.named_children():
-        members = list(child.children()) if isinstance(child, nn.ModuleList | nn.Sequential) else []
-        if len(members) > 1 and len({type(member) for member in members}) == 1 and any(members[0].children()):
-            return {type(members[0]).__name__}.union(*map(_kinds_of_blocks, _others(model, child)))
-    return set().union(*map(_kinds_of_blocks, model.children()))
-
-
-def _others(model: nn.Module, child: nn.Module) -> list[nn.Module]:
-    return [other for other in model.children() if other is not child]
+def _kinds_of_blocks(module: nn.Module) -> set[str]:
+    """Class names of the blocks that a model is a row of: the outermost lists of several modules of one kind."""
+    members = list(module.children())
+    several = isinstance(module, nn.ModuleList | nn.Sequential) and len(members) > 1
+    if several and len({type(member) for member in members}) == 1 and any(members[0].children()):
+        return {type(members[0]).__name__}
+    return set().union(*map(_kinds_of_blocks, members))
 
 
 def _kept_whole(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:

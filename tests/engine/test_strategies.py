@@ -11,19 +11,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
+import transformers
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.engine.test_crash import steps
 from tests.tiny import ROOT, environment, save_records, save_tiny_llama
-from zinit.config import TrainConfig
+from zinit.attach import attach
+from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.run import evaluate_run, train_run
 from zinit.run_directory import read_run
 from zinit.settings import resolve
-from zinit.strategy import _use_fsdp2, check_prepared, make_accelerator
+from zinit.strategy import _kept_whole, _kinds_of_blocks, _use_fsdp2, check_prepared, make_accelerator
 
 OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=4", "warmup_steps=2",
            "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05",
@@ -224,3 +227,30 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch: pytest.
     plain.is_fsdp2, plain.distributed_type = False, DistributedType.MULTI_GPU
     with pytest.raises(ConfigError, match="prepared as Linear"):
         check_prepared(nn.Linear(2, 2), plain)
+
+
+def test_blocks_are_found_in_every_kind_of_host() -> None:
+    with torch.device("meta"):
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, num_hidden_layers=3))
+        clip = transformers.CLIPModel(transformers.CLIPConfig())
+        vit = timm.create_model("vit_tiny_patch16_224")
+    assert _kinds_of_blocks(llama) == {"LlamaDecoderLayer"}
+    assert _kinds_of_blocks(clip) == {"CLIPEncoderLayer"}
+    assert _kinds_of_blocks(vit) == {"Block"}
+    assert _kinds_of_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == set()
+
+
+def test_little_stays_whole_and_much_is_sharded() -> None:
+    """A prefix and what lies outside the blocks always; what else trains inside only up to a tenth of it."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    handle = attach(model, PrefixConfig(length=40))
+    task: Any = SimpleNamespace(model=model, handle=handle, parameters=model.parameters)
+    blocks: list[Any] = list(model.model.layers)
+    outside = {model.lm_head.weight, model.model.embed_tokens.weight, model.model.norm.weight}
+    assert set(_kept_whole(task, blocks)) == outside | set(handle.parameters())
+    norms = {layer.input_layernorm.weight.requires_grad_() for layer in blocks}
+    assert set(_kept_whole(task, blocks)) == outside | set(handle.parameters()) | norms
+    model.requires_grad_()
+    assert set(_kept_whole(task, blocks)) == outside | set(handle.parameters())
