@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zinit.errors import CheckpointError
 from zinit.processes import sum_over_processes
+from zinit.strategy import share_of, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,6 +50,7 @@ def save(
     target = directory / "resume" / f"step-{step:08d}"
     building = target.with_name(f".building-{target.name}")
     problem = ""
+    tensors = _collect(task, optimizer)  # every process takes part, in case something is sharded
     try:
         if accelerator.is_main_process:
             shutil.rmtree(building, ignore_errors=True)
@@ -56,7 +58,7 @@ def save(
         accelerator.wait_for_everyone()
         _write(building / f"random-{accelerator.process_index}.json", json.dumps(_random_state()).encode())
         if accelerator.is_main_process:
-            _write(building / STATE, _serialize(task, optimizer))
+            _write(building / STATE, _serialize(tensors))
     except OSError as error:
         problem = str(error)
     failed = sum_over_processes(accelerator, torch.tensor(float(bool(problem)), device=accelerator.device)).item()
@@ -142,14 +144,18 @@ def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) 
             )
 
 
-def _serialize(task: nn.Module, optimizer: torch.optim.Optimizer) -> bytes:
-    from safetensors.torch import save as to_bytes
-
+def _collect(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(task).items():
-        tensors[f"parameter:{name}"] = parameter.detach()
+        tensors[f"parameter:{name}"] = whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer:{key}:{name}"] = torch.as_tensor(value)
+            tensors[f"optimizer:{key}:{name}"] = whole(torch.as_tensor(value))
+    return tensors
+
+
+def _serialize(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save as to_bytes
+
     return to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
@@ -161,14 +167,14 @@ def _restore(tensors: dict[str, Tensor], task: nn.Module, optimizer: torch.optim
     check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+            parameter.copy_(share_of(values[name], parameter))
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition(":")
         if kind == "optimizer":
             key, _, name = rest.partition(":")
             parameter = parameters[name]
             # Adam keeps its step count on the CPU, the moments beside the parameter.
-            optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
+            optimizer.state[parameter][key] = value if value.dim() == 0 else share_of(value, parameter)
 
 
 def _random_state() -> dict[str, Any]:

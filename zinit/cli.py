@@ -348,5 +348,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ZinitError as error:
-        print(f"zinit: {error}", file=sys.stderr)
+        from zinit.console import print_error
+
+        print_error(error)
         sys.exit(2)

@@ -14,11 +14,23 @@ from rich.table import Table
 from zinit.config import to_json
 
 QUIET_SECONDS = 20.0
+PATIENCE = 5.0  # seconds
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that talks (launchers number theirs)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_error(error: object) -> None:
+    """One message however many processes fail: the main one's, or that of the one that fails alone."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if is_main_process():
+        print(f"zinit: {error}", file=sys.stderr)
+        return
+    # If the main process fails too, it says why, and the launcher ends this one while it waits.
+    time.sleep(PATIENCE)
+    print(f"zinit (process {rank} of {world}): {error}", file=sys.stderr)
 
 
 class RunView:

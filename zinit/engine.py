@@ -1,11 +1,10 @@
-"""The one training loop, on Accelerate: the only file that knows about processes and devices."""
+"""The one training loop, on Accelerate. How it is spread over processes is `zinit.strategy`."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,8 @@ from zinit import checkpoint
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
+from zinit.strategy import average_whole_gradients, check_prepared, is_sharded, place, whole
+from zinit.strategy import make_accelerator as make_accelerator
 from zinit.tasks.base import Batch, Stream, Task
 
 if TYPE_CHECKING:
@@ -192,36 +193,6 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
-    """An Accelerator for this run; how many processes there are is its launcher's business.
-
-    Raises:
-        ConfigError: if not as many processes came together as were launched.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # a process may make several runs, each with a precision of its own
-    # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
-    cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
-    kind = accelerator.distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise ConfigError(f"training under {kind} is not supported; launch with plain data parallelism (torchrun).")
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ConfigError(
-            "zinit accumulates by itself (train.batch_size over train.micro_batch_size): leave "
-            "gradient_accumulation_steps out of the launcher's configuration."
-        )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigError(
-            f"{launched} processes were launched, but {accelerator.num_processes} came together "
-            f"({accelerator.distributed_type}). Launch with 'torchrun -m zinit' or 'accelerate launch -m zinit'."
-        )
-    return accelerator
-
-
 def fit(
     task: Task,
     config: TrainConfig,
@@ -257,12 +228,15 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.gradient_checkpointing:
         _checkpoint_activations(task.model)
+    place(task, accelerator)
     optimizer = torch.optim.AdamW(
         list(task.parameter_groups(config.weight_decay, decay_gates=config.decay_gates)),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
+        foreach=False if is_sharded(accelerator) else None,  # whole and sharded parameters do not go into one list
     )
     wrapped, optimizer = accelerator.prepare(task, optimizer)
+    check_prepared(wrapped, accelerator)
     runnable = torch.compile(wrapped) if config.compile else wrapped
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     done = 0
@@ -316,9 +290,10 @@ def fit(
                     accelerator.backward(loss_sum * (world / count))
                 losses.append(loss_sum.detach().float())
             total = sum_over_processes(accelerator, torch.stack(losses).sum())
-            norm = accelerator.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+            average_whole_gradients(parameters, accelerator)
+            norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.clip_norm or math.inf)))
             # The one wait for the device in a step.
-            loss, norm = torch.stack([total / count, torch.as_tensor(norm).to(total.device).float()]).tolist()
+            loss, norm = torch.stack([total / count, norm.to(total.device).float()]).tolist()
             skipped = 0 if math.isfinite(norm) else skipped + 1  # a float16 scaler skips some updates while it settles
             if not math.isfinite(loss) or skipped > (0 if accelerator.scaler is None else MOST_SKIPPED):
                 raise NonFiniteLoss(_non_finite(plan, step, loss, norm))

@@ -13,26 +13,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinit.adapter_file import cosine, fingerprint
+from zinit.adapter_file import AdapterFile, cosine, fingerprint
 from zinit.attach import Handle
 from zinit.backbones import BACKBONES
 from zinit.checkpoint import check_identity
-from zinit.engine import Event, Interrupted, fit, held_out_loss, make_accelerator
+from zinit.engine import Event, Interrupted, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
 from zinit.run_directory import (
     TRAINED,
     Log,
     check_output,
+    launch_id,
     load_trained,
     read_finished_run,
     read_results,
     read_run,
     save_trained,
+    was_restarted,
     write_json,
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
+from zinit.strategy import for_evaluation, make_accelerator, place
 from zinit.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -171,7 +174,7 @@ def train_run(
         config: what to run.
         output: a new or empty folder; with ``resume`` one that holds this run.
         preset: its name, for the record.
-        resume: go on from the last checkpoint.
+        resume: go on from the last checkpoint. A run that torchrun starts anew (--max-restarts) does so by itself.
         on_event: also gets every event that is logged.
 
     Returns:
@@ -182,6 +185,7 @@ def train_run(
         Interrupted: on a signal, after saving.
     """
     output = Path(output)
+    resume = resume or was_restarted(output)
     check_output(output, resume)
     extra: dict[str, Any] = {}
     if config.train.tensorboard:
@@ -199,7 +203,7 @@ def train_run(
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
-    task.to(accelerator.device)
+    place(task, accelerator)
     with disabled():
         task.prepare()
     identity = _identity(config, task)
@@ -226,6 +230,8 @@ def train_run(
         "counts": task.data_report(),
         "num_trainable": sum(p.numel() for p in task.parameters() if p.requires_grad),
         "processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
+        "launch": launch_id(),
         "device": str(accelerator.device),
         "versions": versions(),
     }
@@ -278,10 +284,10 @@ def train_run(
         _report(output, accelerator)
         raise
     trained = time.perf_counter() - started
-    if accelerator.is_main_process:
-        save_trained(task, output)  # before the evaluation: nothing that happens there can lose it
-        if task.handle is not None:
-            task.handle.save(output)
+    # Before the evaluation: nothing that happens there can lose it.
+    save_trained(task, output, writes=accelerator.is_main_process)
+    if accelerator.is_main_process and task.handle is not None:
+        _save_adapter(task.handle, output, built.key_probe)
     on_event({"event": "stage", "text": "evaluating the adapted model"})
     adapted = _evaluate(task, config, accelerator)
     results["metrics"]["adapted"] = adapted.metrics
@@ -316,7 +322,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     accelerator = make_accelerator(config.train)
     built = build_model(config, accelerator.device, saved=Path(directory))
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
-    task.to(accelerator.device)
+    place(task, accelerator)
     with built.adapted.disabled(), task.frozen_baseline():  # before the trained weights are there
         frozen = _evaluate(task, config, accelerator, limit)
     load_trained(task, Path(directory))
@@ -332,7 +338,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
-        evaluation = task.evaluate(accelerator, limit=limit)
+        evaluation = task.evaluate(for_evaluation(accelerator), limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
@@ -361,6 +367,16 @@ def _check_same_run(output: Path, identity: dict[str, Any], key_probe: list[floa
             f"the run in {output} cannot go on: the weights of the frozen model are not the ones it started on. "
             f"Restore them, or start a new run in another folder."
         )
+
+
+def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -> None:
+    """As `Handle.save`; a sharded host cannot be asked for its weights any more, so the sample is handed in."""
+    file = AdapterFile.of(handle)
+    sample = file.fingerprint["key_probe"] or key_probe
+    try:
+        dataclasses.replace(file, fingerprint={**file.fingerprint, "key_probe": sample}).write(output)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Make room, then: zinit train --resume --output {output}") from error
 
 
 def _tensorboard(output: Path) -> dict[str, Any]:

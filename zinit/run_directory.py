@@ -16,6 +16,7 @@ from zinit.config import to_json
 from zinit.engine import Event
 from zinit.errors import CheckpointError, ConfigError
 from zinit.settings import RunConfig
+from zinit.strategy import share_of, whole
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task
@@ -79,6 +80,18 @@ def check_output(output: Path, resume: bool) -> None:
         raise ConfigError(f"the output folder {output} cannot be made: {parent} is not writable.")
 
 
+def launch_id() -> str | None:
+    """What torchrun calls the launch that this process belongs to; restarts keep it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def was_restarted(output: Path) -> bool:
+    """Whether torchrun (--max-restarts) has started this process anew and the run in ``output`` began before that."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (output / "run.json").is_file():
+        return False
+    return read_run(output)[1].get("launch") == launch_id()
+
+
 def read_results(output: Path) -> dict[str, Any]:
     """What ``metrics.json`` holds; nothing if it is not there or torn."""
     try:
@@ -87,16 +100,21 @@ def read_results(output: Path) -> dict[str, Any]:
         return {}
 
 
-def save_trained(task: Task, directory: Path) -> None:
+def save_trained(task: Task, directory: Path, *, writes: bool = True) -> None:
     """Writes ``trained.safetensors``: what trains beside the prefix. Nothing is written where nothing does.
+
+    Args:
+        task: after training.
+        directory: of the run.
+        writes: only one process does; the others help to gather what is sharded.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
     from safetensors.torch import save
 
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in task.trained().items()}
-    if tensors:
+    tensors = {name: whole(parameter).cpu().contiguous() for name, parameter in task.trained().items()}
+    if tensors and writes:
         with writing(directory / TRAINED):
             write_atomically(directory / TRAINED, save(tensors, metadata={"format": "pt"}))
 
@@ -126,7 +144,7 @@ def load_trained(task: Task, directory: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit the run's settings: {error}") from error
     for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(share_of(tensors[name], parameter))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,0 +1,252 @@
+"""How a run is spread over processes: the strategy that the launcher asked for is the one that runs, or nothing does.
+
+Data parallelism (DDP) is Accelerate's. Under FSDP2 the blocks of the frozen host are sharded, which is nearly all of
+it; embeddings, heads and what is trained beside the host are small and stay whole on every process, so that saving,
+gates and precision are what they are elsewhere. Only a method that trains the host itself has sharded parameters to
+train.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit.config import TrainConfig
+from zinit.errors import ConfigError
+from zinit.tasks.base import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FEW = 1 / 10  # what trains stays whole up to this share of the blocks' parameters
+
+
+def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    """An Accelerator for this run; how many processes there are is its launcher's business.
+
+    Raises:
+        ConfigError: if not as many processes came together as were launched, or under a strategy that is not supported.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if _asked_for("DEEPSPEED"):
+        raise ConfigError(
+            "DeepSpeed is not supported: it steps, clips and saves by itself, and zinit was never run with it. FSDP2 "
+            "shards the same: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m zinit train ..."
+        )
+    _join_after_restart()
+    # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
+    cpu = not torch.accelerator.is_available()
+    AcceleratorState._reset_state()  # a process may make several runs, each with a precision and a strategy of its own
+    if cpu and PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but {accelerator.num_processes} came together "
+            f"({accelerator.distributed_type}). Launch with 'torchrun -m zinit' or 'accelerate launch -m zinit'."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "zinit accumulates by itself (train.batch_size over train.micro_batch_size): leave "
+            "gradient_accumulation_steps out of the launcher's configuration."
+        )
+    if _asked_for("FSDP"):
+        _use_fsdp2(accelerator, config)
+        return accelerator
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigError(f"training under {kind} is not supported; launch with data parallelism (torchrun) or FSDP2.")
+    return accelerator
+
+
+def _join_after_restart() -> None:
+    """Forms the group of processes anew after torchrun restarted them on one machine (--max-restarts).
+
+    The store they meet at (of --standalone and c10d) still holds the addresses of the group that died, so that each
+    life needs names of its own there. On several machines lives are not counted alike, and this is left to torch.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, world = next(rendezvous("env://"))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    backend = dist.get_default_backend_for_device(device)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life-{life}", store), rank=rank, world_size=world)
+
+
+def _asked_for(strategy: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
+
+
+def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state: Any = accelerator.state
+    if accelerator.num_processes == 1:
+        raise ConfigError("FSDP was asked for, but one process has nobody to share with. Launch at least two.")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on GPUs and their like only; on CPUs it would run plain data parallelism without a word.
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # states that are made later copy it
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml.")
+    plugin: Any = state.fsdp_plugin
+    wrong = {
+        "fsdp_cpu_ram_efficient_loading: false (every process reads the weights)": plugin.cpu_ram_efficient_loading,
+        "-o train.gradient_checkpointing=true, not fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        "-o train.mixed_precision=no (a host of -o dtype=bfloat16 needs none)": config.mixed_precision != "no",
+        "-o train.compile=false": config.compile,
+    }
+    if asked := [text for text, found in wrong.items() if found]:
+        raise ConfigError(f"under FSDP2 this run needs {'; '.join(asked)}.")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the run shards its host."""
+    return bool(accelerator.is_fsdp2)
+
+
+def place(task: Task, accelerator: Accelerator) -> None:
+    """Moves a task to where it runs; under FSDP2 each process keeps its share of the host's blocks.
+
+    Raises:
+        ConfigError: if the host has no blocks to shard.
+    """
+    if not is_sharded(accelerator):
+        task.to(accelerator.device)
+        return
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    if isinstance(task, FSDPModule):
+        return
+    plugin: Any = accelerator.state.fsdp_plugin
+    kinds = plugin.transformer_cls_names_to_wrap or sorted(_kinds_of_blocks(task.model))
+    blocks = [module for module in task.model.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise ConfigError(
+            f"{type(task.model).__name__} has no repeated blocks to shard. Name their class with "
+            f"fsdp_transformer_layer_cls_to_wrap, or launch with plain data parallelism."
+        )
+    whole_ones = _kept_whole(task, blocks)
+    for parameter in whole_ones:
+        parameter.data = parameter.data.to(accelerator.device)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, kinds
+    plugin.ignored_modules = [nn.ParameterList(whole_ones)]
+    fsdp2_prepare_model(accelerator, task)
+    # Now, since an evaluation may call a part of the task first, and torch would take that part for the root.
+    fully_shard.state(task)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
+    # transformers' name for it: generating processes then go on until the last of them is done.
+    task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+
+
+def _kinds_of_blocks(module: nn.Module) -> set[str]:
+    """Class names of the blocks that a model is a row of: the outermost lists of several modules of one kind."""
+    members = list(module.children())
+    several = isinstance(module, nn.ModuleList | nn.Sequential) and len(members) > 1
+    if several and len({type(member) for member in members}) == 1 and any(members[0].children()):
+        return {type(members[0]).__name__}
+    return set().union(*map(_kinds_of_blocks, members))
+
+
+def _kept_whole(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What lies outside the blocks, the prefix, and what else trains inside if that is little."""
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    prefix = set() if task.handle is None else set(task.handle.parameters())
+    trained = {parameter for parameter in inside - prefix if parameter.requires_grad}
+    little = sum(p.numel() for p in trained) <= FEW * sum(p.numel() for p in inside - prefix)
+    sharded = inside - prefix - (trained if little else set())
+    return [parameter for parameter in task.parameters() if parameter not in sharded]
+
+
+def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
+    """What Accelerate prepared is what was asked for.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if _asked_for("FSDP"):
+        sharded = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))
+        prepared = is_sharded(accelerator) and sharded
+    else:
+        prepared = accelerator.num_processes == 1 or isinstance(wrapped, DistributedDataParallel)
+    if not prepared:
+        raise ConfigError(
+            f"{accelerator.distributed_type} over {accelerator.num_processes} processes was asked for, but the model "
+            f"was prepared as {type(wrapped).__name__}. Check the launcher's configuration."
+        )
+
+
+def average_whole_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """FSDP2 averages the gradients of what it shards; those of the rest go through one all-reduce here."""
+    if not is_sharded(accelerator):
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None and not _is_shard(p)]
+    if not gradients:
+        return
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    assert isinstance(flat, Tensor)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A detached tensor itself; a sharded one gathered, which all processes do together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if _is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def share_of(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this process keeps of a whole value that belongs to a parameter: all of it, or its shard."""
+    if not _is_shard(parameter):
+        return value.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    value = value.to(parameter.device)
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+class Alone:
+    """An Accelerator as a task's evaluation sees it under FSDP2: every process does all of it.
+
+    A forward pass gathers the host from all processes, so they must make the same passes in step; shares of uneven
+    size would wait for one another forever.
+
+    Args:
+        accelerator: the run's.
+    """
+
+    process_index, num_processes = 0, 1
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.accelerator, name)
+
+
+def for_evaluation(accelerator: Accelerator) -> Any:
+    """The Accelerator to share an evaluation with; see `Alone`."""
+    return Alone(accelerator) if is_sharded(accelerator) else accelerator
