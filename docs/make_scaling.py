@@ -18,7 +18,7 @@ MB, GB = 1e6, 1e9
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA with as many key as query heads, its topmost L = N - 2 layers adapted (paper-facts 7.1).
+    """A LLaMA with as many key as query heads, its topmost L = N - 2 layers adapted.
 
     Args:
         name: of the size.

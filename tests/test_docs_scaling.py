@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import zinit
 from docs.make_scaling import DOCUMENT, SHAPES, Shape, render
 
-PAPER = {"7B": 1_229_760, "13B": 1_947_120, "65B": 6_394_752}  # paper-facts 7.1
+PAPER = {"7B": 1_229_760, "13B": 1_947_120, "65B": 6_394_752}
 
 
 def llama(shape: Shape) -> LlamaForCausalLM:

@@ -531,7 +531,7 @@ def test_every_method_can_be_compared_with(method: str, kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", [name for name in list_presets() if name.startswith(("squad/", "ner/"))])
 def test_presets_hold_the_published_recipes(name: str) -> None:
-    """K, epochs, batch and rate of P-tuning v2 (paper-facts 6.2)."""
+    """K, epochs, batch and rate of P-tuning v2."""
     values = read_preset(name)
     assert values.pop("description")
     config = RunConfig.from_dict(values)

@@ -13,7 +13,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.settings import RunConfig, list_presets, read_preset
 from zinit.tasks.vtab import VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid
 
-PRINTED = {  # paper-facts 5.4: the paper's group means (Table 6), and two means of ours from the unrounded rows
+PRINTED = {  # the paper's group means (Table 6), and two means of ours from the unrounded rows
     "Full": (75.88, 83.36, 47.64, 68.97, 65.57),
     "Bias": (73.3, 78.3, 44.1, 65.22, 62.05),
     "Adapter": (70.39, 77.11, 33.43, 60.31, 56.24),

@@ -207,7 +207,7 @@ def task(dataset: str) -> tuple[list[str], dict[str, Labelled]]:
 
 
 def write_vtab(output: Path, dataset: str) -> None:
-    """Writes a task as the dumps of VTAB-1k are laid out (paper-facts 6.1.4): pictures by split, and lists of them."""
+    """Writes a task as the dumps of VTAB-1k are laid out: pictures by split, and lists of them."""
     _, splits = task(dataset)
     splits["train800val200"] = splits["train800"] + splits["val200"]
     for split, pairs in splits.items():

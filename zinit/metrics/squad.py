@@ -1,4 +1,4 @@
-"""SQuAD's exact match and F1, digit for digit those of the official scripts (paper-facts, section 6.2)."""
+"""SQuAD's exact match and F1, digit for digit those of the official scripts."""
 
 from __future__ import annotations
 

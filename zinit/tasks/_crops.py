@@ -18,7 +18,7 @@ ASPECTS = (math.log(3 / 4), math.log(4 / 3))  # of random crops
 
 
 def plain(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side scaled to ``size`` (bicubic), then the square in the middle (paper-facts 6.3)."""
+    """The shorter side scaled to ``size`` (bicubic), then the square in the middle, as CLIP does."""
     width, height = image.size
     shorter = min(width, height)
     image = image.resize((int(size * width / shorter), int(size * height / shorter)), resample=Image.Resampling.BICUBIC)
@@ -27,7 +27,7 @@ def plain(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, smallest: float, draw: random.Random) -> Image.Image:
-    """A random part of a picture scaled to a square, mirrored half of the time (paper-facts 6.3).
+    """A random part of a picture scaled to a square, mirrored half of the time, as CoOp does.
 
     Args:
         image: RGB.

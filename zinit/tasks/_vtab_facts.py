@@ -1,4 +1,4 @@
-"""What VTAB-1k is: 19 tasks in three groups, and how 19 accuracies become one figure (paper-facts 6.1.1, 6.1.6)."""
+"""What VTAB-1k is: 19 tasks in three groups, and how 19 accuracies become one figure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A context of any length as windows that fit the model, and the answer back from what is scored in them.
 
-As in P-tuning v2's pipeline (paper-facts, section 6.2): neighbouring windows share ``stride`` tokens.
+As in P-tuning v2's pipeline (ACL 2022): neighbouring windows share ``stride`` tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CLIP's generalisation from base to novel classes (paper, Table 14; paper-facts 5.6 and 6.3).
+"""CLIP's generalisation from base to novel classes (LLaMA-Adapter, ICLR 2024, Table 14; protocol of CoOp and CoCoOp).
 
 The classes are sorted; the first half is the base, trained on with a few pictures each, the rest is novel. Each half is
 tested among its own classes only. The classifier of a class is the text tower's reading of "a photo of a <class>.", so

@@ -1,4 +1,4 @@
-"""Base, novel and harmonic mean over several data sets, and what the paper reports of them (paper-facts 5.6)."""
+"""Base, novel and harmonic mean over several data sets, and what the paper reports of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Base, novel and harmonic mean of each data set and on average, as the paper's table has them (paper-facts 5.6).
+    """Base, novel and harmonic mean of each data set and on average, as the paper's table has them.
 
     Accuracies of several seeds are averaged before their harmonic mean is taken; the average over data sets is the mean
     of their harmonic means, not the harmonic mean of their averages.

@@ -1,4 +1,4 @@
-"""Named entity recognition: a tag for every token, CoNLL style (paper, Table 10; recipes in paper-facts 6.2)."""
+"""Named entity recognition: a tag for every token, CoNLL style (recipes: P-tuning v2, ACL 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extractive question answering, SQuAD v1.1 and v2.0 (paper, Table 9; pipeline of P-tuning v2, paper-facts 6.2)."""
+"""Extractive question answering, SQuAD v1.1 and v2.0 (pipeline of P-tuning v2, ACL 2022)."""
 
 from __future__ import annotations
 

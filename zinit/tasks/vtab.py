@@ -1,4 +1,4 @@
-"""Image classification in VTAB-1k's protocol (paper-facts 6.1): 1,000 training pictures, plain resize, linear head."""
+"""Image classification in VTAB-1k's protocol (arXiv 1910.04867): 1,000 training pictures, plain resize, linear head."""
 
 from __future__ import annotations
 
