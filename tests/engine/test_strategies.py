@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
@@ -201,6 +202,7 @@ def test_fsdp_that_zinit_cannot_keep_its_promises_under_is_refused(
     """A stand-in for two processes: Accelerate as it is on CPUs, where it takes FSDP for plain data parallelism."""
     for name, value in {"FSDP_VERSION": "2", **asked}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)  # to be restored
     state = SimpleNamespace(fsdp_plugin=None, distributed_type=DistributedType.MULTI_CPU)
 
     class Two:
