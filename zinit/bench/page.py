@@ -54,7 +54,12 @@ def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] |
     if len(rows) < 2:
         return None
     figure, axes = plots.figure(4.8, 3.2, xlabel="trainable parameters", integer=False)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(rows[0].metric)
     for row in rows:
         x, y = [row.num_trainable or 0], [row.mean or 0.0]

@@ -258,10 +258,14 @@ def dataset_of(row: Row) -> str:
 def aggregates(experiment: Experiment, rows: list[Row]) -> list[str]:
     """Means over data sets as the task's literature has them, per method; nothing where the task defines none."""
     task, found = TASKS.get(str(experiment.task)), []
+    if set(experiment.vary) - {"task.dataset", "data"}:
+        return []
     for method in experiment.methods:
         own = [row for row in rows if (row.experiment, row.method) == (experiment.name, method) and row.metrics]
         figures = task.over_datasets({dataset_of(row): row.metrics for row in own}) if own else {}
-        for name, figure in figures.items():
-            shown = show(figure) if isinstance(figure, float | None) else ", ".join(map(str, figure))
-            found.append(f"{method}, {name}: {shown}")
+        shown = [
+            f"{name} {show(figure) if isinstance(figure, float | None) else ', '.join(map(str, figure))}"
+            for name, figure in figures.items()
+        ]
+        found += [f"{method}: {', '.join(shown)}"] if shown else []
     return found
