@@ -183,7 +183,7 @@ def bench(
     option: Options = None,
     output: Annotated[str, typer.Option(help="A new folder, or one of this benchmark, to go on.")] = "runs/bench",
     jobs: Annotated[
-        int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per two cores.", min=1)
+        int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per core (at most 8).", min=1)
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Minutes after which no further run starts.", min=0)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands of the runs and stop.")] = False,

@@ -88,7 +88,7 @@ def test_data(kind: str, refused, model: Path, tmp_path: Path) -> None:
     [
         (["--backbone", "lama"], ["no backbone named 'lama'", "Did you mean 'llama'"]),
         (["--backbone", "llama", "--task", "alpca"], ["no task named 'alpca'", "Did you mean 'alpaca'"]),
-        (["--backbone", "roberta"], ["the backbone 'roberta' has no task", "--task"]),
+        (["--backbone", "transformers", "--task", "squad"], ["'transformers' has no embedded demo", "--model"]),
         (["--backbone", "llama", "--preset", "llama-7"], ["no preset named 'alpaca/llama-7'", "alpaca/llama-7b"]),
         (["--backbone", "llama", "-o", "train.epoch=3"], ["no option named 'train.epoch'", "train.epochs"]),
         (["--backbone", "llama", "-o", "lenght=3"], ["no option named 'lenght'", "Did you mean 'length'"]),

@@ -218,6 +218,8 @@ OPTIONS = {
     "train": {"--backbone", "--task", "--model", "--data", "--preset", "--config", "--option", "--seed", "--output",
               "--resume", "--json"},
     "eval": {"--data", "--limit", "--json"},
+    "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
+              "--output", "--jobs", "--budget", "--dry-run", "--json"},
     "generate": {"--prompt", "--input", "--raw", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen",
                  "--json"},
     "chat": {"--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen"},

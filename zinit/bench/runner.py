@@ -37,7 +37,7 @@ class Runner:
     Args:
         benchmark: what to run.
         output: its folder; may hold finished cells.
-        jobs: runs side by side; None is one per visible GPU, or one per two CPU cores.
+        jobs: runs side by side; None is one per visible GPU, or one per CPU core (at most 8).
         budget: seconds after which no further cell is started; None is no limit.
         on_event: gets {"event": "plan" | "start" | "cell" | "budget", ...}.
         launcher: the command line of zinit.
@@ -59,7 +59,7 @@ class Runner:
         self.launcher = list(launcher)
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
         self.devices = visible_gpus()
-        self.jobs = jobs or len(self.devices) or max(1, (os.cpu_count() or 1) // 2)
+        self.jobs = jobs or len(self.devices) or min(8, os.cpu_count() or 1)
         self.deadline = None if budget is None else time.monotonic() + budget
         self.stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
