@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pickle
 import re
 import sys
@@ -45,7 +46,7 @@ def load_causal_lm(
             loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; all mean that this is no model it can load
-        raise BackboneError(f"{source} cannot be loaded as a causal language model: {first_line(error)}") from error
+        raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
     return model, loaded
 
 
@@ -85,7 +86,9 @@ def load_clip(
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
     except Exception as error:  # as in load_causal_lm
-        raise BackboneError(f"{source} cannot be loaded as a dual encoder such as CLIP: {first_line(error)}") from error
+        raise BackboneError(
+            f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
+        ) from error
     needed = ("get_image_features", "get_text_features", "logit_scale")
     missing = [name for name in needed if not hasattr(model, name)]
     if missing:
@@ -124,7 +127,7 @@ def load_encoder(source: str | Path, *, dtype: torch.dtype, revision: str | None
             source, config=config, dtype=dtype, revision=revision, output_loading_info=True, **pooling
         )
     except Exception as error:  # see load_causal_lm
-        raise BackboneError(f"{source} cannot be loaded as an encoder: {first_line(error)}") from error
+        raise BackboneError(f"{source} cannot be loaded as an encoder: {reason(source, error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
@@ -135,7 +138,7 @@ def load_on_meta(source: str | Path) -> nn.Module:
     """A model's modules without its weights, from its config alone.
 
     Args:
-        source: a folder in transformers' format, or a Hub id.
+        source: a folder in transformers' or timm's format, a Hub id, or a name of timm's.
 
     Raises:
         BackboneError: if there is no such model.
@@ -144,6 +147,11 @@ def load_on_meta(source: str | Path) -> nn.Module:
 
     source = model_source(source)
     try:
+        if (of_timm := _timm_name(source)) is not None:
+            import timm
+
+            with torch.device("meta"):
+                return timm.create_model(of_timm, pretrained=False, num_classes=0)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         name = (config.architectures or [""])[0]
         model_class: Any = getattr(transformers, name, None)
@@ -151,7 +159,18 @@ def load_on_meta(source: str | Path) -> nn.Module:
         with torch.device("meta"):
             return model_class(config) if known else transformers.AutoModel.from_config(config)
     except Exception as error:
-        raise BackboneError(f"{source} cannot be inspected: {first_line(error)}") from error
+        raise BackboneError(f"{source} cannot be inspected: {reason(source, error)}") from error
+
+
+def _timm_name(source: str) -> str | None:
+    """What timm would call a model; None if it is none of timm's. timm's folders name one architecture."""
+    if (file := Path(source) / "config.json").is_file():
+        return f"local-dir:{source}" if "architecture" in json.loads(file.read_text(encoding="utf-8")) else None
+    if "/" in source:
+        return None
+    import timm
+
+    return source if timm.is_model(source) else None
 
 
 def model_source(source: str | Path) -> str:
@@ -169,6 +188,12 @@ def model_source(source: str | Path) -> str:
     if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
     return text
+
+
+def reason(source: str | Path, error: BaseException) -> str:
+    """Why a model could not be loaded; where no folder has its name, that is said first."""
+    line = first_line(error)
+    return line if Path(source).exists() else f"there is no folder of that name, and the Hub did not give it: {line}"
 
 
 def first_line(error: BaseException) -> str:

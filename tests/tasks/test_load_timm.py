@@ -203,3 +203,18 @@ def test_a_model_with_a_file_can_be_used_from_any_folder(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert absolute_path("vit_base_patch16_224:x.npz") == f"vit_base_patch16_224:{tmp_path / 'x.npz'}"
     assert absolute_path("vit_base_patch16_224:y.npz") == "vit_base_patch16_224:y.npz"
+
+
+def test_inspecting_reads_no_weights(tmp_path: Path) -> None:
+    from zinit.errors import BackboneError
+    from zinit.inspection import inspect_model
+
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    found = inspect_model(str(folder), options=["length=5"])
+    assert (found["backbone"], len(found["sites"])) == ("vit", SHAPE["depth"])
+    assert found["num_trainable"] == SHAPE["depth"] * (5 * SHAPE["embed_dim"] + SHAPE["num_heads"])
+    assert found["num_parameters"] == sum(parameter.numel() for parameter in tiny().parameters())
+    assert inspect_model("vit_base_patch16_224")["num_trainable"] == 12 * (10 * 768 + 12)
+    with pytest.raises(BackboneError, match="there is no folder of that name"):
+        inspect_model("no-such-model")

@@ -110,6 +110,7 @@ class BaseToNovel(Task):
 
     name = "base-to-novel"
     Config = BaseToNovelConfig
+    baseline = "zero-shot: the frozen model"
     metric = "harmonic_mean"
 
     def __init__(
