@@ -25,9 +25,7 @@ def main() -> None:
     options.set_defaults(width=4096, layers=32, heads=32, kv_heads=32, vocabulary=32000, rounds=100)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--length", type=int, default=512)
-    options.add_argument(
-        "--peak-tflops", type=float, default=989.0, help="dense bfloat16 peak (H200: 989)"
-    )
+    options.add_argument("--peak-tflops", type=float, default=989.0, help="dense bfloat16 peak (H200: 989)")
     options = options.parse_args()
     prepare(options)
     if not torch.cuda.is_available():

@@ -355,12 +355,15 @@ def held_out_loss(
 
 
 def _checkpoint_activations(model: Any) -> None:
-    if not hasattr(model, "gradient_checkpointing_enable"):
+    if hasattr(model, "gradient_checkpointing_enable"):  # transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # It makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+    elif hasattr(model, "set_grad_checkpointing"):  # timm
+        model.set_grad_checkpointing(True)
+    else:
         raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing; set it to false.")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
-    if hasattr(model, "disable_input_require_grads"):
-        model.disable_input_require_grads()
 
 
 def _non_finite(plan: Plan, step: int, loss: float, norm: float) -> str:

@@ -262,3 +262,19 @@ def test_the_frozen_baseline_is_scikit_learns(tmp_path: Path) -> None:
         found.prepare()
         prepared, _ = held_out_loss(found, TrainConfig(), accelerator)
         assert (prepared == pytest.approx(loss)) == bool(settings)
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
+    root, model = save_vtab(tmp_path / "data", train=24, val=6, test=6), save_tiny(tmp_path / "model")
+    losses = {}
+    for checkpointing in (False, True):
+        train = TrainConfig(steps=4, batch_size=10, learning_rate=0.05, warmup_steps=0, save_every=0,
+                            gradient_checkpointing=checkpointing)  # fmt: skip
+        config = RunConfig(
+            backbone="vit", task="vtab", model=str(model), data=str(root), train=train, options=VTABConfig()
+        )
+        events: list[dict[str, Any]] = []
+        train_run(config, tmp_path / f"run{checkpointing}", on_event=events.append)
+        losses[checkpointing] = [event["loss"] for event in events if event["event"] == "step"]
+    assert len(set(losses[True])) == 4
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
