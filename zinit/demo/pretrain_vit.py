@@ -138,7 +138,7 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's Vision Transformer on procedural pictures.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model files")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
