@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers import RelPosBias, apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 import zinit
-from tests.contract.cases import randomized, set_fused, timm_eva, timm_vit
+from tests.contract.cases import randomized, set_fused, timm_eva, timm_swin, timm_vit
 
 OPEN = zinit.PrefixConfig(length=5, gate_init=0.7)
 JOINT = zinit.PrefixConfig(length=5, gating=False, separate_softmax=False)
@@ -165,10 +169,10 @@ def test_rows_of_a_fused_projection() -> None:
 
 
 REFUSED = {
-    "vit_relpos_small_patch16_224": "relative position",
-    "beit_base_patch16_224": "relative position",
-    "swin_tiny_patch4_window7_224": "relative position",
-    "xcit_nano_12_p8_224": "no head_dim",
+    "swinv2_tiny_window8_256": "relative position",
+    "efficientformer_l1": "relative position",
+    "xcit_nano_12_p8_224": "no scale",
+    "gcvit_xxtiny": "q_global",
     "resnet18": "no attention of a Vision Transformer's kind",
 }
 
@@ -207,3 +211,101 @@ def test_another_formula_behind_the_same_names_is_refused() -> None:
 
     with pytest.raises(zinit.BackboneError, match="not the plain softmax"):
         zinit.attach(randomized(Blocks(Sharper(32, num_heads=4))), backbone="vit")
+
+
+def beit_attention() -> nn.Module:
+    return BeitAttention(32, num_heads=4, qkv_bias=True, window_size=(2, 3))
+
+
+def relative_attention() -> nn.Module:
+    places = functools.partial(RelPosBias, window_size=(2, 3))
+    return RelPosAttention(32, num_heads=4, qkv_bias=True, qk_norm=True, rel_pos_cls=places)  # pyright: ignore
+
+
+BIASED: dict[str, Any] = {
+    "beit": (beit_attention, 7, {"shared_rel_pos_bias": torch.randn(1, 4, 7, 7)}),
+    "vit-relpos": (relative_attention, 6, {}),
+    "vit-srelpos": (lambda: RelPosAttention(32, num_heads=4), 6, {"shared_rel_pos": torch.randn(1, 4, 6, 6)}),
+    "swin": (lambda: WindowAttention(32, num_heads=4, window_size=(2, 3)), 6, {"mask": torch.randn(2, 6, 6)}),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("joint", [False, True], ids=["gated", "joint"])
+@pytest.mark.parametrize("kind", sorted(BIASED))
+def test_biases_of_relative_position_written_out(kind: str, joint: bool, fused: bool) -> None:
+    """Scores per sample and head in plain loops, the biases looked up place by place."""
+    torch.manual_seed(1)
+    make, count, extra = BIASED[kind]
+    model = set_fused(randomized(Blocks(make())), fused).requires_grad_(False)  # a bias that trains has other kernels
+    attn: Any = model.blocks[0]  # pyright: ignore
+    x = torch.randn(4, count, 32)  # two pictures of two windows, for Swin
+    for given in ({}, extra) if extra else ({},):
+        frozen = model(x, **given)
+        zinit.attach(model, zinit.PrefixConfig(length=5), backbone="vit", seed=0)
+        assert torch.equal(model(x, **given), frozen)
+        zinit.get_handle(model).detach()
+        handle = zinit.attach(model, JOINT if joint else OPEN, backbone="vit", seed=0)
+        got = model(x, **given)
+        assert (got - frozen).abs().max() > 1e-2
+        expected = biased_by_hand(attn, x, handle.prefixes["blocks.0"], given, joint)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        handle.detach()
+
+
+def test_windows() -> None:
+    """A whole Swin: frozen while closed; open, all gets a gradient; a route or context is refused."""
+    model = timm_swin()
+    frozen = model(IMAGES)
+    closed = zinit.attach(model, zinit.PrefixConfig(length=5), seed=0)
+    assert torch.equal(model(IMAGES), frozen)
+    closed.detach()
+    handle = zinit.attach(model, OPEN, seed=0)
+    model(IMAGES).square().sum().backward()
+    for name, parameter in handle.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in IMAGES])
+        torch.testing.assert_close(model(IMAGES), alone, atol=1e-5, rtol=1e-4)
+        for scope in (handle.route(["default", None]), handle.context(torch.zeros(2, 1, 32))):
+            with pytest.raises(zinit.ConfigError, match="within windows"), scope:
+                model(IMAGES)
+    handle.detach()
+    assert torch.equal(model(IMAGES), frozen)
+
+
+def biased_by_hand(attn: Any, x: Tensor, prefix: Any, given: dict[str, Tensor], joint: bool) -> Tensor:
+    """As `by_hand`, with what is added to the scores."""
+    bias = attn.qkv.bias if attn.qkv.bias is not None else torch.zeros(96)
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    norms = [getattr(attn, name, nn.Identity()).forward for name in ("q_norm", "k_norm")]
+    module = attn.rel_pos if getattr(attn, "rel_pos", None) is not None else attn
+    table = getattr(module, "relative_position_bias_table", None)
+
+    def part(x: Tensor, which: int, head: int) -> Tensor:
+        rows = slice((which * 4 + head) * 8, (which * 4 + head + 1) * 8)
+        return x @ attn.qkv.weight[rows].T + bias[rows]
+
+    samples: list[Tensor] = []
+    for place, sample in enumerate(x):
+        outs: list[Tensor] = []
+        for head in range(4):
+            query, key = norms[0](part(sample, 0, head)), norms[1](part(sample, 1, head))
+            scores = query @ key.T * 8**-0.5
+            if table is not None:
+                places = module.relative_position_index.view(len(sample), len(sample)).tolist()
+                scores = scores + torch.stack([torch.stack([table[i, head] for i in row]) for row in places])
+            for name, term in given.items():
+                scores = scores + (term[place % 2] if name == "mask" else term[0, head])
+            prompts = query @ norms[1](part(prefix.prompt.weight, 1, head)).T * 8**-0.5
+            prompt_value, value = part(prefix.prompt.weight, 2, head), part(sample, 2, head)
+            if joint:
+                shares = torch.cat([prompts, scores], dim=-1).softmax(-1)
+                outs.append(shares @ torch.cat([prompt_value, value]))
+            else:
+                own = prompts.softmax(-1) @ prompt_value
+                outs.append(scores.softmax(-1) @ value + prefix.gate[head].tanh() * own)
+        samples.append(attn.proj.forward(torch.cat(outs, dim=-1)))
+    return torch.stack(samples)

@@ -115,6 +115,30 @@ def timm_eva(*, fused: bool = True, **changes: Any) -> nn.Module:
     return set_fused(randomized(Eva(**shape | {"use_rot_pos_emb": True, "qkv_fused": False} | changes)), fused)
 
 
+def timm_beit(*, fused: bool = True, **changes: Any) -> nn.Module:
+    """timm's BEiT of three layers: biases of relative position, its query behind no norm."""
+    from timm.models.beit import Beit
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
+    return set_fused(frozen_biases(randomized(Beit(**shape | {"use_rel_pos_bias": True} | changes))), fused)
+
+
+def timm_swin(*, fused: bool = True, **changes: Any) -> nn.Module:
+    """timm's Swin of three blocks, one of them shifted: C 32, H 4, D 8, four windows of four patches."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depths": (3,), "num_heads": (4,), "window_size": 2}
+    others = {"num_classes": 7, "drop_path_rate": 0.0}
+    return set_fused(frozen_biases(randomized(SwinTransformer(**shape | others | changes))), fused)
+
+
+def frozen_biases(model: nn.Module) -> nn.Module:
+    """Freezes what is added to scores, as attaching does: torch attends by other kernels where that trains."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-1] != "relative_position_bias_table")
+    return model
+
+
 def set_fused(model: nn.Module, fused: bool) -> nn.Module:
     """Chooses between timm's two ways to attend."""
     for module in model.modules():
@@ -237,6 +261,7 @@ CASES: list[Case] = [
                 fused=False, qk_norm=True, scale_attn_norm=True, reg_tokens=2, no_embed_class=True, init_values=0.5
             ),
             "eva": timm_eva,
+            "beit": timm_beit,
         }.items()
     ),
     Case(name="gpt-neox", backbone="transformers", build=lambda: causal_lm("GPTNeoX")),

@@ -1,14 +1,17 @@
-"""timm's Vision Transformers: fused or separate projections, q/k norms, rotations; class and register tokens.
+"""timm's Vision Transformers: fused or separate projections, q/k norms, rotations, biases of relative position (BEiT,
+Swin's windows); class and register tokens.
 
 timm has no attention interface, but its attention modules pass everything that matters through named submodules: the
 query leaves ``q_norm`` (an identity where there is no norm), the heads' output enters ``norm`` (or ``proj``). Hooks on
-those two take the host's own query and add the gated prefix: no forward is copied, nothing is computed twice, nothing
-is renamed. Before a model is accepted, each of its modules is run on random vectors: what it gives to ``norm`` must be
-the plain softmax attention of its projections, or the model is refused.
+those two take the host's own query and add the gated prefix: no forward is copied and nothing is renamed. Modules
+without a ``q_norm`` (BEiT, Swin) show their query to nobody; it alone is projected a second time. Before a model is
+accepted, each of its modules is run on random vectors: what it gives to ``norm`` must be the plain softmax attention of
+its projections and biases, or the model is refused.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -17,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
-from zinit.errors import BackboneError
+from zinit.errors import BackboneError, ConfigError
 from zinit.prefix import join_words
 
-RELATIVE = ("relative_position_bias_table", "rel_pos", "attention_biases", "cpb_mlp")
-KNOWN = {"x", "rope", "attn_mask", "is_causal"}
+KNOWN = {"x", "rope", "attn_mask", "is_causal", "mask", "shared_rel_pos_bias", "shared_rel_pos"}
 NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
 
 
@@ -42,9 +44,10 @@ class Seam:
         exit = getattr(host, "norm", None) or host.proj
         self.handles = [
             host.register_forward_pre_hook(self.begin, with_kwargs=True),
-            host.q_norm.register_forward_hook(self.catch),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             exit.register_forward_pre_hook(self.add),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         ]
+        if hasattr(host, "q_norm"):
+            self.handles.append(host.q_norm.register_forward_hook(self.catch))  # pyright: ignore
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -63,22 +66,28 @@ class Seam:
         """Adds the prefix to what the heads give: (B, T, H * D) in ``args``."""
         given, query = self.given, self.query
         self.given, self.query = {}, None
-        assert query is not None
-        query = rotate(self.host, query, given.get("rope"))
-        if self.slot is None:
-            self.query, self.out = query, args[0]
-            return None
-        prefix = self.slot.prefix()
-        if prefix is None:
+        prefix = None if self.slot is None else self.slot.prefix()
+        if self.slot is not None and prefix is None:
             return None
         host: Any = self.host
+        if self.slot is not None and "mask" in self.order and (self.slot.route or self.slot.contexts):
+            raise ConfigError(
+                f"{type(host).__name__} attends within windows and does not know which sample one is of: it takes "
+                f"neither a route nor a context. Activate one adapter for the whole batch."
+            )
+        if query is None:
+            query = project_query(host, given["x"])
+        query = rotate(host, query, given.get("rope"))
+        if self.slot is None or prefix is None:
+            self.query, self.out = query, args[0]
+            return None
         prompts = self.slot.keys_values(host, prefix, query.dtype)
         if prefix.config.separate_softmax:
-            return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)), *args[1:])
+            return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)).view_as(args[0]), *args[1:])
         key, value = project_kv(host, given["x"])  # plain prefix tuning attends once more, to prompts and words
         key = rotate(host, key, given.get("rope"))
         causal = given.get("is_causal", False)
-        mask = None if causal else given.get("attn_mask")
+        mask = None if causal else added_to_scores(host, given)
         key, value, mask = join_words(query, key, value, mask, causal, prompts)
         shared_by = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
@@ -114,8 +123,42 @@ def project_kv(host: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         _, key, value = projected.chunk(3, dim=-1)
     else:
         key, value = host.k_proj(tokens), host.v_proj(tokens)
-    key, value = (x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2) for x in (key, value))
-    return host.k_norm(key), value
+    key, value = (x.unflatten(-1, (-1, width_of_head(host))).transpose(1, 2) for x in (key, value))
+    return (host.k_norm(key) if hasattr(host, "k_norm") else key), value
+
+
+def project_query(host: Any, tokens: Tensor) -> Tensor:
+    """(B, T, C) to the queries (B, H, T, D) of a host that has no ``q_norm``."""
+    size = width_of_head(host)
+    if getattr(host, "qkv", None) is None:
+        return host.q_proj(tokens).unflatten(-1, (-1, size)).transpose(1, 2)
+    rows = slice(host.num_heads * size)
+    bias = getattr(host, "q_bias", None)
+    if bias is None and host.qkv.bias is not None:
+        bias = host.qkv.bias[rows]
+    return F.linear(tokens, host.qkv.weight[rows], bias).unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def width_of_head(host: Any) -> int:
+    """D, which some of timm's modules do not note down."""
+    return getattr(host, "head_dim", None) or host.qkv.out_features // (3 * host.num_heads)
+
+
+def added_to_scores(host: Any, given: dict[str, Any]) -> Tensor | None:
+    """The mask or biases on a host's scores, (1 or B, 1 or H, T, T); None if there are none.
+
+    Biases of relative position are a module's own or its model's shared ones; Swin's mask is (windows, T, T), for
+    windows that lie one after the other in the batch.
+    """
+    terms: list[Tensor | None] = [given.get(name) for name in ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")]
+    if getattr(host, "rel_pos", None) is not None:
+        terms.append(host.rel_pos.get_bias())
+    if getattr(host, "relative_position_bias_table", None) is not None:
+        terms.append(host._get_rel_pos_bias())
+    if (mask := given.get("mask")) is not None:
+        terms.append(mask.repeat(given["x"].shape[0] // len(mask), 1, 1)[:, None])
+    there = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, there) if there else None
 
 
 class TimmBackbone:
@@ -179,8 +222,8 @@ def site_of(name: str, module: Any) -> AttentionSite:
         module=module,
         width=(fused if fused is not None else module.k_proj).in_features,
         num_heads=module.num_heads,
-        num_kv_heads=keys // module.head_dim,
-        head_dim=module.head_dim,
+        num_kv_heads=keys // width_of_head(module),
+        head_dim=width_of_head(module),
         project_kv=project_kv,
         query_value=("q_proj", "v_proj") if fused is None else ("qkv",),
     )
@@ -189,15 +232,14 @@ def site_of(name: str, module: Any) -> AttentionSite:
 @torch.no_grad()
 def objection(module: Any) -> str:
     """Why an attention module cannot take a prefix; empty if it can."""
-    if any(getattr(module, part, None) is not None for part in RELATIVE):
+    if has_foreign_bias(module):
         return "it adds relative position biases, which zinit does not reproduce"
     if hasattr(module, "lambda_init"):
         return "it attends by the difference of two softmaxes, which zinit does not reproduce"
     if getattr(module, "gate", None) is not None:
         return "it gates its attention's output (timm's `gated`), which zinit does not reproduce"
-    for part in ("head_dim", "scale", "q_norm", "k_norm"):
-        if not hasattr(module, part):
-            return f"it has no {part}, unlike timm's own Attention"
+    if not hasattr(module, "scale"):
+        return "it has no scale, unlike timm's own Attention"
     projections = [getattr(module, part, None) for part in ("qkv", "k_proj", "v_proj")]
     if not all(hasattr(projection, "in_features") for projection in projections if projection is not None):
         return "its projections are not linear layers"
@@ -207,15 +249,24 @@ def objection(module: Any) -> str:
         return f"its forward takes {', '.join(sorted(others))}, which zinit does not reproduce"
     host: Any = with_real_weights(module)
     site = site_of("", host)
+    if site.num_heads * site.head_dim != getattr(host.proj, "in_features", None):
+        return f"its {site.num_heads} heads of width {site.head_dim} are not what its proj takes"
     weight = next(host.parameters())
-    first = getattr(host, "num_prefix_tokens", 0)
-    states = random_like(weight, 1, first + 5, site.width)
-    rope = random_like(weight, 5, 2 * site.head_dim)
     training = {part: part.training for part in host.modules()}
     host.eval()  # no dropout
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            for given in ({}, {"rope": rope}) if "rope" in parameters else ({},):
+            biases, first = added_to_scores(host, {}), getattr(host, "num_prefix_tokens", 0)
+            tokens = first + 5 if biases is None else biases.shape[-1]
+            states = random_like(weight, 2, tokens, site.width)
+            others = {
+                "rope": random_like(weight, tokens - first, 2 * site.head_dim),
+                "mask": random_like(weight, 2, tokens, tokens),
+                "shared_rel_pos_bias": random_like(weight, 1, site.num_heads, tokens, tokens),
+            }
+            if getattr(host, "rel_pos", None) is None:  # one or the other, for timm
+                others["shared_rel_pos"] = others["shared_rel_pos_bias"]
+            for given in ({}, *({name: others[name]} for name in sorted(others.keys() & parameters.keys()))):
                 if reason := difference(host, site, states, given):
                     return reason
     except Exception as error:  # whatever a model raises that cannot be called on tokens alone
@@ -224,6 +275,16 @@ def objection(module: Any) -> str:
         for part, mode in training.items():
             part.training = mode
     return ""
+
+
+def has_foreign_bias(module: Any) -> bool:
+    """Whether a module has biases of relative position that `added_to_scores` does not know."""
+    position, table = getattr(module, "rel_pos", None), getattr(module, "relative_position_bias_table", None)
+    return (
+        any(getattr(module, part, None) is not None for part in ("attention_biases", "cpb_mlp"))
+        or (position is not None and not hasattr(position, "get_bias"))
+        or (table is not None and not hasattr(module, "_get_rel_pos_bias"))
+    )
 
 
 def difference(host: Any, site: AttentionSite, states: Tensor, given: dict[str, Tensor]) -> str:
@@ -240,11 +301,13 @@ def difference(host: Any, site: AttentionSite, states: Tensor, given: dict[str, 
     key = rotate(host, key, given.get("rope"))
     shared_by = site.num_heads // site.num_kv_heads
     key, value = key.float().repeat_interleave(shared_by, dim=1), value.float().repeat_interleave(shared_by, dim=1)
-    plain = heads_side_by_side(F.scaled_dot_product_attention(query.float(), key, value, scale=host.scale))
+    mask = added_to_scores(host, {"x": states, **given})
+    mask = None if mask is None else mask.float()
+    plain = heads_side_by_side(F.scaled_dot_product_attention(query.float(), key, value, mask, scale=host.scale))
     slack = 1e-4 if states.dtype == torch.float32 else 3e-2
     if plain.shape != out.shape or not (plain - out.float()).abs().max() <= slack * plain.abs().max():
         return (
-            "its heads' output is not the plain softmax(q k) v of its projections (a relative position bias, "
+            "its heads' output is not the plain softmax(q k) v of its projections (a scale or bias of its own, "
             "a difference of two softmaxes, or the like)"
         )
     return ""
