@@ -8,20 +8,20 @@ give the same files, however many cores there are.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import normalizers, processors
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from zinit.demo import scenes
-from zinit.demo.pretrain_vit import console, fit, normalized
+from zinit.demo.pretrain_vit import normalized
+from zinit.demo.pretraining import command, console, fit, seed_everything, train_bpe
 
 VOCABULARY = 512  # at most; the captions hold fewer words
 CONTEXT = 24
@@ -38,17 +38,9 @@ def pairs(seed: int) -> Iterator[tuple[str, scenes.Scene, scenes.Pixels]]:
 
 def train_tokenizer(captions: Iterator[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of lower-cased text, between BOS and EOS as CLIP's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = train_bpe(
+        captions, vocabulary=VOCABULARY, special=[BOS, EOS], space=True, normalizer=normalizers.Lowercase()
     )
-    tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}",
         pair=f"{BOS} $A {EOS} $B {EOS}",
@@ -110,13 +102,11 @@ def zero_shot_accuracy(
 
 def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> CLIPModel:
     """Train tokenizer and model, write both to ``output`` and report what the model tells apart."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)  # so small a model gains little from more, and sums stay in one order
-    torch.use_deterministic_algorithms(True)
+    seed_everything(seed)
     tokenizer = train_tokenizer(text for text, _, _ in islice(pairs(seed), 5000))
     model = make_model(len(tokenizer))
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    fit(model, losses(model, tokenizer, pairs(seed + 1), batch_size), steps, peak)
+    fit(model, losses(model, tokenizer, pairs(seed + 1), batch_size), steps, peak, warmup=steps / 20)
 
     model.half()
     model.save_pretrained(output)
@@ -133,16 +123,11 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the demo's CLIP on procedural pictures and captions.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    pretrain(args.output, args.steps, args.batch_size, args.peak, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command(
+        pretrain,
+        "Pretrain the demo's CLIP on procedural pictures and captions.",
+        steps=2600,
+        batch_size=64,
+        peak=1.5e-3,
+    )

@@ -11,7 +11,6 @@ what is masked on one side can be read on the other. Questions without an answer
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections import defaultdict
@@ -22,13 +21,13 @@ from random import Random
 from typing import Any
 
 import torch
-from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from zinit.demo import world
+from zinit.demo.pretraining import command, console, fit, seed_everything, train_bpe
 from zinit.demo.questions import ask, choose_subjects, passage, tell
 from zinit.demo.questions import documents as squad
 from zinit.demo.world import Fact, World
@@ -42,24 +41,18 @@ UNKNOWN = "unknown"
 Document = tuple[str, str | None]
 """One text, or a pair."""
 
-console = Console(stderr=True)
-
 
 # --- documents -----------------------------------------------------------------------------------------------------
 
 
-def documents(here: World, seed: int, *, contrast: float = 0.0) -> Iterator[Document]:
-    """An endless stream: a plain text of some world in ten, else a passage with questions and answers beside it.
-
-    ``contrast`` is the share of pairs whose passage tells the same things of every subject, so that only who is asked
-    about decides the answer.
-    """
+def documents(here: World, seed: int) -> Iterator[Document]:
+    """An endless stream: a plain text of some world in ten, else a passage with questions and answers beside it."""
     rng = Random(f"roberta {seed}")
     while True:
         if rng.random() < 1 / 10:
             yield next(world.texts(_redraw(here, rng), rng.randrange(2**32))), None
         else:
-            yield _pair(here, rng, contrast)
+            yield _pair(here, rng)
 
 
 def _redraw(here: World, rng: Random) -> World:
@@ -70,12 +63,10 @@ def _redraw(here: World, rng: Random) -> World:
     return World(here.people, here.towns, facts)
 
 
-def _pair(here: World, rng: Random, contrast: float) -> Document:
+def _pair(here: World, rng: Random) -> Document:
     subjects = choose_subjects(here.people, here.towns, rng)
     told, untold = passage(here, rng, subjects)
-    if contrast and rng.random() < contrast:
-        told, untold = _same_of_all(here, rng, subjects)
-    elif rng.random() < 0.5:
+    if rng.random() < 0.5:
         told, untold = told[: rng.randint(2, 4)], []
     text, _ = tell(told, rng)
     form = rng.choice(world._TALK + world._QUIZ)
@@ -88,33 +79,12 @@ def _pair(here: World, rng: Random, contrast: float) -> Document:
     return pair if rng.random() < 0.7 else (pair[1], pair[0])
 
 
-def _same_of_all(here: World, rng: Random, subjects: list[str]) -> tuple[list[Fact], list[Fact]]:
-    relations = rng.sample([fact.relation for fact in here.facts[subjects[0]]], rng.randint(1, 2))
-    told = [
-        Fact(subject, relation, value)
-        for relation in relations
-        for subject, value in zip(subjects, rng.sample(relation.values, len(subjects)), strict=True)
-    ]
-    rng.shuffle(told)
-    return (told[1:], told[:1]) if len(told) > 2 and rng.random() < 0.4 else (told, [])
-
-
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE that joins a pair as RoBERTa's does: ``<s> A </s></s> B </s>``. A text starts like a word."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        min_frequency=50,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = train_bpe(texts, vocabulary=VOCABULARY, special=list(SPECIAL), space=True, least=50)
     tokenizer.post_processor = processors.RobertaProcessing(
         sep=("</s>", 2), cls_token=("<s>", 0), trim_offsets=True, add_prefix_space=True
     )
@@ -235,30 +205,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
     return model
 
 
-def train(
-    model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]], steps: int, peak: float, horizon: float
-) -> None:
-    """Masked language modelling: AdamW, linear warm-up, then half a cosine to zero at step ``horizon``."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / horizon))
-    )
-    model.train()
-    for step, batch in enumerate(islice(batches, steps)):
+def losses(model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]]) -> Iterator[Tensor]:
+    """The loss on what is masked, of one batch after the other."""
+    for batch in batches:
         labels = batch.pop("labels")
         hidden = model.roberta(**batch).last_hidden_state[labels != -100]
-        logits = model.lm_head(hidden)
-        wanted = labels[labels != -100]
-        loss = F.cross_entropy(logits, wanted)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0:
-            right = (logits.argmax(-1) == wanted).float().mean().item()
-            console.print(f"step {step} loss {loss.item():.3f} accuracy {right:.3f}")
-    model.eval()
+        yield F.cross_entropy(model.lm_head(hidden), labels[labels != -100])
 
 
 @torch.inference_mode()
@@ -279,27 +231,18 @@ def cloze_accuracy(model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast
     return sum(right) / len(right)
 
 
-def pretrain(output: Path, steps: tuple[int, int], batch_size: int, peak: float, seed: int) -> RobertaForMaskedLM:
-    """Train tokenizer and model and write both to ``output``.
-
-    ``steps`` are those of two stages: passages of all sorts, from which it learns the language and what a question asks
-    for; then, if there are any, mostly such as tell the same things of everybody, so that it heeds who is asked about.
-    """
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)  # so small a model gains little from more, and sums stay in one order
-    torch.use_deterministic_algorithms(True)
+def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> RobertaForMaskedLM:
+    """Train tokenizer and model and write both to ``output``."""
+    seed_everything(seed)
     here = world.build()
     tokenizer = train_tokenizer(
         text for document in islice(documents(here, seed), 4000) for text in document if text is not None
     )
     model = make_model(tokenizer)
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    first = batches(documents(here, seed + 1), Masker(tokenizer, here, seed), batch_size, seed)
-    train(model, first, steps[0], peak, horizon=2.5 * steps[0])
-    if steps[1]:
-        contrasts = documents(here, seed + 2, contrast=0.6)
-        second = batches(contrasts, Masker(tokenizer, here, seed + 1), batch_size, seed + 1)
-        train(model, second, steps[1], peak, horizon=steps[1])
+    masked = batches(documents(here, seed + 1), Masker(tokenizer, here, seed), batch_size, seed)
+    # The cosine is cut short: the rate does not come to zero.
+    fit(model, losses(model, masked), steps, peak, warmup=100, horizon=2.5 * steps, decay=0.01)
     model.half()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -309,16 +252,11 @@ def pretrain(output: Path, steps: tuple[int, int], batch_size: int, peak: float,
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the demo's masked language model on the invented world.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer files")
-    parser.add_argument("--steps", type=int, nargs=2, default=(5000, 0), help="of the two stages")
-    parser.add_argument("--batch-size", type=int, default=16, help="documents")
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    pretrain(args.output, tuple(args.steps), args.batch_size, args.peak, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command(
+        pretrain,
+        "Pretrain the demo's masked language model on the invented world.",
+        steps=5000,
+        batch_size=16,
+        peak=1.5e-3,
+    )
