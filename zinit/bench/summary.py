@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zinit.adapter_file import write_atomically
-from zinit.bench.plan import REFERENCE, Benchmark, Experiment
+from zinit.bench.plan import REFERENCE, Benchmark, Cell, Experiment
 from zinit.bench.runner import final_cells, read_cells
 from zinit.run_directory import write_json
 from zinit.tasks import TASKS
@@ -39,6 +39,7 @@ class Row:
         num_trainable: parameters.
         samples: examples that the metric is over.
         seconds: of training, mean.
+        dataset: name of its data.
         missing: seeds that are not finished.
         problem: why a seed was refused, if one was.
         paper: the paper's figure for this row, if it is known.
@@ -48,6 +49,7 @@ class Row:
     metric: str
     method: str
     vary: dict[str, Any]
+    dataset: str
     values: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     frozen: float | None = None
@@ -89,9 +91,14 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
     for experiment in benchmark.experiments:
         for cell in experiment.cells():  # also those whose selection is still open
             key = _key(experiment.name, cell.method, cell.vary)
-            rows.setdefault(
-                key, Row(experiment=experiment.name, metric=experiment.metric, method=cell.method, vary=cell.vary)
+            row = Row(
+                experiment=experiment.name,
+                metric=experiment.metric,
+                method=cell.method,
+                vary=cell.vary,
+                dataset=dataset_of(cell),
             )
+            rows.setdefault(key, row)
             rows[key].missing.append(cell.seed)
     collected: dict[str, list[dict[str, Any]]] = {}
     for cell in planned:
@@ -121,7 +128,7 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
         row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
     tasks = {experiment.name: TASKS.get(str(experiment.task)) for experiment in benchmark.experiments}
     for row in rows.values():
-        row.paper = tasks[row.experiment].paper_figure(row.method, dataset_of(row), row.metric)
+        row.paper = tasks[row.experiment].paper_figure(row.method, row.dataset, row.metric)
         reference = rows.get(_key(row.experiment, REFERENCE, row.vary))
         if reference is not None and reference is not row:
             pairs = [value - reference.values[seed] for seed, value in row.values.items() if seed in reference.values]
@@ -249,10 +256,9 @@ def write_summary(benchmark: Benchmark, output: Path) -> list[Row]:
     return rows
 
 
-def dataset_of(row: Row) -> str:
-    """The data set of a row of an experiment that goes through several."""
-    named = row.vary.get("task.dataset", row.vary.get("data", ""))
-    return Path(str(named)).name
+def dataset_of(cell: Cell) -> str:
+    """The data set of a cell: which one of several, else the name of its folder, file or Hub id; "" for the demo's."""
+    return Path(str(cell.vary.get("task.dataset", cell.vary.get("data", cell.data or "")))).name
 
 
 def aggregates(experiment: Experiment, rows: list[Row]) -> list[str]:
@@ -262,7 +268,7 @@ def aggregates(experiment: Experiment, rows: list[Row]) -> list[str]:
         return []
     for method in experiment.methods:
         own = [row for row in rows if (row.experiment, row.method) == (experiment.name, method) and row.metrics]
-        figures = task.over_datasets({dataset_of(row): row.metrics for row in own}) if own else {}
+        figures = task.over_datasets({row.dataset: row.metrics for row in own}) if own else {}
         shown = [
             f"{name} {show(figure) if isinstance(figure, float | None) else ', '.join(map(str, figure))}"
             for name, figure in figures.items()

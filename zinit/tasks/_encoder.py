@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -100,3 +102,12 @@ def _room(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def paper_figure(method: str, dataset: str, metric: str) -> float | None:
+    """What the paper reports for RoBERTa-large, in percent; see `zinit.tasks.base.Task.paper_figure`."""
+    text = (resources.files("zinit.tasks") / "paper_encoder.toml").read_text("utf-8")
+    for table in tomllib.loads(text).values():
+        if dataset.lower() in table["names"] and metric in table["metrics"] and method in table:
+            return table[method][table["metrics"].index(metric)]
+    return None

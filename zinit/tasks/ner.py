@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
-from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad
+from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks._sentences import Sentence, read_sentences
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 
@@ -299,6 +299,10 @@ class TokenClassification(Task):
             for sentence, tags in zip(self.held_out_sentences, self._predictions, strict=False)
         ]
         return {"predictions.json": {"labels": self._labels, "sentences": sentences}}
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        return paper_figure(method, dataset, metric)
 
     def data_report(self) -> dict[str, Any]:
         """Counts of sentences read and kept, of their windows and words, and of words the tokenizer has none for."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
-from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, takes_token_types
+from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
 from zinit.tasks._questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks._windows import Window, best_answer, make_windows
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
@@ -247,6 +247,10 @@ class Squad(Task):
     def artifacts(self) -> dict[str, Any]:
         """The last evaluation's answers and null odds, as the official scripts read them."""
         return {"predictions.json": self.predictions, "null_odds.json": self.null_odds}
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        return paper_figure(method, dataset, metric)
 
     def data_report(self) -> dict[str, Any]:
         """Counts of questions read, kept and skipped, of their windows, and of what was cut off."""
