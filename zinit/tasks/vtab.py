@@ -260,6 +260,9 @@ class VTAB(Task):
         finally:
             self.head.load_state_dict(untrained)
 
+    def baseline_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.head.named_parameters(prefix="head"))
+
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Top-1 accuracy, 0 to 1."""
