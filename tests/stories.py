@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-SHARED = Path(__file__).parents[2] / "shared"
+from tests.shared import SHARED
+
 SOURCE = SHARED / "data" / "weights" / "stories260K"
 
 

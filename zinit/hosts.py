@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -58,11 +58,13 @@ class ClipProcessor:
         tokenizer: of the text tower.
         mean: of the pixels' channels, in 0..1.
         std: see ``mean``.
+        padding: of texts: to the longest of them, or to all the room there is where padding is part of the text.
     """
 
     tokenizer: Any
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    padding: Literal["longest", "max_length"] = "longest"
 
 
 def load_clip(
@@ -101,7 +103,9 @@ def load_clip(
     except OSError:
         settings = {}
     mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
-    return model, ClipProcessor(tokenizer, tuple(mean), tuple(std))
+    # A tokenizer that gives no mask, as SigLIP's, was made for a tower that reads the padding too.
+    padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
+    return model, ClipProcessor(tokenizer, tuple(mean), tuple(std), padding)
 
 
 def load_encoder(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:

@@ -8,6 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +26,12 @@ from zinit.run_directory import (
     Log,
     check_output,
     launch_id,
+    load_baseline,
     load_trained,
     read_finished_run,
     read_results,
     read_run,
+    save_baseline,
     save_trained,
     was_restarted,
     write_json,
@@ -108,11 +111,10 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
     """
     task_class = TASKS.get(config.task)
     known = {} if labels is None else {"labels": labels}
-    adapted = built.adapted
     return task_class(
-        adapted.model,
+        built.adapted.model,
         built.processor,
-        adapted.handle,
+        built.adapted.handle,
         config.options,
         data=config.data,
         seed=config.seed,
@@ -187,9 +189,7 @@ def train_run(
     output = Path(output)
     resume = resume or was_restarted(output)
     check_output(output, resume)
-    extra: dict[str, Any] = {}
-    if config.train.tensorboard:
-        extra = _tensorboard(output)
+    extra = _tensorboard(output) if config.train.tensorboard else {}
     accelerator = make_accelerator(config.train, **extra)
     from accelerate.utils import set_seed
 
@@ -248,6 +248,7 @@ def train_run(
         on_event({"event": "stage", "text": "evaluating the frozen model"})
         with disabled(), task.frozen_baseline():
             frozen = _evaluate(task, config, accelerator)
+            save_baseline(task, output, writes=accelerator.is_main_process)
         results = {"metrics": {"frozen": frozen.metrics}, "baseline": task.baseline, "seed": config.seed}
         results["counts"] = task.data_report()
         results["samples"] = [
@@ -310,6 +311,8 @@ def train_run(
 def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int | None = None) -> dict[str, Any]:
     """Frozen and adapted model of a finished run on its held-out examples, or on other data.
 
+    The frozen model is left out where its baseline needs training data that are not read, and the run kept none.
+
     Args:
         directory: of the run.
         data: evaluate on all of this instead.
@@ -323,13 +326,16 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     built = build_model(config, accelerator.device, saved=Path(directory))
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
     place(task, accelerator)
-    with built.adapted.disabled(), task.frozen_baseline():  # before the trained weights are there
-        frozen = _evaluate(task, config, accelerator, limit)
-    load_trained(task, Path(directory))
+    metrics = {}
+    kept = load_baseline(task, Path(directory))
+    if known := kept or data is None or not task.baseline_parameters():
+        with built.adapted.disabled(), nullcontext() if kept else task.frozen_baseline():
+            metrics["frozen"] = _evaluate(task, config, accelerator, limit).metrics
+    load_trained(task, Path(directory))  # not before: the frozen model is without them
     adapted = _evaluate(task, config, accelerator, limit)
     return {
-        "metrics": {"frozen": frozen.metrics, "adapted": adapted.metrics},
-        "baseline": task.baseline,
+        "metrics": metrics | {"adapted": adapted.metrics},
+        "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from zinit.adapter_file import check_tensors, write_atomically
 from zinit.config import to_json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zinit.tasks.base import Task
 
 TRAINED = "trained.safetensors"
+BASELINE = "baseline.safetensors"
 
 
 def read_run(directory: str | Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -111,28 +113,45 @@ def save_trained(task: Task, directory: Path, *, writes: bool = True) -> None:
     Raises:
         CheckpointError: if it cannot be written.
     """
-    from safetensors.torch import save
-
-    tensors = {name: whole(parameter).cpu().contiguous() for name, parameter in task.trained().items()}
-    if tensors and writes:
-        with writing(directory / TRAINED):
-            write_atomically(directory / TRAINED, save(tensors, metadata={"format": "pt"}))
+    _save(task.trained(), directory / TRAINED, writes)
 
 
-@torch.no_grad()
 def load_trained(task: Task, directory: Path) -> None:
     """Reads what `save_trained` wrote into a task built from the same settings.
 
     Raises:
         CheckpointError: if it is missing or damaged, or names or shapes differ.
     """
+    if own := task.trained():
+        _load(own, directory / TRAINED)
+
+
+def save_baseline(task: Task, directory: Path, *, writes: bool = True) -> None:
+    """Writes ``baseline.safetensors`` inside `Task.frozen_baseline`: what that scope has set. See `save_trained`."""
+    _save(task.baseline_parameters(), directory / BASELINE, writes)
+
+
+def load_baseline(task: Task, directory: Path) -> bool:
+    """Reads what `save_baseline` wrote; False if there is nothing, as in folders of earlier versions."""
+    if found := (directory / BASELINE).is_file():
+        _load(task.baseline_parameters(), directory / BASELINE)
+    return found
+
+
+def _save(own: Mapping[str, nn.Parameter], path: Path, writes: bool) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: whole(parameter).cpu().contiguous() for name, parameter in own.items()}
+    if tensors and writes:
+        with writing(path):
+            write_atomically(path, save(tensors, metadata={"format": "pt"}))
+
+
+@torch.no_grad()
+def _load(own: Mapping[str, nn.Parameter], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    own = task.trained()
-    if not own:
-        return
-    path = directory / TRAINED
     try:
         tensors = load(path.read_bytes())
     except OSError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import zinit
 from tests.contract.cases import Case
-from tests.contract.test_backbone import run, set_implementation
+from tests.contract.checks import run, set_implementation
 from tests.contract.test_generation import MODES, counted_projections, generate, nothing_is_kept
 from zinit.errors import ConfigError
 

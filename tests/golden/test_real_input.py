@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.stories import SHARED, SOURCE, save_stories
+from tests.shared import SHARED
+from tests.stories import SOURCE, save_stories
 from tests.tiny import zinit
 
 pytestmark = pytest.mark.skipif(not SOURCE.exists(), reason="../shared/data is absent")

@@ -14,14 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.tasks.vit import (
-    ARCHITECTURE,
-    SHAPE,
-    SHARED,
-    needs_data,
-    save_tiny,
-    tiny,
-)
+from tests.shared import SHARED, needs_data
+from tests.tasks.vit import ARCHITECTURE, SHAPE, save_tiny, tiny
 from zinit.errors import BackboneError
 from zinit.hosts import load_timm
 from zinit.settings import absolute_path

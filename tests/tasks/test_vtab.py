@@ -237,33 +237,6 @@ def test_a_run(tmp_path: Path, method: str) -> None:
         evaluate_run(tmp_path / "run", data=str(save_classes(tmp_path / "third", 2, ("1", "7"))))
 
 
-def test_the_frozen_baseline_is_scikit_learns(tmp_path: Path) -> None:
-    """The same accuracy and loss as scikit-learn's own, and the head is as before afterwards."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    from zinit.engine import held_out_loss, make_accelerator
-
-    for settings in ({}, {"head_init": "logistic-regression", "head_C": 1.0}):
-        root = save_vtab(tmp_path / str(len(settings)), train=24, val=6, test=30)
-        found = task(root, **settings)
-        before = {name: tensor.clone() for name, tensor in found.head.state_dict().items()}
-        train, held_out = found.features(found.train_stream).numpy(), found.features(found.held_out_stream).numpy()
-        solver = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train, found.train_labels)
-        labels = [found._number[example.label] for example in found.held_out_examples]
-        accelerator = make_accelerator(TrainConfig())
-        with found.frozen_baseline():
-            loss, _ = held_out_loss(found, TrainConfig(), accelerator)
-            assert found.evaluate(accelerator).metrics["accuracy"] == pytest.approx(solver.score(held_out, labels))
-        assert loss == pytest.approx(log_loss(labels, solver.predict_proba(held_out), labels=solver.classes_), rel=1e-3)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in found.head.state_dict().items())
-        found.prepare()
-        prepared, _ = held_out_loss(found, TrainConfig(), accelerator)
-        assert (prepared == pytest.approx(loss)) == bool(settings)
-
-
 def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     root, model = save_vtab(tmp_path / "data", train=24, val=6, test=6), save_tiny(tmp_path / "model")
     losses = {}

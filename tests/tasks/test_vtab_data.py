@@ -10,16 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tasks.vit import (
-    SHARED,
-    balanced,
-    needs_data,
-    picture,
-    save_classes,
-    save_vtab,
-    task,
-    task_pixels,
-)
+from tests.shared import SHARED, needs_data
+from tests.tasks.vit import balanced, picture, save_classes, save_vtab, task, task_pixels
 from zinit import demo
 from zinit.errors import DataError
 from zinit.tasks.vtab import VTAB_TASKS

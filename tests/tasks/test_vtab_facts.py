@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tasks.vit import (
-    SHARED,
-)
+from tests.shared import SHARED
 from zinit.errors import ConfigError, DataError
 from zinit.settings import RunConfig, list_presets, read_preset
 from zinit.tasks.vtab import VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid

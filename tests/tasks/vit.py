@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from zinit.tasks.vtab import VTAB, VTABConfig
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the real data in ../shared/data")
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
 ARCHITECTURE = "vit_tiny_patch16_224"
 

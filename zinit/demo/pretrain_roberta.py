@@ -69,7 +69,7 @@ def _pair(here: World, rng: Random) -> Document:
     if rng.random() < 0.5:
         told, untold = told[: rng.randint(2, 4)], []
     text, _ = tell(told, rng)
-    form = rng.choice(world._TALK + world._QUIZ)
+    form = rng.choice(world.TALK + world.QUIZ)
     asked = [(fact, fact.object) for fact in rng.sample(told, min(len(told), rng.randint(2, 5)))]
     asked += [(fact, UNKNOWN) for fact in rng.sample(untold, min(len(untold), rng.randint(0, 2)))]
     rng.shuffle(asked)

@@ -47,7 +47,7 @@ def tell(told: Sequence[Fact], rng: Random) -> tuple[str, list[int]]:
         starts.append(len(text) + sentence.index(fact.object, len(before)))
         text += sentence + " "
         if rng.random() < 0.1:
-            text += rng.choice(world._FILLERS) + " "
+            text += rng.choice(world.FILLERS) + " "
     return text.rstrip(), starts
 
 

@@ -109,6 +109,13 @@ class Task(nn.Module, ABC):
         """
         yield
 
+    def baseline_parameters(self) -> dict[str, nn.Parameter]:
+        """What `frozen_baseline` sets from the training examples, by name.
+
+        A run keeps the values: an evaluation on other data reads no training examples.
+        """
+        return {}
+
     def artifacts(self) -> dict[str, Any]:
         """JSON documents for the run's folder, by file name: what the last evaluation answered, say."""
         return {}

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
-from zinit.images import Images, OnBad, Picture, normalise, read_image
-from zinit.tasks._class_images import Labelled, draw_shots, read_split
+from zinit.images import Images, OnBad, Picture, normalise
 from zinit.tasks._crops import Views, plain
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.tasks.base_to_novel_table import harmonic_mean, paper_results, summarise
+from zinit.tasks.pictures.few_shot import draw_shots, few_shot_split
+from zinit.tasks.pictures.parts import Labelled, Parts, Reading
+from zinit.tasks.pictures.sources import read_pictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,12 +49,12 @@ class BaseToNovelConfig(JsonConfig):
         template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
         drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
         folder: where the pictures of a split_zhou_*.json file are, seen from that file.
-        fields: what a Parquet file or Hub data set calls picture and class.
+        fields: what CSV, Parquet and Hub data call picture and class.
         views: 1 trains on the plain pictures; more make so many random crops of each, all of them once per epoch.
         crop_scale: smallest share of a picture that a crop covers.
         few: whether a class with fewer pictures than shots is an error, or all it has are used.
-        on_bad: whether a picture that cannot be read is an error, or skipped and counted (in training another one is
-            drawn instead).
+        on_bad: whether an entry or picture that cannot be read is an error, or skipped and counted (in training
+            another picture is drawn instead).
         split_seed: of the half of each class that is tested on, where the data has no test part. Not the run's seed:
             all runs are tested on the same pictures.
         held_out_data: a source of its own for the test pictures instead.
@@ -98,7 +100,7 @@ class BaseToNovel(Task):
         processor: its tokenizer and pixel statistics.
         handle: the adapter on the model, in either or both towers.
         config: data handling.
-        data: source of the pictures, see `zinit.tasks._class_images.read_class_images`.
+        data: source of the pictures, see `zinit.tasks.pictures.sources.read_pictures`.
         seed: of the shots and the crops.
         train: False leaves the training pictures unread, for evaluation on ``held_out_data``.
         labels: the class names of an earlier run; data with other classes is refused.
@@ -129,14 +131,13 @@ class BaseToNovel(Task):
         self.model, self.processor, self.handle, self.config = model, processor, handle, config
         host: Any = model.config
         self.size = int(host.vision_config.image_size)
-        self.labels, training, tested, self._counts = read_split(
+        self.labels, training, tested, self._counts = few_shot_split(
             data,
             config.held_out_data,
+            self._read,
             train=train,
             labels=labels,
             dropped=config.drop_classes,
-            folder=config.folder,
-            fields=config.fields,
             seed=config.split_seed,
         )
         self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
@@ -150,10 +151,7 @@ class BaseToNovel(Task):
         else:
             self._train = Images(pictures, self._prepare)
         self._train_labels *= config.views
-        self._tested = {
-            "base": self._open([(picture, label) for picture, label in tested if label < middle]),
-            "novel": self._open([(picture, label - middle) for picture, label in tested if label >= middle]),
-        }
+        self._tested = {half: self._open(tested, self.classes[half]) for half in HALVES}
         for half in HALVES:
             self._counts[f"{half}_classes"] = len(self.classes[half])
             self._counts[f"{half}_test"] = len(self._tested[half][0])
@@ -173,13 +171,7 @@ class BaseToNovel(Task):
 
     @staticmethod
     def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
-        """A dual encoder and its processor.
-
-        Args:
-            source: folder or Hub id.
-            dtype: of the weights.
-            revision: on the Hub.
-        """
+        """A dual encoder and its processor; see `zinit.hosts.load_clip`."""
         from zinit.hosts import load_clip
 
         return load_clip(source, dtype=dtype, revision=revision)
@@ -189,42 +181,44 @@ class BaseToNovel(Task):
     def _prepare(self, image: Any) -> Any:
         return plain(image, self.size)
 
-    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[Picture], list[int]]:
-        """The shots of the base classes."""
-        config, names = self.config, self.classes["base"]
-        mine = [(picture, label) for picture, label in training if label < len(names)]
-        usable = _is_readable if config.on_bad == "skip" else lambda picture: True
-        chosen, refused = draw_shots(mine, config.shots, len(names), seed=seed, usable=usable)
-        for name, pictures in zip(names, chosen, strict=True):
-            if not pictures or (len(pictures) < config.shots and config.few == "error"):
-                have = f"{len(pictures)} image{'' if len(pictures) == 1 else 's'}"
-                hint = (
-                    f"Lower task.shots, or take what there is: -o task.few=use_all{'' if pictures else ' (from 1 on)'}."
-                )
-                raise DataError(f"class {name!r} has {have} for {config.shots} shots. {hint}")
-        found = [(picture, label) for label, pictures in enumerate(chosen) for picture in pictures]
-        left = len(mine) - len(found) - len(refused)
-        counts = (len(found), len(found) * config.views, left, len(refused), len(training) - len(mine))
-        self._counts |= {
-            **dict(zip(TRAIN_COUNTS, counts, strict=True)),
-            "classes_with_fewer_shots": sum(len(pictures) < config.shots for pictures in chosen),
-        }
-        return [picture for picture, _ in found], [label for _, label in found]
+    def _read(self, source: str | None) -> Parts:
+        from zinit import demo
 
-    def _open(self, pairs: list[Labelled]) -> tuple[Images, list[int]]:
-        """Decoded pictures and their labels."""
-        opened = Images([picture for picture, _ in pairs], self._prepare, on_bad=self.config.on_bad)
+        config = self.config
+        how = Reading(on_bad=config.on_bad, fields=config.fields, named=True, folder=config.folder)
+        return read_pictures(source, how, demo.base_to_novel)
+
+    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[Picture], list[int]]:
+        """The shots of the base classes, and their labels."""
+        config = self.config
+        number = {name: label for label, name in enumerate(self.classes["base"])}
+        mine = [example for example in training if example.label in number]
+        drawn, counts = draw_shots(mine, config.shots, list(number), seed=seed, few=config.few, on_bad=config.on_bad)
+        self._counts |= {
+            "train": len(drawn),
+            "train_views": len(drawn) * config.views,
+            "train_of_novel_classes": len(training) - len(mine),
+            **counts,
+        }
+        return [example.picture for example in drawn], [number[example.label] for example in drawn]
+
+    def _open(self, tested: list[Labelled], names: list[str]) -> tuple[Images, list[int]]:
+        """The pictures of some classes, decoded, and their labels among these."""
+        number = {name: label for label, name in enumerate(names)}
+        mine = [example for example in tested if example.label in number]
+        opened = Images([example.picture for example in mine], self._prepare, on_bad=self.config.on_bad)
         self._counts["test_skipped_unreadable"] += len(opened.skipped)
-        return opened, [pairs[position][1] for position in opened.kept]
+        return opened, [number[mine[position].label] for position in opened.kept]
 
     def _tokenise(self, names: Sequence[str], host: Any) -> dict[str, Tensor]:
         """Prompts of every class, its templates next to each other: (classes x templates, T)."""
         prompts = [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
-        whole = str(host.model_type).startswith("siglip")  # pools the last token, padding or not
+        room, padding = int(host.text_config.max_position_embeddings), self.processor.padding
+        size = {"max_length": room} if padding == "max_length" else {}
         encoded = self.processor.tokenizer(
-            prompts, padding="max_length" if whole else True, return_tensors="pt", split_special_tokens=True
+            prompts, padding=padding, **size, return_tensors="pt", split_special_tokens=True
         )
-        room, longest = int(host.text_config.max_position_embeddings), int(encoded["input_ids"].shape[1])
+        longest = int(encoded["input_ids"].shape[1])
         if longest > room:
             prompt = max(prompts, key=len)
             raise DataError(
@@ -381,14 +375,6 @@ class BaseToNovel(Task):
             for image in images:
                 digest.update(image.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _is_readable(picture: Picture) -> bool:
-    try:
-        read_image(picture)
-    except DataError:
-        return False
-    return True
 
 
 def _spoken(name: str) -> str:

@@ -19,9 +19,11 @@ from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.images import Images, OnBad, normalise
 from zinit.methods.logistic_regression import solve_head
-from zinit.tasks._pictures import Labelled, Parts, Reader, class_names
 from zinit.tasks._vtab_facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.pictures.parts import Labelled, Parts, Reading
+from zinit.tasks.pictures.sources import read_pictures
+from zinit.tasks.pictures.splits import NAMED, Split, vtab_split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +35,6 @@ __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD_STD = 0.02  # ours; timm draws its own classifiers alike
 EVALUATION_BATCH = 64
-NAMED = 5  # skipped pictures that the report names; all are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class VTABConfig(JsonConfig):
     """
 
     dataset: str | None = None
-    split: Literal["train800val200", "train800"] = "train800val200"
+    split: Split = "train800val200"
     held_out_data: str | None = None
     on_bad: OnBad = "error"
     fields: tuple[str, ...] | None = None
@@ -134,8 +135,9 @@ class VTAB(Task):
         self.model, self.processor, self.handle, self.config = model, processor or {}, handle, config
         self.image_size = _fit_model(model, self.processor, config)
         self.mean, self.std = self._normalisation()
-        self._counts: dict[str, Any] = {}
-        training, held_out, known = self._choose(data, seed, train=train)
+        known, training, held_out, self._counts = vtab_split(
+            data, config.held_out_data, self._read, train=train, split=config.split, seed=seed
+        )
         self.labels = self.classes = known if labels is None else list(labels)
         self._number = {label: index for index, label in enumerate(self.classes)}
         self._check_labels([*training, *held_out])
@@ -167,38 +169,12 @@ class VTAB(Task):
             raise ConfigError("the model does not say how its input was normalised: -o task.normalisation=imagenet")
         return tuple(self.processor["mean"]), tuple(self.processor["std"])
 
-    def _choose(self, data: str | None, seed: int, *, train: bool) -> tuple[list[Labelled], list[Labelled], list[str]]:
-        """Training pictures, held-out pictures and the names of the classes."""
-        config, training, held_out, sources = self.config, [], [], []
+    def _read(self, source: str | None) -> Parts:
+        from zinit import demo
 
-        def read(source: str | None) -> Parts:
-            reader = Reader(config.split, config.dataset, config.on_bad, config.fields)
-            sources.append(reader.read(source))
-            return sources[-1]
-
-        if config.held_out_data is None or train:
-            training, held_out = read(data).choose(config.split, seed)
-        if config.held_out_data is not None:
-            held_out = read(config.held_out_data).everything(config.split)
-            if train and (sources[0].val is None and sources[0].test is None) and config.split == "train800val200":
-                training = sources[0].train
-        training = training if train else []
-        files = {example.picture for example in held_out if isinstance(example.picture, Path)}
-        clean = [example for example in training if example.picture not in files] if files else training
-        skipped = [reason for source in sources for reason in source.skipped]
-        read_in = sum(len(part) for s in sources for part in (s.train, s.val or [], s.test or [])) + len(skipped)
-        self._counts = {
-            "read": read_in,
-            "train": 0,
-            "held_out": 0,
-            "not_used": read_in - len(skipped) - len(training) - len(held_out),
-            "lines_skipped": len(skipped),
-            "train_skipped_also_held_out": len(training) - len(clean),
-            "reasons": skipped[:NAMED],
-        }
-        if (task := sources[-1].vtab) and config.split == "train800val200":
-            self._counts["test_images_of_vtab"] = VTAB_TASKS[task].test_images
-        return clean, held_out, sources[0].labels or class_names(sources[0])
+        config = self.config
+        how = Reading(on_bad=config.on_bad, fields=config.fields, split=config.split, dataset=config.dataset)
+        return read_pictures(source, how, lambda: demo.pictures(config.dataset or "digits"))
 
     def _check_labels(self, examples: list[Labelled]) -> None:
         if len(self.classes) < 2:
@@ -283,6 +259,9 @@ class VTAB(Task):
             yield
         finally:
             self.head.load_state_dict(untrained)
+
+    def baseline_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.head.named_parameters(prefix="head"))
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:

@@ -1,0 +1,164 @@
+"""Extractive question answering: strict reading, and the two parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shared import needs_data
+from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
+from tests.tasks.squad import DATA, document, make, write
+from zinit.errors import ConfigError, DataError
+from zinit.tasks._questions import parse_questions, read_questions
+from zinit.tasks.squad import Squad, SquadConfig
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("file", "count", "unanswerable"),
+    [
+        ("squad/xquad.en.json", 808, 0),
+        ("squad/xquad.de.json", 808, 0),
+        ("squad/xquad.zh.json", 808, 0),
+        ("squad/dev-v2.0_normans_complexity.json", 626, 333),
+        ("squad/flat_sample.json", 14, 6),
+        ("squad/allennlp_fixture_squad.json", 5, 0),
+        ("messy/squad_vanilla.json", 1, 0),
+        ("messy/squad_noanswer.json", 1, 1),
+    ],
+)
+def test_real_files_are_read_whole(file: str, count: int, unanswerable: int) -> None:
+    questions, skipped = read_questions(str(DATA / file))
+    assert (len(questions), skipped) == (count, 0)
+    assert sum(not question.answers for question in questions) == unanswerable
+    for question in questions:
+        for answer, start in zip(question.answers, question.starts, strict=True):
+            assert question.context[start : start + len(answer)] == answer
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("squad_answer-offset-wrong.json", r"offset-wrong.json, paragraph 1 of 'Test', question '5ad3d560604f3c001a3ff"
+         r"2c8': the answer '10' does not stand at answer_start 0: 'Be' stands there. It occurs at 11. Correct it"),
+        ("squad_answer-wrong.json", r"the answer '11' does not stand at answer_start 11: '10' stands there. It occurs "
+         r"nowhere in the context. Correct it, or leave such questions out: -o task.on_bad=skip"),
+        ("lfs_pointer_dev-v2.0.json", "is a Git LFS pointer, not the data itself"),
+    ],
+)  # fmt: skip
+def test_real_bad_files_are_refused(file: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_questions(str(DATA / "messy" / file))
+
+
+def broken(**change: Any) -> dict[str, Any]:
+    whole = document(2, unanswerable=False)
+    whole["data"][0]["paragraphs"][1]["qas"][0] |= change
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (broken(answers=[{"text": "house 1", "answer_start": 999}]),
+         r"answer_start 999: the context has \d+ characters\. It occurs at \d+\."),
+        (broken(answers=[{"text": ".", "answer_start": -1}]), "answer_start -1: the context has"),
+        (broken(answers=[{"text": "", "answer_start": 0}]), "has an answer without text"),
+        (broken(answers=[{"text": 1, "answer_start": 0}]), "'text' must be text; got int 1"),
+        (broken(answers=[{"text": "a", "answer_start": "0"}]), "'answer_start' must be a whole number; got str"),
+        (broken(answers=["house 1"]), "an answer must be an object with text and answer_start; got str"),
+        (broken(answers={"text": ["a"], "answer_start": []}), "1 answer texts, but 0 of answer_start"),
+        (broken(answers=None), "expected a list of answers"),
+        (broken(is_impossible=True), "marked as impossible, but has the answer 'house 1'"),
+        (broken(is_impossible="no"), "'is_impossible' must be true or false; got str"),
+        (broken(id="q0"), "question 'q0': its id is not unique, paragraph 1 of 'Street' has it too"),
+        (broken(id=7), "paragraph 2 of 'Street': the field 'id' must be text; got int 7"),
+        (broken(question=None), "question 'q1': the field 'question' must be text"),
+        (broken(question="\ud800"), "half of a surrogate pair"),
+        ({"data": [{"title": "T", "paragraphs": [{"context": " ", "qas": []}]}]}, "the context is empty"),
+        ({"data": [{"title": "T", "paragraphs": [{"qas": []}]}]}, "1 of 'T' has no field 'context'; it has qas"),
+        ({"data": [{"title": "T", "paragraphs": {}}]}, "'paragraphs' must be a list; got dict"),
+        ({"data": [{"title": "T", "paragraphs": [3]}]}, "paragraph 1 of 'T': expected an object; got int 3"),
+        ({"data": [{"title": "T"}]}, "record 1: expected either an article with 'paragraphs'"),
+        ({"data": []}, "holds no questions"),
+        ({"version": "v2.0"}, "has no field 'data'; it has version"),
+        ("3", "expected SQuAD's JSON, an object with the list 'data'; got int 3"),
+        ("[3]", "entry 1: expected an object; got int 3"),
+        ('{"data": [', "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read_questions(write(tmp_path / "bad.json", content))
+
+
+def test_bad_questions_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
+    content = document()
+    paragraphs = content["data"][0]["paragraphs"]
+    paragraphs[3]["qas"][0]["answers"][0]["answer_start"] += 1
+    paragraphs[4]["qas"][0]["id"] = "q0"
+    with pytest.raises(DataError, match=r"task\.on_bad=skip"):
+        make(tmp_path, content)
+    counts = make(tmp_path, content, on_bad="skip").data_report()
+    assert counts["skipped_bad"] == 2
+    assert counts["read"] == 18 == counts["train"] + counts["held_out"] + 2
+
+
+def test_flat_records_give_the_same_questions_as_the_official_format(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    official, _ = parse_questions(document(), "official")
+    rows = [
+        {"id": q.id, "title": "Street", "context": q.context, "question": q.text,
+         "answers": {"text": list(q.answers), "answer_start": list(q.starts)}}
+        for q in official
+    ]  # fmt: skip
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    write(tmp_path / "rows.json", rows)
+    for name in ("rows.parquet", "rows.jsonl", "rows.json"):
+        assert read_questions(str(tmp_path / name)) == (official, 0)
+
+
+def test_no_context_is_in_both_parts(tmp_path: Path) -> None:
+    task = make(tmp_path)
+    held_out = {question.context for question in task.held_out_questions}
+    assert held_out
+    assert not held_out & {question.context for question in task.train_questions}
+    counts = task.data_report()
+    assert counts["read"] == 18 == counts["train"] + counts["held_out"]
+    with pytest.raises(DataError, match="about one context only"):
+        make(tmp_path, document(1))
+
+
+def test_held_out_data_of_its_own(tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    write(both / "train-v2.0.json", document(8))
+    dev = write(both / "dev-v2.0.json", document(10))
+    for task in (
+        make(tmp_path, document(8), held_out_data=dev),
+        Squad(tiny_encoder(), encoder_tokenizer(), None, SquadConfig(max_length=256), data=str(both), seed=0),
+    ):
+        counts = task.data_report()
+        assert (counts["held_out"], counts["train"], counts["train_skipped_also_held_out"]) == (15, 0, 12)
+    write(both / "dev-v1.1.json", document(3))
+    with pytest.raises(DataError, match=r"several dev\* files: dev-v1.1.json, dev-v2.0.json"):
+        make(tmp_path, held_out_data=str(both))
+    only = Squad(tiny_encoder(), encoder_tokenizer(), None, SquadConfig(max_length=256, held_out_data=dev), data=None,
+                 seed=0, train=False)  # fmt: skip
+    assert (len(only.train_stream), only.data_report()["held_out"]) == (0, 15)
+
+
+def test_the_data_decides_the_version(tmp_path: Path) -> None:
+    assert make(tmp_path).unanswerable
+    assert not make(tmp_path, document(unanswerable=False)).unanswerable
+    assert make(tmp_path, document(unanswerable=False), version=2.0).unanswerable
+    with pytest.raises(DataError, match=r"version is 1.1, but 6 questions have no answer, the first is 'n1'"):
+        make(tmp_path, version="1.1")
+    with pytest.raises(ConfigError, match=r"version must be one of 'auto', '1.1', '2.0'; got '3.0'"):
+        SquadConfig(version=3.0)  # pyright: ignore[reportArgumentType]
