@@ -235,7 +235,7 @@ def fit(
         betas=(config.beta1, config.beta2),
         foreach=False if is_sharded(accelerator) else None,  # whole and sharded parameters do not go into one list
     )
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, None])  # it is there already
     check_prepared(wrapped, accelerator)
     runnable = torch.compile(wrapped) if config.compile else wrapped
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -355,8 +355,11 @@ def held_out_loss(
 
 
 def _checkpoint_activations(model: Any) -> None:
-    if hasattr(model, "gradient_checkpointing_enable"):  # transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers; the second is the name before 5.23
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is not None:
+        enable({"use_reentrant": False})
         # It makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
         if hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()
