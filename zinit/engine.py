@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.data import DataLoader
 
 from zinit import checkpoint
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
-from zinit.strategy import average_whole_gradients, check_prepared, is_sharded, place, whole
+from zinit.strategy import average_whole_gradients, check_prepared, is_lent, is_sharded, place, whole
 from zinit.strategy import make_accelerator as make_accelerator
 from zinit.tasks.base import Batch, Stream, Task
 
@@ -275,7 +276,7 @@ def fit(
     if done == 0:
         gates(0)
     skipped = 0
-    with _stop_requests() as stop_requested:
+    with _stop_requests() as stop_requested, set_checkpoint_early_stop(not is_lent(task)):
         for step, micro_batches in enumerate(ahead, start=done):
             started = time.perf_counter()
             wrapped.train()

@@ -145,12 +145,21 @@ def move(module: nn.Module, device: torch.device, *, offload: bool = False) -> N
     """
     if offload:
         _lend(module, device)
-    if not any(parameter.is_meta for parameter in module.parameters()):
+    if not is_lent(module):
         module.to(device)
         return
     for part in module.modules():
         if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
             part._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def is_lent(module: nn.Module) -> bool:
+    """Whether some of a model's weights stay on the CPU and come to the device while their layer runs, see `_lend`.
+
+    Checkpointing must then compute a block again to its end (``set_checkpoint_early_stop(False)``): where torch breaks
+    off as soon as it has what it needs, the last layer would not give its weights back.
+    """
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _lend(module: nn.Module, device: torch.device) -> None:
