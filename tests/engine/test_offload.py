@@ -21,6 +21,7 @@ from zinit.engine import _checkpoint_activations
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.run import evaluate_run, train_run
+from zinit.run_directory import save_trained
 from zinit.settings import RunConfig, resolve
 from zinit.strategy import is_lent, loading_device, move
 
@@ -74,8 +75,11 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(case: Case, method: str) 
 
 def matrices(model: Any) -> dict[int, str]:
     """Where the blocks' weights lie. On a CPU the copy that a layer is lent lies there too."""
-    return {p.data_ptr(): name for name, p in model.named_parameters() if "layers" in name and p.dim() > 1
-            and not p.requires_grad}  # fmt: skip
+    return {
+        p.data_ptr() or -number: name
+        for number, (name, p) in enumerate(model.named_parameters())
+        if "layers" in name.split(".") and p.dim() > 1 and "zinit" not in name.split(".")
+    }
 
 
 def held(model: Any, case: Case, own: dict[int, str]) -> list[str]:
@@ -98,7 +102,10 @@ def test_only_recomputed_blocks_are_let_go() -> None:
     model, _ = adapted(case, "zero-init")
     own = matrices(model)
     assert len(own) == 3 * 7
+    zinit.attach(model, zinit.PrefixConfig(length=2), name="second")
+    zinit.get_handle(model).activate()
     move(model, CPU, offload=True)
+    assert not any(parameter.is_meta for parameter in zinit.get_handle(model, "second").parameters())
     assert held(model, case, own) == []
     model.activation_checkpointing_disable()
     assert len(set(held(model, case, own))) > 7
@@ -135,8 +142,18 @@ def test_a_run_and_what_is_done_with_it(inputs: dict[str, str], tmp_path: Path) 
     configs = {
         name: resolve(backbone="llama", options=[*RUN, f"offload={name}"], **inputs)[0] for name in ("false", "true")
     }
+    lent: list[bool] = []
+
+    def save(task: Any, *arguments: Any, **options: Any) -> None:
+        """At the end of the training everything has been given back."""
+        lent.append({n for n, p in task.model.named_parameters() if p.is_meta} == set(matrices(task.model).values()))
+        save_trained(task, *arguments, **options)
+
     for name, config in configs.items():
-        train_run(config, tmp_path / name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("zinit.run.save_trained", save)
+            train_run(config, tmp_path / name)
+    assert lent == [False, True]
     plain, offloaded = tmp_path / "false", tmp_path / "true"
     assert steps(offloaded) == steps(plain)
     files = ("adapter.safetensors", "adapter.json")
