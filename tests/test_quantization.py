@@ -21,6 +21,8 @@ from tests.tasks.encoder import save_tiny_encoder
 from tests.tasks.vit import save_tiny
 from tests.tiny import byte_tokenizer, save_records
 from zinit import cli, demo, quantization
+from zinit.adapter_file import fingerprint
+from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
 from zinit.hosts import load_causal_lm, load_clip, load_encoder, load_timm
 from zinit.methods import METHODS
@@ -207,7 +209,8 @@ def test_a_run(quantize: str, method: str, tmp_path: Path, monkeypatch: pytest.M
     losses = steps(run)
     assert losses[6] < 0.9 * losses[1]
     results = json.loads((run / "metrics.json").read_text())
-    assert json.loads((run / "run.json").read_text())["config"]["quantize"] == quantize
+    probes = [fingerprint(host, BACKBONES.get("llama").sites(host))["key_probe"] for host in (llama(quantize), llama())]
+    assert [json.loads((run / "run.json").read_text())["key_probe"] == probe for probe in probes] == [True, False]
     kept = {file.name: file.read_bytes() for file in run.glob("*.safetensors")}
     for name in (*kept, "resume/step-00000006"):
         (shutil.rmtree if (run / name).is_dir() else Path.unlink)(run / name)

@@ -161,10 +161,9 @@ def test_a_run_and_what_is_done_with_it(inputs: dict[str, str], tmp_path: Path) 
         assert (offloaded / file).read_bytes() == (plain / file).read_bytes()
     metrics = [json.loads((run / "metrics.json").read_text())["metrics"] for run in (plain, offloaded)]
     assert metrics[0] == metrics[1] == evaluate_run(offloaded)["metrics"]
-    answers = [
-        Speaker(run, temperature=0, max_new_tokens=6).answer("Say red", stream=False) for run in (plain, offloaded)
-    ]
-    assert answers[0] == answers[1]
+    one, other = (Speaker(run, temperature=0, max_new_tokens=6) for run in (plain, offloaded))
+    assert [is_lent(speaker.model) for speaker in (one, other)] == [False, True]
+    assert one.answer("Say red", stream=False) == other.answer("Say red", stream=False)
     for file in files:  # cut short, and gone on with without offloading
         (offloaded / file).unlink()
     next((offloaded / "resume").glob("step-*4")).rename(tmp_path / "gone")
