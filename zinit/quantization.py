@@ -80,12 +80,18 @@ def quantize_in_place(model: nn.Module, quantize: Quantize, device: torch.device
     model.to(device)
 
 
+def quantized_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are held in fewer bits than they are multiplied in, whoever loaded the model."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_floating_point() or type(parameter.data).__module__.partition(".")[0] == "torchao"
+    ]
+
+
 def is_quantized(model: nn.Module) -> bool:
-    """Whether weights of a model are held in fewer bits than they are multiplied in, whoever loaded it."""
-    return any(
-        not parameter.is_floating_point() or type(parameter.data).__module__.partition(".")[0] == "torchao"
-        for parameter in model.parameters()
-    )
+    """Whether some weights of a model are quantised."""
+    return bool(quantized_weights(model))
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from zinit.backbones.base import PrefixSlot
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
-from zinit.quantization import is_quantized
+from zinit.quantization import is_quantized, quantized_weights
 from zinit.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
     """
     if not is_sharded(accelerator):
         move(task, accelerator.device, offload=offload)
+        # Each process has quantised the same file. DDP would send them around; torchao's cannot be sent.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, quantized_weights(task))
         return
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -252,7 +255,6 @@ def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
         ConfigError: if it is not.
     """
     from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
 
     if _asked_for("FSDP"):
         sharded = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))
