@@ -51,7 +51,7 @@ def child(folder: Path, case: str) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = parser(str(__doc__).splitlines()[0])
     options.set_defaults(width=2048, layers=4, heads=16, kv_heads=16, device="cpu", dtype="bfloat16")
     options.add_argument("--shard", default="100MB", help="largest file")
     options.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -59,7 +59,7 @@ def main() -> None:
     if options.child:
         child(Path(options.child[0]), options.child[1])
         return
-    del options.child
+    vars(options).pop("child")
     prepare(options)
     with tempfile.TemporaryDirectory() as folder:
         random_llama(options).save_pretrained(Path(folder, "model"), max_shard_size=options.shard)

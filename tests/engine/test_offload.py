@@ -133,12 +133,12 @@ def test_one_layer_at_a_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("inputs")
     return {"model": str(save_tiny_llama(folder / "model")), "data": str(save_records(folder / "data.json"))}
 
 
-def test_a_run_and_what_is_done_with_it(inputs: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_and_what_is_done_with_it(inputs: dict[str, Any], tmp_path: Path) -> None:
     configs = {
         name: resolve(backbone="llama", options=[*RUN, f"offload={name}"], **inputs)[0] for name in ("false", "true")
     }
