@@ -47,7 +47,7 @@ class Speaker:
         if not TASKS.get(config.task).generates:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
-        self.model: Any = model.to(device).eval()
+        self.model: Any = model.eval()
         self.device, self.frozen = device, frozen
         self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:

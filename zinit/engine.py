@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.data import DataLoader
 
 from zinit import checkpoint
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
-from zinit.strategy import average_whole_gradients, check_prepared, is_sharded, place, whole
+from zinit.strategy import average_whole_gradients, check_prepared, is_lent, is_sharded, place, whole
 from zinit.strategy import make_accelerator as make_accelerator
 from zinit.tasks.base import Batch, Stream, Task
 
@@ -235,7 +236,7 @@ def fit(
         betas=(config.beta1, config.beta2),
         foreach=False if is_sharded(accelerator) else None,  # whole and sharded parameters do not go into one list
     )
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, None])  # it is there already
     check_prepared(wrapped, accelerator)
     runnable = torch.compile(wrapped) if config.compile else wrapped
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -275,7 +276,7 @@ def fit(
     if done == 0:
         gates(0)
     skipped = 0
-    with _stop_requests() as stop_requested:
+    with _stop_requests() as stop_requested, set_checkpoint_early_stop(not is_lent(task)):
         for step, micro_batches in enumerate(ahead, start=done):
             started = time.perf_counter()
             wrapped.train()
@@ -355,8 +356,11 @@ def held_out_loss(
 
 
 def _checkpoint_activations(model: Any) -> None:
-    if hasattr(model, "gradient_checkpointing_enable"):  # transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers; the second is the name before 5.23
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is not None:
+        enable({"use_reentrant": False})
         # It makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
         if hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
 
+from zinit import quantization
 from zinit.errors import BackboneError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,31 +24,57 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
-def load_causal_lm(
-    source: str | Path, *, dtype: torch.dtype, revision: str | None = None, tokenizer: bool = True
-) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer, on the CPU.
+class Loading(TypedDict, total=False):
+    """How a host is loaded.
+
+    Attributes:
+        dtype: of the weights, or of what quantised ones are multiplied in.
+        revision: on the Hub.
+        device: that the weights are read to, one by one; default: the CPU.
+        quantize: how the weights are held; default: in ``dtype``. See `zinit.quantization`.
+    """
+
+    dtype: Required[torch.dtype]
+    revision: str | None
+    device: torch.device | str
+    quantize: quantization.Quantize | None
+
+
+def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
 
     Args:
         source: a folder in transformers' format, or a Hub id.
-        dtype: of the weights.
-        revision: on the Hub.
         tokenizer: False loads none (None comes back).
+        loading: see `Loading`.
 
     Raises:
         BackboneError: if there is no such model.
+        ConfigError: if the package that quantises is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = model_source(source)
+    source, revision, options = model_source(source), loading.get("revision"), _options(loading)
     try:
         loaded = None
         if tokenizer:
             loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds; all mean that this is no model it can load
         raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
+    quantization.keep_differentiable(model)
     return model, loaded
+
+
+def _options(loading: Loading) -> dict[str, Any]:
+    """`Loading` in the words of transformers' ``from_pretrained``."""
+    options: dict[str, Any] = {"dtype": loading["dtype"], "revision": loading.get("revision")}
+    device, quantize = torch.device(loading.get("device", "cpu")), loading.get("quantize")
+    if quantize is not None:
+        options["quantization_config"] = quantization.quantization_config(quantize, loading["dtype"])
+    if quantize is not None or device.type != "cpu":  # left to itself, it would quantise on some GPU
+        options["device_map"] = {"": device}
+    return options
 
 
 @dataclass(frozen=True)
@@ -67,26 +94,27 @@ class ClipProcessor:
     padding: Literal["longest", "max_length"] = "longest"
 
 
-def load_clip(
-    source: str | Path, *, dtype: torch.dtype, revision: str | None = None
-) -> tuple[nn.Module, ClipProcessor]:
+def load_clip(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, ClipProcessor]:
     """CLIP or another dual encoder of its kind, and its tokenizer and pixel statistics (CLIP's, if it names none).
 
     Args:
         source: a folder in transformers' format, or a Hub id.
-        dtype: of the weights.
-        revision: on the Hub.
+        loading: see `Loading`.
 
     Raises:
+        ConfigError: if the package that quantises is missing.
         BackboneError: if there is no such model, or it does not compare pictures with texts.
     """
     from transformers import AutoModel, AutoTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
-    source = model_source(source)
+    source, revision, quantize = model_source(source), loading.get("revision"), loading.get("quantize")
+    if later := quantize == "torchao-int8":  # transformers does it to models of one input embedding
+        quantization.check_installed(quantize)
+    options = _options({"dtype": loading["dtype"], "revision": revision} if later else loading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # as in load_causal_lm
         raise BackboneError(
             f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
@@ -102,39 +130,43 @@ def load_clip(
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
     except OSError:
         settings = {}
+    if later:
+        quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
+    quantization.keep_differentiable(model)
     mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
     # A tokenizer that gives no mask, as SigLIP's, was made for a tower that reads the padding too.
     padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
     return model, ClipProcessor(tokenizer, tuple(mean), tuple(std), padding)
 
 
-def load_encoder(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
-    """The trunk of an encoder, without a head or pooling layer, and its fast tokenizer, on the CPU.
+def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
+    """The trunk of an encoder, without a head or pooling layer, and its fast tokenizer.
 
     Args:
         source: a folder in transformers' format, or a Hub id.
-        dtype: of the weights.
-        revision: on the Hub.
+        loading: see `Loading`.
 
     Raises:
+        ConfigError: if the package that quantises is missing.
         BackboneError: if there is no such model, or it lacks some of the weights.
     """
     from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 
-    source = model_source(source)
+    source, revision, options = model_source(source), loading.get("revision"), _options(loading)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model_class: Any = MODEL_MAPPING[type(config)]
         pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
         model, report = model_class.from_pretrained(
-            source, config=config, dtype=dtype, revision=revision, output_loading_info=True, **pooling
+            source, config=config, output_loading_info=True, **options, **pooling
         )
     except Exception as error:  # see load_causal_lm
         raise BackboneError(f"{source} cannot be loaded as an encoder: {reason(source, error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
+    quantization.keep_differentiable(model)
     return model, tokenizer
 
 
@@ -206,28 +238,26 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def load_timm(
-    source: str | Path, *, dtype: torch.dtype, revision: str | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A trunk of timm without its classifier: pictures in, pooled features out; on the CPU.
+def load_timm(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, dict[str, Any]]:
+    """A trunk of timm without its classifier: pictures in, pooled features out.
 
     Args:
         source: a name of timm's, whose weights come from the Hub (``vit_base_patch16_224.augreg_in21k``); a name with
             a local file of weights (``vit_base_patch16_224:weights/ViT-B_16.npz``; .npz as first published for JAX,
             .safetensors, .pth, .pt or .bin); a folder in timm's format (config.json and weights); or a Hub id.
-        dtype: of the weights.
-        revision: on the Hub.
+        loading: see `Loading`; of the ways to quantise ``torchao-int8`` alone.
 
     Returns:
         The model, and the input it was pretrained on: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``.
 
     Raises:
         BackboneError: if there is no such model, or the weights are not its own.
+        ConfigError: if it cannot be quantised so.
     """
     import timm
     from timm.data import resolve_data_config
 
-    text = str(source)
+    text, revision = str(source), loading.get("revision")
     path = Path(text.removeprefix("local-dir:")).expanduser()
     name, _, file = text.partition(":")
     try:
@@ -256,7 +286,10 @@ def load_timm(
     except Exception as error:  # timm, the Hub and torch raise many kinds; all mean that there is no such model
         raise BackboneError(f"{text} cannot be loaded as a model of timm's: {first_line(error)}") from error
     given = resolve_data_config({}, model=model)
-    return model.to(dtype).eval(), {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    model, device = model.to(loading["dtype"]), loading.get("device", "cpu")
+    if (quantize := loading.get("quantize")) is not None:
+        quantization.quantize_in_place(model, quantize, device)
+    return model.to(device).eval(), {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _on_hub(hub_id: str, revision: str | None) -> str:

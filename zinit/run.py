@@ -38,8 +38,9 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
-from zinit.strategy import for_evaluation, make_accelerator, place
+from zinit.strategy import for_evaluation, loading_device, make_accelerator, move, place
 from zinit.tasks import TASKS
+from zinit.tasks.base import load_host
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 INDIFFERENT = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
     *("train.workers", "train.tensorboard", "task.packing"),
-    *("model", "data", "task.held_out_data", "task.evaluation_limit"),
+    *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
 )
 SAME_MODEL = 0.999  # cosine of two samples of the weights
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
@@ -61,7 +62,7 @@ PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate
 
 @dataclasses.dataclass(kw_only=True)
 class Built:
-    """A run's parts, on the CPU.
+    """A run's parts.
 
     Attributes:
         method: how the model is adapted.
@@ -76,12 +77,15 @@ class Built:
     key_probe: list[float] | None
 
 
-def build_model(config: RunConfig, device: torch.device, *, saved: Path | None = None) -> Built:
+def build_model(
+    config: RunConfig, device: torch.device, *, load_to: torch.device | str | None = None, saved: Path | None = None
+) -> Built:
     """The model, adapted.
 
     Args:
         config: the run's settings.
         device: that it will run on; decides the dtype "auto".
+        load_to: where its weights are read to; default: ``device``.
         saved: a finished run's folder to load the prefix from; None attaches a fresh one.
     """
     import torch
@@ -91,7 +95,8 @@ def build_model(config: RunConfig, device: torch.device, *, saved: Path | None =
     low = device.type == "cuda" and not method.trains_host
     dtype = (torch.bfloat16 if low else torch.float32) if name == "auto" else getattr(torch, name)
     source = demo_model(config.backbone) if config.model is None else config.model
-    model, processor = TASKS.get(config.task).load_model(source, dtype=dtype, revision=config.revision)
+    loading = {"dtype": dtype, "revision": config.revision, "device": load_to or device, "quantize": config.quantize}
+    model, processor = load_host(TASKS.get(config.task), source, trains=method.trains_host, **loading)
     try:
         key_probe = fingerprint(model, BACKBONES.get(config.backbone).sites(model))["key_probe"]
     except BackboneError:
@@ -137,7 +142,7 @@ def demo_model(backbone: str) -> Path:
 
 
 def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:
-    """A finished run's settings, model, tokenizer and prefix.
+    """A finished run's settings, model (where it runs), tokenizer and prefix.
 
     Raises:
         CheckpointError: if there is no run, or it has no adapter yet.
@@ -146,8 +151,9 @@ def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, An
     config, _ = read_finished_run(directory)
     if not (Path(directory) / "adapter.json").is_file():
         raise ConfigError(f"the run in {directory} was made by the method {config.method!r}, which has no prefix.")
-    built = build_model(config, device, saved=Path(directory))
+    built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
     assert built.adapted.handle is not None
+    move(built.adapted.model, device, offload=config.offload)
     return config, built.adapted.model, built.processor, built.adapted.handle
 
 
@@ -195,7 +201,7 @@ def train_run(
 
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event({"event": "stage", "text": "loading model and data"})
-    built = build_model(config, accelerator.device)
+    built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
     task, disabled = build_task(config, built), built.adapted.disabled
     if not len(task.train_stream):
         raise DataError(f"nothing is left to train on: {task.data_report()}.")
@@ -203,7 +209,7 @@ def train_run(
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
-    place(task, accelerator)
+    place(task, accelerator, offload=config.offload)
     with disabled():
         task.prepare()
     identity = _identity(config, task)
@@ -323,9 +329,10 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
         options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
         config = dataclasses.replace(config, options=options)
     accelerator = make_accelerator(config.train)
-    built = build_model(config, accelerator.device, saved=Path(directory))
+    load_to = loading_device(accelerator, offload=config.offload)
+    built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
-    place(task, accelerator)
+    place(task, accelerator, offload=config.offload)
     metrics = {}
     kept = load_baseline(task, Path(directory))
     if known := kept or data is None or not task.baseline_parameters():

@@ -13,6 +13,7 @@ from zinit.backbones import BACKBONES
 from zinit.config import JsonConfig, PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.quantization import QUANTIZATIONS, Quantize
 from zinit.registry import did_you_mean
 from zinit.tasks import TASKS
 
@@ -33,6 +34,9 @@ class RunConfig(JsonConfig):
         data: file, folder or Hub id; None is the task's embedded demo data.
         seed: of the prompts' start, the split and the order of the examples.
         dtype: of the frozen model; "auto" is bfloat16 on a GPU, float32 on a CPU.
+        quantize: hold the frozen model's matrices in 8 or 4 bits ("bnb-8bit", "bnb-4bit", "torchao-int8"); None does
+            not. See `zinit.quantization`.
+        offload: keep the frozen model's blocks in CPU memory; each layer comes to the GPU while it runs.
         method: registered name of how the model is adapted.
         method_options: the method's own settings; None is its defaults.
         prefix: the prefix, for the methods that have one.
@@ -47,6 +51,8 @@ class RunConfig(JsonConfig):
     data: str | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Quantize | None = None
+    offload: bool = False
     method: str = DEFAULT_METHOD
     method_options: Any = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
@@ -62,8 +68,31 @@ class RunConfig(JsonConfig):
             raise ConfigError(f"seed must be a whole number of at least 0; got {self.seed!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+        self._check_memory()
         if self.method_options is None:
             object.__setattr__(self, "method_options", METHODS.get(self.method).Config())
+
+    def _check_memory(self) -> None:
+        trains_host = METHODS.get(self.method).trains_host
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise ConfigError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, or none; got {self.quantize!r}.")
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"offload must be true or false; got {self.offload!r}.")
+        if trains_host and (self.quantize is not None or self.offload):
+            what = "offload=true" if self.offload else f"quantize={self.quantize}"
+            raise ConfigError(
+                f"{what} is for a frozen model, and the method {self.method!r} trains its weights. Leave it out, or "
+                f"train beside the model: -o method=zero-init, or -o method=lora."
+            )
+        needed = {
+            "quantize=none (what is quantised stays on the GPU)": self.quantize is not None,
+            "train.compile=false": self.train.compile,
+            "train.gradient_checkpointing=true (without it the weights would wait on the GPU for the backward pass)": (
+                not self.train.gradient_checkpointing
+            ),
+        }
+        if self.offload and (changes := [text for text, found in needed.items() if found]):
+            raise ConfigError(f"offload=true needs {'; '.join(changes)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values: scalars, then the tables ``method``, ``prefix``, ``train`` and ``task``."""

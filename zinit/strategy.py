@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from zinit.backbones.base import PrefixSlot
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
+from zinit.quantization import is_quantized, quantized_weights
 from zinit.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -119,14 +122,81 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
-def place(task: Task, accelerator: Accelerator) -> None:
-    """Moves a task to where it runs; under FSDP2 each process keeps its share of the host's blocks.
+def loading_device(accelerator: Accelerator, *, offload: bool = False) -> torch.device:
+    """Where a host's weights are read to: straight to where it runs, unless they are shared or lent out from the CPU.
 
     Raises:
-        ConfigError: if the host has no blocks to shard.
+        ConfigError: if several processes would offload.
+    """
+    if offload and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"offload=true is for one process; {accelerator.num_processes} were launched. Several share a host that is "
+            f"too large for one GPU under FSDP2: accelerate launch --config_file configs/accelerate/fsdp2.yaml ..."
+        )
+    return torch.device("cpu") if offload or is_sharded(accelerator) else accelerator.device
+
+
+def move(module: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+    """Moves a model or a task to where it runs.
+
+    Args:
+        module: everything in it goes to the device, but what is lent out already.
+        device: that it runs on.
+        offload: the frozen matrices of the blocks stay on the CPU, see `_lend`.
+    """
+    if offload:
+        _lend(module, device)
+    if not is_lent(module):
+        module.to(device)
+        return
+    for part in module.modules():
+        if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def is_lent(module: nn.Module) -> bool:
+    """Whether some of a model's weights stay on the CPU and come to the device while their layer runs, see `_lend`.
+
+    Checkpointing must then compute a block again to its end (``set_checkpoint_early_stop(False)``): where torch breaks
+    off as soon as it has what it needs, the last layer would not give its weights back.
+    """
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _lend(module: nn.Module, device: torch.device) -> None:
+    """Keeps the frozen matrices of a host's blocks on the CPU; each comes to the device while its layer runs.
+
+    Accelerate's hooks do it, layer by layer, and leave an empty tensor behind. They run whoever calls a layer, be it
+    the host, the prefix (for its keys and values) or a block that is computed again in the backward pass. Autograd
+    holds on to a matrix until its backward pass is done, so training must recompute its blocks one at a time.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    kinds = _kinds_of_blocks(module)
+    for block in [part for part in module.modules() if type(part).__name__ in kinds]:
+        beside = {part for slot in block.modules() if isinstance(slot, PrefixSlot) for part in slot.modules()}
+        for layer in block.modules():
+            own = list(layer.parameters(recurse=False))
+            frozen = layer not in beside and not any(parameter.requires_grad for parameter in own)
+            if frozen and any(parameter.dim() > 1 and not parameter.is_meta for parameter in own):
+                add_hook_to_module(layer, AlignDevicesHook(device, offload=True))
+
+
+def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> None:
+    """Moves a task to where it runs; under FSDP2 each process keeps its share of the host's blocks.
+
+    Args:
+        task: on the CPU, or there already.
+        accelerator: the run's.
+        offload: see `move`.
+
+    Raises:
+        ConfigError: if the host has no blocks to shard, or is quantised.
     """
     if not is_sharded(accelerator):
-        task.to(accelerator.device)
+        move(task, accelerator.device, offload=offload)
+        # Each process has quantised the same file. DDP would send them around; torchao's cannot be sent.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, quantized_weights(task))
         return
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -134,6 +204,11 @@ def place(task: Task, accelerator: Accelerator) -> None:
 
     if isinstance(task, FSDPModule):
         return
+    if is_quantized(task.model):
+        raise ConfigError(
+            "a quantised model cannot be sharded by FSDP2. Leave quantize out, or launch with data parallelism "
+            "(torchrun): every process then holds all of the quantised model."
+        )
     plugin: Any = accelerator.state.fsdp_plugin
     kinds = plugin.transformer_cls_names_to_wrap or sorted(_kinds_of_blocks(task.model))
     blocks = [module for module in task.model.modules() if type(module).__name__ in kinds]
@@ -180,7 +255,6 @@ def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
         ConfigError: if it is not.
     """
     from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
 
     if _asked_for("FSDP"):
         sharded = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))

@@ -57,10 +57,11 @@ def check(
     padding: str,
     context: Tensor | None = None,
     implementation: str = "sdpa",
+    weights: Tensors | None = None,
 ) -> None:
-    """Compares logits and all adapter gradients of one batch with the oracle's."""
+    """Compares logits and all adapter gradients of one batch with the oracle's, which uses ``weights`` if given."""
     settings: Any = model.config
-    weights: Tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    weights = weights or {name: tensor.double() for name, tensor in model.state_dict().items()}
     shape = NaiveModel(
         num_layers=settings.num_hidden_layers,
         num_heads=settings.num_attention_heads,
@@ -75,7 +76,7 @@ def check(
     open_up(handle)
     batch = text_batch(padding)
     words = batch["attention_mask"].bool()
-    weight = torch.randn(3, 9, 61, generator=torch.Generator().manual_seed(4))[words]
+    weight = torch.randn(3, 9, settings.vocab_size, generator=torch.Generator().manual_seed(4))[words]
 
     got = model(**batch, zinit_context=context).logits[words]
     (got * weight).sum().backward()

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
+    from zinit.hosts import Loading
 
 IGNORED = -100
 HEADER = "Below is an instruction that describes a task"
@@ -174,17 +175,16 @@ class Alpaca(Task):
         self.held_out_stream = _stream("held_out", self.held_out_examples)
 
     @staticmethod
-    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
         """A causal language model and its tokenizer.
 
         Args:
             source: folder or Hub id.
-            dtype: of the weights.
-            revision: on the Hub.
+            loading: see `zinit.hosts.Loading`.
         """
         from zinit.hosts import load_causal_lm
 
-        return load_causal_lm(source, dtype=dtype, revision=revision)
+        return load_causal_lm(source, **loading)
 
     def _encode(self, records: list[dict[str, str]], part: str) -> list[Example]:
         """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from zinit.errors import ConfigError
+from zinit.quantization import is_quantized
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,3 +173,33 @@ class Task(nn.Module, ABC):
         if gates:
             decay = weight_decay if decay_gates else 0.0
             yield {"params": [p for _, p in named if id(p) in gates], "weight_decay": decay}
+
+
+def load_host(task: type[Task], source: str | Path, *, trains: bool, **loading: Any) -> tuple[nn.Module, Any]:
+    """A task's model and its processor.
+
+    Args:
+        task: its ``load_model`` must take a ``dtype`` and a ``revision``; one that reads weights straight to a
+            ``device``, or quantised (``quantize``), takes these too.
+        source: folder or Hub id.
+        trains: whether the model's own weights will be trained.
+        loading: see `zinit.hosts.Loading`.
+
+    Raises:
+        ConfigError: if the task's model is to be quantised and it does not know how, or is quantised and to be trained.
+    """
+    load_model: Any = task.load_model  # pyright: ignore[reportAttributeAccessIssue]
+    parameters = inspect.signature(load_model).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        if loading.get("quantize") is not None and "quantize" not in parameters:
+            raise ConfigError(
+                f"the task {task.name!r} cannot quantise its model: its load_model takes no 'quantize'. Leave it out."
+            )
+        loading = {name: value for name, value in loading.items() if name in parameters}
+    model, processor = load_model(source, **loading)
+    if trains and is_quantized(model):
+        raise ConfigError(
+            f"{source} is quantised, and quantised weights cannot be trained. Take the model as it was before, or "
+            f"train beside it: -o method=zero-init, or -o method=lora."
+        )
+    return model, processor

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import ClipProcessor
+    from zinit.hosts import ClipProcessor, Loading
 
 Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
@@ -170,11 +170,11 @@ class BaseToNovel(Task):
         self._kept: Tensor | None = None
 
     @staticmethod
-    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
         """A dual encoder and its processor; see `zinit.hosts.load_clip`."""
         from zinit.hosts import load_clip
 
-        return load_clip(source, dtype=dtype, revision=revision)
+        return load_clip(source, **loading)
 
     # --- data -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
+    from zinit.hosts import Loading
 
 IGNORED = -100
 OUTSIDE = "O"
@@ -141,17 +142,16 @@ class TokenClassification(Task):
         self._predictions: list[list[str]] = []
 
     @staticmethod
-    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
         """An encoder and its tokenizer.
 
         Args:
             source: folder or Hub id.
-            dtype: of the weights.
-            revision: on the Hub.
+            loading: see `zinit.hosts.Loading`.
         """
         from zinit.hosts import load_encoder
 
-        return load_encoder(source, dtype=dtype, revision=revision)
+        return load_encoder(source, **loading)
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
         index = {label: number for number, label in enumerate(self._labels)}

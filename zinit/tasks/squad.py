@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
+    from zinit.hosts import Loading
 
 NO_ANSWER = "(no answer)"
 
@@ -120,17 +121,16 @@ class Squad(Task):
         self.null_odds: dict[str, float] = {}
 
     @staticmethod
-    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
         """An encoder and its tokenizer.
 
         Args:
             source: folder or Hub id.
-            dtype: of the weights.
-            revision: on the Hub.
+            loading: see `zinit.hosts.Loading`.
         """
         from zinit.hosts import load_encoder
 
-        return load_encoder(source, dtype=dtype, revision=revision)
+        return load_encoder(source, **loading)
 
     def _encode(self, questions: list[Question], part: str) -> list[Window]:
         windows = make_windows(

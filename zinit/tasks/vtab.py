@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
+    from zinit.hosts import Loading
 
 __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "summarise", "vpt_grid"]
 
@@ -154,11 +155,11 @@ class VTAB(Task):
         nn.init.zeros_(self.head.bias)
 
     @staticmethod
-    def load_model(source: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> tuple[nn.Module, Any]:
+    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
         """A trunk of timm and the input it was pretrained on; see `zinit.hosts.load_timm`."""
         from zinit.hosts import load_timm
 
-        return load_timm(source, dtype=dtype, revision=revision)
+        return load_timm(source, **loading)
 
     def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.config.normalisation == "none":
