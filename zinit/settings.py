@@ -244,6 +244,8 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     if "held_out_data" in values.get("task", {}):
         values["task"]["held_out_data"] = absolute_path(values["task"]["held_out_data"])
+    if isinstance(folder := values.get("train", {}).get("trunk_cache"), str) and folder:  # it need not be there yet
+        values["train"]["trunk_cache"] = str(Path(folder).expanduser().absolute())
     return values
 
 
