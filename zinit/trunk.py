@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 from torch import Tensor, nn
 
-from zinit.adapter_file import write_atomically
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.processes import sum_over_processes
+from zinit.rows import Rows, bytes_of
 from zinit.strategy import is_sharded
 from zinit.tasks.base import Batch, Task
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 KEY = "trunk"  # of the stored states in a batch
-PART_BYTES = 64 * 2**20
-STALE_SECONDS = 24 * 3600  # a file that nobody has written to for so long is nobody's any more
 
 
 def refuse(reason: str) -> Never:
@@ -185,8 +182,8 @@ def find_trunk(task: Task, accelerator: Accelerator) -> tuple[Trunk, Tensor]:
                 fitting.append((trunk, both))
     if len(fitting) != 1:
         refuse(
-            f"{len(fitting)} of {len(candidates)} rows of blocks with frozen ones below give one tensor for each "
-            f"training example, once per step; it must be one"
+            f"{len(fitting)} of {len(candidates)} towers with frozen lower layers see each training example once per "
+            f"step, as one tensor; it must be one. Choose it with prefix.towers"
         )
     trunk, expected = fitting[0]
     before = _random_state()
@@ -237,7 +234,7 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+# --- storing ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -251,95 +248,9 @@ def _fingerprint(task: Task, trunk: Trunk, probe: Tensor) -> str:
     for name, tensor in (*task.handle.model.named_parameters(), *task.handle.model.named_buffers()):
         if tensor not in above and not tensor.requires_grad:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
-    digest.update(_bytes(probe))
+            digest.update(bytes_of(tensor))
+    digest.update(bytes_of(probe))
     return broadcast_object_list([digest.hexdigest()[:32]])[0]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-class Rows:
-    """One tensor for each of many examples, in files that are mapped into memory.
-
-    Args:
-        folder: of the files.
-        like: shape and dtype of a row.
-        count: of the examples.
-    """
-
-    def __init__(self, folder: Path, like: Tensor, count: int) -> None:
-        self.folder, self.shape, self.dtype, self.count = folder, tuple(like.shape), like.dtype, count
-        self.row_bytes = like.numel() * like.element_size()
-        self.rows_per_part = max(1, PART_BYTES // self.row_bytes)
-        self.parts = range(-(-count // self.rows_per_part))
-        self._mapped: dict[int, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mapped": {}}  # processes that prepare batches map the files themselves
-
-    def __getitem__(self, indices: Iterable[int]) -> Tensor:
-        """(B, ...) of these examples."""
-        places = [divmod(index, self.rows_per_part) for index in indices]
-        return torch.stack([self._part(part)[row] for part, row in places])
-
-    def examples(self, part: int) -> range:
-        """Whose rows a file holds."""
-        return range(part * self.rows_per_part, min(self.count, (part + 1) * self.rows_per_part))
-
-    def _path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.safetensors"
-
-    def _part(self, part: int) -> Tensor:
-        if part not in self._mapped:
-            self._mapped[part], _ = _read(self._path(part))
-        return self._mapped[part]
-
-    def is_whole(self, part: int) -> bool:
-        """Whether a file is there and holds what was written."""
-        from safetensors import SafetensorError
-
-        try:
-            states, sha256 = _read(self._path(part))
-        except (OSError, SafetensorError):
-            return False
-        return (
-            states.dtype == self.dtype
-            and states.shape == (len(self.examples(part)), *self.shape)
-            and hashlib.sha256(_bytes(states)).hexdigest() == sha256
-        )
-
-    def write(self, part: int, states: Tensor) -> None:
-        """Makes a file."""
-        from safetensors.torch import save
-
-        sha256 = hashlib.sha256(_bytes(states)).hexdigest()
-        write_atomically(self._path(part), save({"states": states}, metadata={"sha256": sha256}))
-
-    def check(self) -> None:
-        """Every file can be seen from here. What a killed run left half written is taken away.
-
-        Raises:
-            ConfigError: naming the first that cannot.
-        """
-        for left in self.folder.glob(".part-*"):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink(missing_ok=True)
-        for part in self.parts:
-            if not self._path(part).is_file():
-                raise ConfigError(
-                    f"{self._path(part)} was written, but cannot be seen by this process: train.trunk_cache must be a "
-                    f"folder that all machines share."
-                )
-
-
-def _read(path: Path) -> tuple[Tensor, str]:
-    """The rows of a file, none of which is read before it is used, and the hash they had when they were written."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("states"), (file.metadata() or {}).get("sha256", "")
 
 
 @torch.no_grad()
@@ -364,37 +275,35 @@ def _fill(
     def total(number: float) -> int:
         return int(sum_over_processes(accelerator, torch.tensor(int(number), device=accelerator.device)).item())
 
-    missing = [
-        part for part in rows.parts[accelerator.process_index :: accelerator.num_processes] if not rows.is_whole(part)
-    ]
-    mine = sum(len(rows.examples(part)) for part in missing)
-    count = total(mine)
-    if not count:
-        tell(f"reading the frozen layers' outputs from {rows.folder}")
-        return
+    mine = rows.parts[accelerator.process_index :: accelerator.num_processes]
+    missing = [part for part in mine if not rows.is_whole(part)]
+    share = sum(len(rows.examples(part)) for part in missing)
+    count = total(share)
+    size = f"{count * rows.row_bytes / 1e9:.2f} GB"
+    storing = f"storing the frozen layers' outputs for {count:,} examples ({size}) in {rows.folder}"
+    tell(storing if count else f"reading the frozen layers' outputs from {rows.folder}")
+    problem, done = "", 0
     task.eval()
-    problem, done, size = "", 0, config.micro_batch_size
-    needed = count * rows.row_bytes
-    tell(f"storing the frozen layers' outputs for {count:,} examples ({needed / 1e9:.2f} GB) in {rows.folder}")
     try:
         rows.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(rows.folder).free
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        if count * rows.row_bytes > free:
+            raise OSError(f"{size} are needed, {free / 1e9:.2f} GB are free")
         for part in missing:
             examples, found = rows.examples(part), []
-            for start in range(0, len(examples), size):
-                batch = task.collate(task.train_stream, examples[start : start + size])
+            for start in range(0, len(examples), config.micro_batch_size):
+                indices = examples[start : start + config.micro_batch_size]
+                batch = task.collate(task.train_stream, indices)
                 with accelerator.autocast(), trunk.watched() as calls:
                     task({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
                 states = trunk.states(calls[0][0])
                 if states is None or states.shape[1:] != rows.shape:
-                    refuse(f"one of the examples {list(examples[start : start + size])} gives another shape")
+                    refuse(f"one of the examples {list(indices)} gives another shape")
                 found.append(states.cpu())
             rows.write(part, torch.cat(found))
             before, done = done, done + len(examples)
-            if 10 * done // mine > 10 * before // mine:
-                tell(f"{done / mine:.0%} stored")
+            if 10 * done // share > 10 * before // share:
+                tell(f"{done / share:.0%} stored")
     except OSError as error:
         problem = str(error)
     if total(bool(problem)):

@@ -22,7 +22,7 @@ from tests.engine.test_crash import steps
 from tests.tasks import test_base_to_novel as towers
 from tests.tasks.vit import save_tiny, save_vtab, tiny
 from tests.tiny import environment, save_records, save_tiny_llama
-from zinit import adapter_file, trunk
+from zinit import adapter_file, rows, trunk
 from zinit.attach import attach
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.engine import fit
@@ -140,7 +140,7 @@ def test_uneven_batches_differ_by_rounding(classes: Path, tmp_path: Path) -> Non
 def test_hosts_of_half_precision(dtype: torch.dtype, pictures: Path, tmp_path: Path) -> None:
     plain, stored = (trained(vtab(pictures, model=tiny(depth=DEPTH).to(dtype)), cache) for cache in (None, tmp_path))
     assert_same_bits(stored, plain)
-    assert trunk._read(next(stored.folders[0].iterdir()))[0].dtype == dtype
+    assert rows._read(next(stored.folders[0].iterdir()))[0].dtype == dtype
 
 
 def test_layers_that_are_not_neighbours(pictures: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_what_has_a_folder_of_its_own(make: Callable[[Path], VTAB], same: bool, 
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunk, "PART_BYTES", 10_000)  # four examples of 17 x 32 x 4 bytes: three files
+    monkeypatch.setattr(rows, "PART_BYTES", 10_000)  # four examples of 17 x 32 x 4 bytes: three files
 
 
 def shortened(file: Path) -> None:
@@ -330,18 +330,18 @@ def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_keeps_what_is_stored(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = trunk.write_atomically
+    write = rows.write_atomically
 
     def full(path: Path, data: bytes) -> None:
         if path.name == "part-00001.safetensors":
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(trunk, "write_atomically", full)
+    monkeypatch.setattr(rows, "write_atomically", full)
     with pytest.raises(ConfigError, match=r"cannot be stored in .*No space left on device.*Make room"):
         trained(vtab(pictures), tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(trunk, "PART_BYTES", 10_000)
+    monkeypatch.setattr(rows, "PART_BYTES", 10_000)
     assert len([*tmp_path.rglob("*.safetensors")]) == 1
     again = trained(vtab(pictures), tmp_path)
     assert sum(again.calls) == 5 + 8
@@ -426,7 +426,7 @@ def no_handle(task: VTAB) -> None:
         ),
         pytest.param({"model": with_batch_norm}, {}, "something else in training", id="batch-norm"),
         pytest.param({"model": with_shortcut}, {}, "gives another loss: it uses them elsewhere", id="shortcut"),
-        pytest.param({"model": shared_blocks}, {}, "0 of 1 rows of blocks", id="called-twice"),
+        pytest.param({"model": shared_blocks}, {}, "0 of 1 towers", id="called-twice"),
         pytest.param({"then": trained_embedding}, {}, "below the lowest adapted block is trained", id="trained"),
         pytest.param({"then": no_handle}, {}, "the method adds nothing to the topmost layers", id="no-prefix"),
         pytest.param({}, {"compile": True}, "train.compile=false", id="compile"),
@@ -506,7 +506,7 @@ def test_clip(prefix: dict[str, Any], settings: dict[str, Any], classes: Path, t
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ({"towers": ("text_model",)}, "0 of 1 rows of blocks"),  # its features of the pictures are kept in memory
+        ({"towers": ("text_model",)}, "0 of 1 towers"),  # its features of the pictures are kept in memory
         ({"layers": 2}, "every layer is adapted"),
     ],
 )

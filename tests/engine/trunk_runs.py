@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from zinit import trunk
+from zinit import rows
 from zinit.cli import main
 
-trunk.PART_BYTES = 10_000
+rows.PART_BYTES = 10_000
 
 if __name__ == "__main__":
     main()
