@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import socket
+import traceback
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from tests.engine.test_crash import steps
 from tests.tasks import test_base_to_novel as towers
 from tests.tasks.vit import save_tiny, save_vtab, tiny
-from tests.tiny import environment, save_records, save_tiny_llama
+from tests.tiny import save_records, save_tiny_llama
 from zinit import adapter_file, rows, trunk
 from zinit.attach import attach
 from zinit.config import PrefixConfig, TrainConfig
@@ -153,12 +156,12 @@ def test_blocks_that_give_tuples(pictures: Path, tmp_path: Path) -> None:
     """As layers of transformers did: ``hidden, None = block(hidden)``."""
 
     class Paired(nn.Module):
-        def __init__(self, block: nn.Module) -> None:
+        def __init__(self, number: int, block: nn.Module) -> None:
             super().__init__()
-            self.block = block
+            self.number, self.block = number, block
 
-        def forward(self, x: Tensor | tuple[Tensor, None]) -> tuple[Tensor, None]:
-            return self.block(x[0] if isinstance(x, tuple) else x), None
+        def forward(self, x: Any) -> tuple[Tensor, None]:
+            return self.block(x[0] if self.number else x), None
 
     class First(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
@@ -170,7 +173,7 @@ def test_blocks_that_give_tuples(pictures: Path, tmp_path: Path) -> None:
 
     def paired() -> Any:
         model = tiny(depth=DEPTH)
-        model.blocks = nn.Sequential(*map(Paired, model.blocks))
+        model.blocks = nn.Sequential(*(Paired(*each) for each in enumerate(model.blocks)))
         model.norm = First(model.norm)
         return model
 
@@ -193,6 +196,21 @@ def test_dropout_above_draws_the_same(pictures: Path, tmp_path: Path) -> None:
     plain, filling, reading = found
     assert_same_bits(filling, plain)
     assert_same_bits(reading, plain)
+
+
+def test_only_batches_that_carry_states_skip(pictures: Path, tmp_path: Path) -> None:
+    task = vtab(pictures)
+    batch = task.collate(task.train_stream, [0, 1])
+    with torch.no_grad():
+        expected, features = task(batch), task.model(batch["images"].float())
+        config = TrainConfig(trunk_cache=str(tmp_path))
+        with trunk.kept_trunk(task, config, Accelerator(cpu=True), lambda event: None) as stored:
+            assert stored is not None
+            other = task({**batch, trunk.KEY: stored[[2, 3]]})
+            assert torch.equal(task.model(batch["images"].float()), features)  # past the task
+            assert torch.equal(task(batch), expected)
+            assert torch.equal(task({**batch, trunk.KEY: stored[[0, 1]]}), expected)
+            assert not torch.equal(other, expected)
 
 
 def test_the_host_is_left_as_it_was(pictures: Path, tmp_path: Path) -> None:
@@ -261,12 +279,34 @@ def test_what_has_a_folder_of_its_own(make: Callable[[Path], VTAB], same: bool, 
     assert len(trained(other, tmp_path, steps=2).folders) == (1 if same else 2)
 
 
+def test_one_other_picture_in_the_middle_has_a_folder_of_its_own(pictures: Path, tmp_path: Path) -> None:
+    """Only the first and the last are tried on."""
+    copy = shutil.copytree(pictures, tmp_path / "copy")
+    shutil.copy(copy / "images" / "train800" / "000001.png", copy / "images" / "train800" / "000004.png")
+    cache = tmp_path / "cache"
+    assert len(trained(vtab(pictures), cache, steps=2).folders) == 1
+    assert len(trained(vtab(copy), cache, steps=2).folders) == 2
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "PART_BYTES", 10_000)  # four examples of 17 x 32 x 4 bytes: three files
+
+
+def child(action: Callable[[], None]) -> int:
+    """A process that does this; forked, so that nothing is imported again."""
+    number = os.fork()
+    if not number:
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return number
 
 
 def shortened(file: Path) -> None:
@@ -305,8 +345,8 @@ def test_a_damaged_file_is_made_anew(damage: Callable[[Path], None], pictures: P
 
 @pytest.mark.usefixtures("small_files")
 def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
-    child = os.fork()
-    if not child:
+
+    def killed() -> None:
         replace = os.replace
 
         def dying(source: str, target: Path) -> None:  # the file is written whole under its temporary name
@@ -316,14 +356,41 @@ def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
 
         adapter_file.os.replace = dying
         trained(vtab(pictures), tmp_path)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    assert os.waitpid(child(killed), 0)[1] == signal.SIGKILL
     left = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("part-*")}
     assert len(left) == 2  # of three
     stored = trained(vtab(pictures), tmp_path)
     assert sum(stored.calls) == 5 + 4
     assert {file: file.stat().st_mtime_ns for file in left} == left
     assert_same_bits(stored, trained(vtab(pictures)))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cache = tmp_path / "cache"
+
+    def rank(number: int) -> None:
+        names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = trained(vtab(pictures), cache)
+        assert Accelerator(cpu=True).num_processes == 2
+        (tmp_path / f"{number}.json").write_text(json.dumps({"losses": found.losses, "calls": found.calls}))
+
+    children = [child(partial(rank, number)) for number in range(2)]
+    assert [os.waitpid(each, 0)[1] for each in children] == [0, 0]
+    (folder,) = cache.iterdir()
+    assert len([*folder.glob("part-*")]) == 3
+    first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    assert (sum(first["calls"]), sum(second["calls"])) == (5 + 8, 5 + 4)
+    plain = trained(vtab(pictures))
+    assert first["losses"] == pytest.approx(plain.losses, rel=1e-5)
+    assert_same_bits(trained(vtab(pictures), cache), plain)  # on one process, from what the two have stored
+    assert [*cache.iterdir()] == [folder]
 
 
 @pytest.mark.usefixtures("small_files")
@@ -532,22 +599,6 @@ def plain_run(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     output = tmp_path_factory.mktemp("plain") / "run"
     train_run(resolve(backbone="vit", options=OPTIONS, **inputs)[0], output)
     return output
-
-
-def test_two_processes_share_the_work(inputs: dict[str, str], plain_run: Path, tmp_path: Path) -> None:
-    options = [word for option in [*OPTIONS, f"train.trunk_cache={tmp_path / 'cache'}"] for word in ("-o", option)]
-    given = [word for name, value in inputs.items() for word in (f"--{name}", value)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-         "tests.engine.trunk_runs", "train", "--backbone", "vit", "--output", str(tmp_path / "run"), *given, *options],
-        env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert len([*folder.glob("part-*")]) == 3
-    one, two = steps(plain_run), steps(tmp_path / "run")
-    assert one.keys() == two.keys()
-    assert max(abs(one[step] - two[step]) / abs(one[step]) for step in one) < 1e-5
 
 
 def test_a_resumed_run_may_begin_and_end_to_use_it(
