@@ -5,7 +5,7 @@
 
 Both sides are the engine's own parts: the task's batches, the stored rows read from their files, the task's forward,
 backward, the optimizer's step. They run in one process, interleaved; the figure is the median of the ratios within a
-round. Filling is what the run pays once; `epochs_to_pay` says after how many epochs it has paid.
+round. Filling (with the trial and the hash of the weights) is what is paid once.
 """
 
 from __future__ import annotations
@@ -100,12 +100,10 @@ def main() -> None:
                 {"without": step(False), "with": step(True)}, rounds=options.rounds, device=options.device
             )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    saved_per_epoch = (medians["without"] - medians["with"]) * count / options.batch
     figures = {
         "with_over_without": round(ratio(seconds, "with", "without"), 4),
         "median_seconds": {name: round(value, 5) for name, value in medians.items()},
         "filling_seconds": round(filling, 3),
-        "epochs_to_pay": round(filling / saved_per_epoch, 2),
         "stored_bytes_per_example": rows.row_bytes,
         "examples": count,
     }
