@@ -196,9 +196,10 @@ def test_the_check_finds_what_is_broken(backbone: Guide, folder: Path, promise: 
     code = code.replace(old, new)
     if "detach()" in new:
         code = code.replace("query.dtype), 8**-0.5", "query.dtype)), 8**-0.5")
+    code = code.replace('= "mine"', '= "broken"')
     (folder / "broken.py").write_text(code)
     zinit.register_backbone("broken", "broken:MINE")
-    with pytest.raises(BackboneError, match=f"'mine' on Decoder: .*{promise}"):
+    with pytest.raises(BackboneError, match=f"'broken' on Decoder: .*{promise}"):
         check_backbone(backbone.names["Decoder"](), torch.randn(2, 6, 32), backbone="broken")
 
 

@@ -13,7 +13,9 @@ import zinit
 from tests.tiny import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
+from zinit.methods import METHODS
 from zinit.registry import Registry, did_you_mean
+from zinit.tasks import TASKS
 
 
 @pytest.fixture
@@ -64,6 +66,18 @@ def test_what_cannot_be_loaded_is_named(registry: Registry) -> None:
         registry.get("gone")
 
 
+@pytest.mark.parametrize("code", ["class THING:\n    name = 'other'\n", "class A:\n    name = 'other'\nTHING = A()\n"])
+def test_what_calls_itself_otherwise_is_refused(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's file names its backbone by the object's own name, and looks it up by the registered one."""
+    (tmp_path / "alias.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "alias", raising=False)
+    registry = Registry("backbone", {"mine": "alias:THING", "other": "alias:THING"})
+    with pytest.raises(ConfigError, match=r"as the backbone 'mine', but calls itself 'other'.*Register it as 'other'"):
+        registry.get("mine")
+    assert registry.get("other") is sys.modules["alias"].THING
+
+
 def test_one_registry_does_not_change_another() -> None:
     entries = {"a": "a:A"}
     one = Registry("task", entries)
@@ -86,8 +100,9 @@ def test_the_public_function_fills_the_registry(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_shipped_entry_loads_and_knows_its_name() -> None:
-    for name in BACKBONES:
-        assert BACKBONES.get(name).name == name
+    for registry in (BACKBONES, METHODS, TASKS):
+        for name in registry:
+            assert registry.get(name).name == name
 
 
 # --- entry points of installed packages ------------------------------------------------------------------------------

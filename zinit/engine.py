@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.data import DataLoader
 
-from zinit import checkpoint
+from zinit import checkpoint, trunk
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
@@ -145,11 +145,13 @@ def cut(config: TrainConfig, stream: Stream, examples: Sequence[int], world: int
 class _Collated(torch.utils.data.Dataset):
     """A task's stream as torch's data loader wants it: an index is a whole micro-batch."""
 
-    def __init__(self, task: Task, stream: Stream, parts: Sequence[list[int]]) -> None:
-        self.task, self.stream, self.parts = task, stream, parts
+    def __init__(self, task: Task, stream: Stream, parts: Sequence[list[int]], rows: trunk.Rows | None) -> None:
+        self.task, self.stream, self.parts, self.rows = task, stream, parts, rows
 
     def __getitem__(self, index: int) -> Batch:
-        return self.task.collate(self.stream, self.parts[index])
+        part = self.parts[index]
+        stored = {} if self.rows is None else {trunk.KEY: self.rows[part]}
+        return self.task.collate(self.stream, part) | stored
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -263,20 +265,24 @@ def fit(
     evaluate_every = max(1, plan.steps // 10) if config.evaluate_every is None else config.evaluate_every
     gates_every = max(1, plan.steps // 100)
     ahead = [plan.micro_batches(step, rank, world) for step in range(done, plan.steps)]
-    loader = DataLoader(
-        _Collated(task, plan.stream, [part for step in ahead for part, _ in step]),
-        batch_size=None,
-        generator=torch.Generator().manual_seed(seed),  # its own, so that a loader draws nothing from torch's
-        num_workers=config.workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = iter(loader)
-    if accelerator.is_main_process:
-        on_event({"event": "plan", "steps": plan.steps, "done": done, "steps_per_epoch": plan.steps_per_epoch})
-    if done == 0:
-        gates(0)
     skipped = 0
-    with _stop_requests() as stop_requested, set_checkpoint_early_stop(not is_lent(task)):
+    with (
+        trunk.kept_trunk(task, config, accelerator, on_event) as rows,
+        _stop_requests() as stop_requested,
+        set_checkpoint_early_stop(not is_lent(task)),
+    ):
+        loader = DataLoader(
+            _Collated(task, plan.stream, [part for step in ahead for part, _ in step], rows),
+            batch_size=None,
+            generator=torch.Generator().manual_seed(seed),  # its own, so that a loader draws nothing from torch's
+            num_workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        batches = iter(loader)
+        if accelerator.is_main_process:
+            on_event({"event": "plan", "steps": plan.steps, "done": done, "steps_per_epoch": plan.steps_per_epoch})
+        if done == 0:
+            gates(0)
         for step, micro_batches in enumerate(ahead, start=done):
             started = time.perf_counter()
             wrapped.train()

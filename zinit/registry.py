@@ -67,14 +67,22 @@ class Registry:
         """The object behind a name.
 
         Raises:
-            ConfigError: if the name is unknown (with the nearest known one) or its address cannot be imported.
+            ConfigError: if the name is unknown (with the nearest known one), its address cannot be imported, or what
+                lies there calls itself by another name: what it saves could not find it again.
         """
         where = self.where(name)
         module, _, attribute = where.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"the {self.kind} {name!r} cannot be loaded from {where!r}: {error}") from error
+        own = getattr(found, "name", name)
+        if isinstance(own, str) and own != name:
+            raise ConfigError(
+                f"{where} is registered as the {self.kind} {name!r}, but calls itself {own!r}, the name that files it "
+                f"saves would look for. Register it as {own!r}, or set its attribute name to {name!r}."
+            )
+        return found
 
     def where(self, name: str) -> str:
         """The address of an entry, without importing it.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # Where model and data lie is indifferent too: what is in them is compared.
 INDIFFERENT = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
-    *("train.workers", "train.tensorboard", "task.packing"),
+    *("train.workers", "train.tensorboard", "train.trunk_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
 )
 SAME_MODEL = 0.999  # cosine of two samples of the weights

@@ -219,6 +219,12 @@ def resolve(
         if not isinstance(from_file.get(name, {}), dict):
             raise ConfigError(f"{config_file}: {name} must be a table: [{name}].")
     preset = preset or from_file.pop("preset", None)
+    known = {short for name in _preset_names() for short in (name, name.partition("/")[2])}
+    if preset is not None and preset not in known and Path(preset).expanduser().is_file():
+        raise ConfigError(
+            f"--preset takes a name ('zinit ls presets'), and {preset!r} is a file. Pass a file of your own with "
+            f"--config {preset}."
+        )
     backbone = backbone or from_file.get("backbone")
     task = task or from_file.get("task", {}).get("name")
     if backbone is None and preset and "/" in preset:
@@ -273,6 +279,8 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     if "held_out_data" in values.get("task", {}):
         values["task"]["held_out_data"] = absolute_path(values["task"]["held_out_data"])
+    if isinstance(folder := values.get("train", {}).get("trunk_cache"), str) and folder:  # it need not be there yet
+        values["train"]["trunk_cache"] = str(Path(folder).expanduser().absolute())
     return values
 
 

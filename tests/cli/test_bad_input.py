@@ -83,6 +83,16 @@ def test_data(kind: str, refused, model: Path, tmp_path: Path) -> None:
     refused(*train(model, file, output), says=says, output=output.parent)
 
 
+@pytest.mark.parametrize("folder", ["", "alpaca/"])
+def test_a_file_is_no_preset(folder: str, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / folder / "mine.toml"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    says = [f"'{folder}mine.toml' is a file", f"--config {folder}mine.toml"]
+    refused("train", "--backbone", "llama", "--preset", f"{folder}mine.toml", says=says)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

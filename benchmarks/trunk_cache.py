@@ -1,0 +1,114 @@
+"""Time of one training step with and without stored outputs of the frozen lower blocks, on a random ViT.
+
+    python -m benchmarks.trunk_cache
+    python -m benchmarks.trunk_cache --width 768 --heads 12 --image 224
+
+Both sides are the engine's own parts: the task's batches, the stored rows read from their files, the task's forward,
+backward, the optimizer's step. They run in one process, interleaved; the figure is the median of the ratios within a
+round. Filling (with the trial and the hash of the weights) is what is paid once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import zinit
+from benchmarks.common import interleaved, prepare, ratio, save
+from zinit.config import TrainConfig
+from zinit.engine import make_accelerator
+from zinit.tasks.vtab import VTAB, VTABConfig
+from zinit.trunk import KEY, kept_trunk
+
+
+def pictures(folder: Path, count: int, size: int) -> Path:
+    """Random pictures of two classes in their folders."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        (folder / f"class_{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"class_{number % 2}" / f"{number}.png")
+    return folder
+
+
+def task_of(options: argparse.Namespace, data: Path) -> VTAB:
+    """A random ViT with a prefix on its topmost layers, and a head."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=options.image, patch_size=options.patch, embed_dim=options.width, depth=options.layers,
+        num_heads=options.heads, num_classes=0,
+    )  # fmt: skip
+    model.to(options.device, getattr(torch, options.dtype))
+    config = zinit.PrefixConfig(length=options.prefix_length, layers=options.adapted, gate_init=0.1)
+    handle = zinit.attach(model, config, seed=0)
+    return VTAB(model, None, handle, VTABConfig(), data=str(data), seed=0).to(options.device)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--width", type=int, default=192, help="C")
+    options.add_argument("--layers", type=int, default=12, help="N")
+    options.add_argument("--heads", type=int, default=3, help="H")
+    options.add_argument("--adapted", type=int, default=2, help="L")
+    options.add_argument("--prefix-length", type=int, default=10, help="K")
+    options.add_argument("--image", type=int, default=224, help="pixels a side")
+    options.add_argument("--patch", type=int, default=16)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--examples", type=int, default=64, help="pictures, a fifth of which is held out")
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
+    options.add_argument("--threads", type=int, default=None)
+    options.add_argument("--output", type=Path, default=None)
+    options = options.parse_args()
+    prepare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        task = task_of(options, pictures(Path(folder) / "data", options.examples, options.image))
+        config = TrainConfig(micro_batch_size=options.batch, trunk_cache=str(Path(folder) / "cache"))
+        accelerator = make_accelerator(config)
+        optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)
+        started = time.perf_counter()
+        with kept_trunk(task, config, accelerator, lambda event: None) as rows:
+            filling = time.perf_counter() - started
+            assert rows is not None
+            count = len(task.train_stream)
+            position = 0
+
+            def step(stored: bool) -> Callable[[], None]:
+                def run() -> None:
+                    nonlocal position
+                    indices = [(position + i) % count for i in range(options.batch)]
+                    position += options.batch
+                    batch = task.collate(task.train_stream, indices) | ({KEY: rows[indices]} if stored else {})
+                    task({name: tensor.to(options.device) for name, tensor in batch.items()}).backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+                return run
+
+            task.train()
+            seconds = interleaved(
+                {"without": step(False), "with": step(True)}, rounds=options.rounds, device=options.device
+            )
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    figures = {
+        "with_over_without": round(ratio(seconds, "with", "without"), 4),
+        "median_seconds": {name: round(value, 5) for name, value in medians.items()},
+        "filling_seconds": round(filling, 3),
+        "stored_bytes_per_example": rows.row_bytes,
+        "examples": count,
+    }
+    save("trunk_cache", options, figures)
+
+
+if __name__ == "__main__":
+    main()
