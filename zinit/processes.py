@@ -1,4 +1,4 @@
-"""The one collective that zinit needs of Accelerate."""
+"""What runs over several processes need to know of one another and of tensors."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     total = accelerator.reduce(tensor, "sum")
     assert isinstance(total, Tensor)
     return total
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds only its share of a tensor: FSDP2's kind or DeepSpeed ZeRO-3's."""
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
