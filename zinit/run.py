@@ -17,9 +17,10 @@ from zinit.adapter_file import AdapterFile, cosine, fingerprint
 from zinit.attach import Handle
 from zinit.backbones import BACKBONES
 from zinit.checkpoint import check_identity
-from zinit.engine import Event, Interrupted, fit, held_out_loss
+from zinit.engine import Event, Interrupted, Plan, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
+from zinit.methods.base import Method
 from zinit.run_directory import (
     TRAINED,
     Log,
@@ -35,14 +36,14 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
-from zinit.strategy import for_evaluation, make_accelerator, place
+from zinit.strategy import make_accelerator, place
 from zinit.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from zinit.methods.base import Adapted, Method
+    from zinit.methods.base import Adapted
     from zinit.tasks.base import Evaluation, Task
 
 # Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
@@ -203,6 +204,8 @@ def train_run(
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
+    if type(built.method).solve is Method.solve:  # the engine will train: what cannot be planned is said now
+        Plan(config.train, task.train_stream, config.seed)
     place(task, accelerator)
     with disabled():
         task.prepare()
@@ -338,7 +341,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
-        evaluation = task.evaluate(for_evaluation(accelerator), limit=limit)
+        evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}

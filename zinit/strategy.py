@@ -196,8 +196,6 @@ def _place_zero3(task: Task, accelerator: Accelerator) -> None:
 
     What else there is stays out of DeepSpeed's sight, with an optimizer, a backward pass and files of our own.
     """
-    import deepspeed
-
     if any(map(is_shard, task.parameters())):
         return
     blocks = _blocks(task, sorted(_kinds_of_blocks(task.model)))
@@ -212,6 +210,8 @@ def _place_zero3(task: Task, accelerator: Accelerator) -> None:
             "under DeepSpeed zinit shards the layers in which nothing trains, and this run trains something in most of "
             "the host's. Launch it under FSDP2 (configs/accelerate/fsdp2.yaml) or plain data parallelism."
         )
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
     for tensor in [*(p for p in task.parameters() if p not in sharded), *task.buffers()]:
         tensor.data = tensor.data.to(accelerator.device)
     plugin: Any = accelerator.deepspeed_plugin
@@ -270,6 +270,8 @@ def prepare(
     Raises:
         ConfigError: if that is not the strategy that was asked for.
     """
+    wrapped: Any
+    stepped: Any
     if is_zero3(accelerator):  # the host has been prepared already (`place`), the rest is not DeepSpeed's
         wrapped, stepped = task, accelerator.prepare_optimizer(optimizer)
     else:
@@ -344,27 +346,3 @@ def share_of(value: Tensor, parameter: Tensor) -> Tensor:
     sharded: Any = parameter
     value = value.to(parameter.device)
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
-class Alone:
-    """An Accelerator as a task's evaluation sees it when the host is sharded: every process does all of it.
-
-    A forward pass gathers the host from all processes, so they must make the same passes in step; shares of uneven
-    size would wait for one another forever.
-
-    Args:
-        accelerator: the run's.
-    """
-
-    process_index, num_processes = 0, 1
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.accelerator, name)
-
-
-def for_evaluation(accelerator: Accelerator) -> Any:
-    """The Accelerator to share an evaluation with; see `Alone`."""
-    return Alone(accelerator) if is_sharded(accelerator) else accelerator
