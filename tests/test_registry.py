@@ -13,7 +13,9 @@ import zinit
 from tests.tiny import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
+from zinit.listing import list_kind
 from zinit.methods import METHODS
+from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
 from zinit.tasks import TASKS
 
@@ -200,3 +202,16 @@ def test_the_command_line_knows_installed_entries_and_its_help_reads_none(tmp_pa
         done = run(f"import sys, zinit.cli; sys.argv = ['zinit', 'ls', '{group}', '--json']; zinit.cli.main()")
         assert done.returncode == 0, done.stderr
         assert f'"mine-{group}": "the {group[:-1]} ' in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["backbones", "methods", "metrics", "tasks"])
+def test_what_is_listed_unimported_is_what_the_imported_entry_says(kind: str) -> None:
+    registry = {"backbones": BACKBONES, "methods": METHODS, "metrics": METRICS, "tasks": TASKS}[kind]
+    listed = list_kind(kind)
+    assert list(listed) == list(registry)
+    for name, text in listed.items():
+        own = registry.get(name) if kind == "methods" else sys.modules[registry.get(name).__module__]
+        if kind == "backbones":  # objects, each alone in its module
+            own = sys.modules[registry.where(name).partition(":")[0]]
+        assert text
+        assert text == (own.__doc__ or "").strip().split("\n")[0], name

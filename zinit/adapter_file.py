@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zinit.config import PrefixConfig
 from zinit.errors import BackboneError, CheckpointError, ConfigError
+from zinit.processes import is_shard
 
 if TYPE_CHECKING:
     from zinit.attach import Handle
@@ -201,7 +202,7 @@ def fingerprint(model: nn.Module, sites: list[AttentionSite]) -> dict[str, Any]:
 def _key_probe(site: AttentionSite) -> list[float] | None:
     """Some of the keys that the first site makes of a fixed vector; None where there are no weights to ask."""
     weight = next(site.module.parameters())
-    if weight.device.type == "meta" or type(weight).__name__ == "DTensor":
+    if weight.device.type == "meta" or any(map(is_shard, site.module.parameters())):
         return None
     vector = torch.randn(1, site.width, generator=torch.Generator().manual_seed(0))
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()

@@ -12,6 +12,7 @@ from torch import nn
 
 from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
 from zinit.errors import ConfigError
+from zinit.processes import is_shard
 
 if TYPE_CHECKING:
     from zinit.attach import Handle
@@ -66,7 +67,7 @@ class Attachment:
 def _freeze(slot: PrefixSlot, host: nn.Module) -> None:
     prefix = slot.prefix()
     weights = [p for name, p in host.named_parameters() if not name.startswith("zinit.")]
-    if prefix is None or any(type(weight).__name__ == "DTensor" for weight in weights):
+    if prefix is None or any(map(is_shard, weights)):
         return  # sharded weights are whole only inside the host's own forward
     floating = [weight.dtype for weight in weights if weight.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()

@@ -56,13 +56,12 @@ def train(
       zinit train --resume --output runs/my-run
     """
     from zinit.console import RunView, is_main_process, print_json, print_metrics
-    from zinit.engine import Interrupted
-    from zinit.run import train_run
-    from zinit.run_directory import read_run
     from zinit.settings import override, resolve
     from zinit.tasks import TASKS
 
     if resume:
+        from zinit.run_directory import read_run
+
         if output is None:
             raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
         given = {"--backbone": backbone, "--task": task, "--preset": preset, "--config": config}
@@ -85,6 +84,9 @@ def train(
         if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("say where the run goes, so that all processes agree on it: --output DIR.")
         output = output or f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from zinit.engine import Interrupted  # torch: after what can be said without it
+    from zinit.run import train_run
+
     view = RunView(quiet=as_json)
     try:
         results = train_run(settings, output, preset=preset_name, resume=resume, on_event=view)
@@ -274,7 +276,7 @@ def list_entries(
 ) -> None:
     """List what there is to choose from."""
     from zinit.console import print_json, print_table
-    from zinit.inspection import list_kind
+    from zinit.listing import list_kind
 
     entries = list_kind(what)
     if as_json:

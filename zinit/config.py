@@ -239,3 +239,9 @@ class TrainConfig(JsonConfig):
                 raise ConfigError(f"{name} must lie in [0, 1); got {value!r}.")
         if self.clip_norm is not None and not (_is_finite(self.clip_norm) and self.clip_norm > 0):
             raise ConfigError(f"clip_norm must be above 0, or null for no clipping; got {self.clip_norm!r}.")
+        # Where one is in steps and the other in epochs, `zinit.engine.Plan` knows.
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps}).")
+        in_epochs = self.steps is None and self.warmup_steps is None
+        if in_epochs and self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must be fewer than epochs ({self.epochs}).")

@@ -12,13 +12,16 @@ from zinit.errors import DataError
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
-def read_records(source: str, *, required: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+def read_records(
+    source: str, *, required: Sequence[str], optional: Sequence[str] = (), renamed_by: str = ""
+) -> list[dict[str, str]]:
     """Text records of a JSON array, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
 
     Args:
         source: path, or Hub id such as ``tatsu-lab/alpaca`` (its ``train`` split; ``id:split`` names another).
         required: fields that every record must have.
         optional: fields that are empty text where a record lacks them.
+        renamed_by: the option that names the fields otherwise (``task.fields=a,b``), for messages; empty if none does.
 
     Raises:
         DataError: if the source is missing, unreadable, empty or lacks a field; it names the record.
@@ -26,7 +29,7 @@ def read_records(source: str, *, required: Sequence[str], optional: Sequence[str
     records, name = read_document(source)
     if isinstance(records, dict | str) or not isinstance(records, Iterable):
         raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
-    found = [_pick(record, index, name, required, optional) for index, record in enumerate(records)]
+    found = [_pick(record, index, name, required, optional, renamed_by) for index, record in enumerate(records)]
     if not found:
         raise DataError(f"{name} holds no records.")
     return found
@@ -54,7 +57,9 @@ def read_document(source: str) -> tuple[Any, str]:
     return _read_hub(source), source
 
 
-def _pick(record: Any, index: int, name: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
+def _pick(
+    record: Any, index: int, name: str, required: Sequence[str], optional: Sequence[str], renamed_by: str
+) -> dict[str, str]:
     where = f"{name}, record {index + 1}"
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object with the fields {', '.join(required)}; got {describe(record)}.")
@@ -66,9 +71,10 @@ def _pick(record: Any, index: int, name: str, required: Sequence[str], optional:
         if field in record and value is None:
             raise DataError(f"{where}: the field {field!r} is null. Give it text, or leave the record out.")
         if value is None:
+            rename = f"If the data calls its fields otherwise, name them: -o {renamed_by}."
             raise DataError(
-                f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. If the data calls "
-                f"its fields otherwise, name them: -o task.fields=question,context,answer."
+                f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. "
+                f"{rename if renamed_by else 'Every record needs ' + ', '.join(required) + '.'}"
             )
         if not isinstance(value, str):
             raise DataError(f"{where}: the field {field!r} must be text; got {describe(value)}.")

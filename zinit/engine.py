@@ -22,7 +22,7 @@ from zinit import checkpoint, trunk
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
-from zinit.strategy import average_whole_gradients, check_prepared, is_lent, is_sharded, place, whole
+from zinit.strategy import average_whole_gradients, backward, clip, is_lent, is_sharded, place, prepare
 from zinit.strategy import make_accelerator as make_accelerator
 from zinit.tasks.base import Batch, Stream, Task
 
@@ -238,8 +238,7 @@ def fit(
         betas=(config.beta1, config.beta2),
         foreach=False if is_sharded(accelerator) else None,  # whole and sharded parameters do not go into one list
     )
-    wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, None])  # it is there already
-    check_prepared(wrapped, accelerator)
+    wrapped, optimizer = prepare(task, optimizer, accelerator)
     runnable = torch.compile(wrapped) if config.compile else wrapped
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     done = 0
@@ -294,11 +293,11 @@ def fit(
                 with nullcontext() if last else accelerator.no_sync(wrapped):
                     loss_sum = runnable(batch) * (1.0 if counts else 0.0)
                     # Normalised once, over the whole step's supervised units; DDP averages over processes.
-                    accelerator.backward(loss_sum * (world / count))
+                    backward(loss_sum * (world / count), accelerator)
                 losses.append(loss_sum.detach().float())
             total = sum_over_processes(accelerator, torch.stack(losses).sum())
             average_whole_gradients(parameters, accelerator)
-            norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(parameters, config.clip_norm or math.inf)))
+            norm = clip(parameters, config.clip_norm or math.inf, accelerator)
             # The one wait for the device in a step.
             loss, norm = torch.stack([total / count, norm.to(total.device).float()]).tolist()
             skipped = 0 if math.isfinite(norm) else skipped + 1  # a float16 scaler skips some updates while it settles

@@ -1,4 +1,4 @@
-"""What the commands ``inspect``, ``ls`` and ``doctor`` find out."""
+"""What the commands ``inspect`` and ``doctor`` find out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ from torch import nn
 from zinit.adapter_file import AdapterFile
 from zinit.attach import attach
 from zinit.backbones import BACKBONES, find_backbone
-from zinit.bench.plan import list_bench_presets
 from zinit.config import PrefixConfig
-from zinit.errors import ConfigError, ZinitError
+from zinit.errors import ZinitError
 from zinit.hosts import load_on_meta
-from zinit.methods import METHODS
-from zinit.methods.base import Method
-from zinit.metrics import METRICS
-from zinit.registry import Registry, did_you_mean
 from zinit.run import build_model, build_task, demo_model, versions
-from zinit.settings import list_presets, parse_value, resolve
-from zinit.tasks import TASKS
+from zinit.settings import parse_value, resolve
 
 
 def inspect_model(source: str, *, backbone: str | None = None, options: Iterable[str] = ()) -> dict[str, Any]:
@@ -58,36 +52,6 @@ def inspect_model(source: str, *, backbone: str | None = None, options: Iterable
         "prefix": config.to_dict(),
         "sites": [{"name": s.name, **s.shape(), "adapted": s.name in handle.prefixes} for s in sites],
     }
-
-
-def list_kind(kind: str) -> dict[str, str]:
-    """{name: one line about it} of a kind of entry.
-
-    Raises:
-        ConfigError: if there is no such kind.
-    """
-    registries = {"backbones": BACKBONES, "tasks": TASKS, "methods": METHODS, "metrics": METRICS}
-    if kind == "presets":
-        return list_presets()
-    if kind == "benchmarks":
-        return list_bench_presets()
-    if kind not in registries:
-        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*registries, 'presets', 'benchmarks'])}")
-    registry = registries[kind]
-    return {name: _describe(registry, name) for name in registry}
-
-
-def _describe(registry: Registry, name: str) -> str:
-    import importlib
-
-    try:
-        entry, where = registry.get(name), registry.where(name)
-    except ConfigError as error:  # somebody else's package: the others are still listed
-        return str(error)
-    if isinstance(entry, type) and issubclass(entry, Method):  # several share a module
-        return (entry.__doc__ or "").strip().split("\n")[0]
-    module = importlib.import_module(where.partition(":")[0])
-    return (module.__doc__ or entry.__doc__ or "").strip().split("\n")[0]
 
 
 def examine() -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""The one collective that zinit needs of Accelerate."""
+"""What runs over several processes need to know of one another and of tensors."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,3 +17,25 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     total = accelerator.reduce(tensor, "sum")
     assert isinstance(total, Tensor)
     return total
+
+
+def most_over_processes(accelerator: Accelerator, count: int) -> int:
+    """The largest of the processes' counts, on each of them."""
+    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    assert isinstance(counts, Tensor)
+    return int(counts.max())
+
+
+def share(count: int, accelerator: Accelerator) -> list[int]:
+    """This process's part of ``count`` examples: as many on every process, so some may come twice.
+
+    A forward pass of a sharded model gathers its weights from all processes: with as many examples in batches of one
+    size, all make the same number of passes.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return [(rank + world * turn) % count for turn in range(math.ceil(count / world))]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds only its share of a tensor: FSDP2's kind or DeepSpeed ZeRO-3's."""
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")

@@ -18,9 +18,10 @@ from zinit.adapter_file import AdapterFile, cosine, fingerprint
 from zinit.attach import Handle
 from zinit.backbones import BACKBONES
 from zinit.checkpoint import check_identity
-from zinit.engine import Event, Interrupted, fit, held_out_loss
+from zinit.engine import Event, Interrupted, Plan, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
+from zinit.methods.base import Method
 from zinit.run_directory import (
     TRAINED,
     Log,
@@ -38,7 +39,7 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
-from zinit.strategy import for_evaluation, loading_device, make_accelerator, move, place
+from zinit.strategy import loading_device, make_accelerator, move, place
 from zinit.tasks import TASKS
 from zinit.tasks.base import load_host
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from zinit.methods.base import Adapted, Method
+    from zinit.methods.base import Adapted
     from zinit.tasks.base import Evaluation, Task
 
 # Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
@@ -209,6 +210,8 @@ def train_run(
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
+    if type(built.method).solve is Method.solve:  # the engine will train: what cannot be planned is said now
+        Plan(config.train, task.train_stream, config.seed)
     place(task, accelerator, offload=config.offload)
     with disabled():
         task.prepare()
@@ -351,7 +354,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     loss, count = held_out_loss(task, config.train, accelerator)
     with accelerator.autocast():
-        evaluation = task.evaluate(for_evaluation(accelerator), limit=limit)
+        evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
     evaluation.counts = {"held_out_units": count, **evaluation.counts}

@@ -87,6 +87,7 @@ class RunConfig(JsonConfig):
         needed = {
             "quantize=none (what is quantised stays on the GPU)": self.quantize is not None,
             "train.compile=false": self.train.compile,
+            "train.trunk_cache=none (it reads the weights)": self.train.trunk_cache is not None,
             "train.gradient_checkpointing=true (without it the weights would wait on the GPU for the backward pass)": (
                 not self.train.gradient_checkpointing
             ),
@@ -127,11 +128,19 @@ class RunConfig(JsonConfig):
             **values,
             task=task,
             method=method,
-            method_options=METHODS.get(method).Config.from_dict(sections["method"]),
-            prefix=PrefixConfig.from_dict(sections["prefix"]),
-            train=TrainConfig.from_dict(sections["train"]),
-            options=TASKS.get(task).Config.from_dict(sections["task"]),
+            method_options=_read_section("method", METHODS.get(method).Config, sections),
+            prefix=_read_section("prefix", PrefixConfig, sections),
+            train=_read_section("train", TrainConfig, sections),
+            options=_read_section("task", TASKS.get(task).Config, sections),
         )
+
+
+def _read_section(name: str, settings: type[JsonConfig], sections: dict[str, dict[str, Any]]) -> Any:
+    """One table of the settings; what is wrong there is said with the table's name."""
+    try:
+        return settings.from_dict(sections[name])
+    except ConfigError as error:
+        raise ConfigError(f"[{name}] {error}") from error
 
 
 def _plain_names() -> list[str]:
@@ -238,7 +247,7 @@ def resolve(
                 f"the backbone {backbone!r} has no task of its own to train yet. Attach a prefix in Python "
                 f"(zinit.attach), register a task (zinit.register_task), or name one with --task: {', '.join(TASKS)}."
             )
-    TASKS.get(task)
+    TASKS.where(task)
     model = model or from_file.get("model")
     data = data or from_file.get("data")
     options = list(options)

@@ -1,15 +1,16 @@
 """How a run is spread over processes: the strategy that the launcher asked for is the one that runs, or nothing does.
 
-Data parallelism (DDP) is Accelerate's. Under FSDP2 the blocks of the frozen host are sharded, which is nearly all of
-it; embeddings, heads and what is trained beside the host are small and stay whole on every process, so that saving,
-gates and precision are what they are elsewhere. Only a method that trains the host itself has sharded parameters to
-train.
+Data parallelism (DDP) is Accelerate's. Under FSDP2 and DeepSpeed's ZeRO-3 the blocks of the frozen host are sharded,
+which is nearly all of it; embeddings, heads and what is trained beside the host are small and stay whole on every
+process, so that saving, gates and precision are what they are elsewhere. Only a method that trains the host itself has
+sharded parameters to train: under FSDP2, for DeepSpeed's optimizer is not used.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from zinit.backbones.base import PrefixSlot
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
+from zinit.processes import is_shard
 from zinit.quantization import is_quantized, quantized_weights
 from zinit.tasks.base import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 FEW = 1 / 10  # what trains stays whole up to this share of the blocks' parameters
 
@@ -38,16 +41,13 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    if _asked_for("DEEPSPEED"):
-        raise ConfigError(
-            "DeepSpeed is not supported: it steps, clips and saves by itself, and zinit was never run with it. FSDP2 "
-            "shards the same: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m zinit train ..."
-        )
+    if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise ConfigError("DeepSpeed was asked for, but is not installed: pip install 'zinit[deepspeed]'.")
     _join_after_restart()
     # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
     AcceleratorState._reset_state()  # a process may make several runs, each with a precision and a strategy of its own
-    if cpu and PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+    if cpu and PartialState._shared_state.get("distributed_type") in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,6 +63,9 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
         )
     if _asked_for("FSDP"):
         _use_fsdp2(accelerator, config)
+        return accelerator
+    if _asked_for("DEEPSPEED"):
+        _use_zero3(accelerator, config)
         return accelerator
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
@@ -117,9 +120,41 @@ def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ConfigError(f"under FSDP2 this run needs {'; '.join(asked)}.")
 
 
+def _use_zero3(accelerator: Accelerator, config: TrainConfig) -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    state: Any = accelerator.state
+    if accelerator.num_processes == 1:
+        raise ConfigError("DeepSpeed was asked for, but one process has nobody to share with. Launch at least two.")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # as above
+        state.deepspeed_plugins = DeepSpeedPlugin()
+        state.distributed_type = DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    unset_hf_deepspeed_config()  # else transformers loads the host in shards, before a prefix is attached
+    plugin: Any = accelerator.deepspeed_plugin
+    offloads = {plugin.offload_optimizer_device, plugin.offload_param_device} - {None, "none"}
+    wrong = {
+        "zero_stage: 3 (for less, launch with plain data parallelism)": plugin.zero_stage != 3,
+        "zero3_init_flag: false (a prefix is attached to whole weights)": plugin.zero3_init_flag,
+        "offload_optimizer_device: none and offload_param_device: none": offloads,
+        "-o train.clip_norm, not gradient_clipping": plugin.gradient_clipping not in (None, "auto"),
+        "-o train.mixed_precision=no (a host of -o dtype=bfloat16 needs none)": config.mixed_precision != "no",
+        "-o train.compile=false": config.compile,
+    }
+    if asked := [text for text, found in wrong.items() if found]:
+        raise ConfigError(f"under DeepSpeed this run needs {'; '.join(asked)}.")
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed shards the run's host."""
+    return accelerator.distributed_type.value == "DEEPSPEED"
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the run shards its host."""
-    return bool(accelerator.is_fsdp2)
+    return bool(accelerator.is_fsdp2) or is_zero3(accelerator)
 
 
 def loading_device(accelerator: Accelerator, *, offload: bool = False) -> torch.device:
@@ -183,7 +218,7 @@ def _lend(module: nn.Module, device: torch.device) -> None:
 
 
 def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> None:
-    """Moves a task to where it runs; under FSDP2 each process keeps its share of the host's blocks.
+    """Moves a task to where it runs; of a sharded host's blocks each process keeps its share.
 
     Args:
         task: on the CPU, or there already.
@@ -191,32 +226,36 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
         offload: see `move`.
 
     Raises:
-        ConfigError: if the host has no blocks to shard, or is quantised.
+        ConfigError: if the host has no blocks to shard, or is quantised, or ZeRO-3 cannot shard most of them.
     """
     if not is_sharded(accelerator):
         move(task, accelerator.device, offload=offload)
         # Each process has quantised the same file. DDP would send them around; torchao's cannot be sent.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, quantized_weights(task))
         return
+    if is_quantized(task.model):
+        raise ConfigError(
+            "a quantised model cannot be sharded. Leave quantize out, or launch with data parallelism (torchrun): "
+            "every process then holds all of the quantised model."
+        )
+    if is_zero3(accelerator):
+        _place_zero3(task, accelerator)
+    else:
+        _place_fsdp2(task, accelerator)
+    # transformers' name for it: generating processes then go on until the last of them is done.
+    task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+
+
+def _place_fsdp2(task: Task, accelerator: Accelerator) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     if isinstance(task, FSDPModule):
         return
-    if is_quantized(task.model):
-        raise ConfigError(
-            "a quantised model cannot be sharded by FSDP2. Leave quantize out, or launch with data parallelism "
-            "(torchrun): every process then holds all of the quantised model."
-        )
     plugin: Any = accelerator.state.fsdp_plugin
     kinds = plugin.transformer_cls_names_to_wrap or sorted(_kinds_of_blocks(task.model))
-    blocks = [module for module in task.model.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise ConfigError(
-            f"{type(task.model).__name__} has no repeated blocks to shard. Name their class with "
-            f"fsdp_transformer_layer_cls_to_wrap, or launch with plain data parallelism."
-        )
+    blocks = _blocks(task, kinds)
     whole_ones = _kept_whole(task, blocks)
     for parameter in whole_ones:
         parameter.data = parameter.data.to(accelerator.device)
@@ -225,8 +264,58 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
     fsdp2_prepare_model(accelerator, task)
     # Now, since an evaluation may call a part of the task first, and torch would take that part for the root.
     fully_shard.state(task)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
-    # transformers' name for it: generating processes then go on until the last of them is done.
-    task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+
+
+def _place_zero3(task: Task, accelerator: Accelerator) -> None:
+    """DeepSpeed shards the blocks' modules in which nothing trains, and gathers each when it is called.
+
+    What else there is stays out of DeepSpeed's sight, with an optimizer, a backward pass and files of our own.
+    """
+    if any(map(is_shard, task.parameters())):
+        return
+    blocks = _blocks(task, sorted(_kinds_of_blocks(task.model)))
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    kept = {parameter for parameter in inside if parameter.requires_grad}
+    if task.handle is not None:
+        kept |= set(task.handle.parameters())  # also where they are switched off
+    frozen = nn.ModuleList(_without(block, kept) for block in blocks)
+    sharded = set(frozen.parameters())
+    if sum(p.numel() for p in sharded) < sum(p.numel() for p in inside) / 2:
+        raise ConfigError(
+            "under DeepSpeed zinit shards the layers in which nothing trains, and this run trains something in most of "
+            "the host's. Launch it under FSDP2 (configs/accelerate/fsdp2.yaml) or plain data parallelism."
+        )
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    for tensor in [*(p for p in task.parameters() if p not in sharded), *task.buffers()]:
+        tensor.data = tensor.data.to(accelerator.device)
+    plugin: Any = accelerator.deepspeed_plugin
+    # Numbers that DeepSpeed insists on: batches, accumulation and clipping are the loop's.
+    sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
+    plugin.deepspeed_config |= {**sizes, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up the group of processes that there is
+    deepspeed.zero.Init(module=frozen, config_dict_or_path=plugin.deepspeed_config)  # one weight at a time
+    accelerator.prepare(frozen)
+
+
+def _without(module: nn.Module, kept: set[nn.Parameter]) -> nn.ModuleList:
+    """The largest parts of a module that have parameters, none of them to be kept whole."""
+    parameters = set(module.parameters())
+    if not parameters:
+        return nn.ModuleList()
+    if not parameters & kept:
+        return nn.ModuleList([module])
+    return nn.ModuleList(part for child in module.children() for part in _without(child, kept))
+
+
+def _blocks(task: Task, kinds: Collection[str]) -> list[nn.Module]:
+    blocks = [module for module in task.model.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise ConfigError(
+            f"{type(task.model).__name__} has no repeated blocks to shard. Launch with plain data parallelism, or name "
+            f"their class (FSDP2 only): fsdp_transformer_layer_cls_to_wrap."
+        )
+    return blocks
 
 
 def _kinds_of_blocks(module: nn.Module) -> set[str]:
@@ -248,6 +337,25 @@ def _kept_whole(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [parameter for parameter in task.parameters() if parameter not in sharded]
 
 
+def prepare(
+    task: Task, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """What the loop calls and steps, as Accelerate prepares them for the strategy.
+
+    Raises:
+        ConfigError: if that is not the strategy that was asked for.
+    """
+    wrapped: Any
+    stepped: Any
+    if is_zero3(accelerator):  # the host has been prepared already (`place`), the rest is not DeepSpeed's
+        wrapped, stepped = task, accelerator.prepare_optimizer(optimizer)
+    else:
+        # It is on its device already.
+        wrapped, stepped = accelerator.prepare(task, optimizer, device_placement=[False, None])
+    check_prepared(wrapped, accelerator)
+    return wrapped, stepped
+
+
 def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
     """What Accelerate prepared is what was asked for.
 
@@ -257,8 +365,10 @@ def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     if _asked_for("FSDP"):
-        sharded = isinstance(wrapped, FSDPModule) and any(map(_is_shard, wrapped.parameters()))
-        prepared = is_sharded(accelerator) and sharded
+        sharded = isinstance(wrapped, FSDPModule) and any(map(is_shard, wrapped.parameters()))
+        prepared = bool(accelerator.is_fsdp2) and sharded
+    elif _asked_for("DEEPSPEED"):
+        prepared = is_zero3(accelerator) and any(map(is_shard, wrapped.parameters()))
     else:
         prepared = accelerator.num_processes == 1 or isinstance(wrapped, DistributedDataParallel)
     if not prepared:
@@ -268,11 +378,26 @@ def check_prepared(wrapped: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
+def backward(loss: Tensor, accelerator: Accelerator) -> None:
+    """The backward pass. Under DeepSpeed it is torch's own: no trained parameter is DeepSpeed's."""
+    if is_zero3(accelerator):
+        loss.backward()
+    else:
+        accelerator.backward(loss)
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, accelerator: Accelerator) -> Tensor:
+    """Clips the gradients to a norm and returns the norm that they had, over all processes."""
+    if is_zero3(accelerator):
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    return whole(torch.as_tensor(accelerator.clip_grad_norm_(parameters, limit)))
+
+
 def average_whole_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """FSDP2 averages the gradients of what it shards; those of the rest go through one all-reduce here."""
+    """Averages the gradients of what stays whole beside a sharded host, in one all-reduce; FSDP2 averages the rest."""
     if not is_sharded(accelerator):
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not _is_shard(p)]
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_shard(p)]
     if not gradients:
         return
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
@@ -281,46 +406,18 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter], accelerator: Acc
         gradient.copy_(mean.view_as(gradient))
 
 
-def _is_shard(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor")
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A detached tensor itself; a sharded one gathered, which all processes do together."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if _is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def share_of(value: Tensor, parameter: Tensor) -> Tensor:
     """What this process keeps of a whole value that belongs to a parameter: all of it, or its shard."""
-    if not _is_shard(parameter):
+    if not is_shard(parameter):
         return value.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = parameter
     value = value.to(parameter.device)
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
-class Alone:
-    """An Accelerator as a task's evaluation sees it under FSDP2: every process does all of it.
-
-    A forward pass gathers the host from all processes, so they must make the same passes in step; shares of uneven
-    size would wait for one another forever.
-
-    Args:
-        accelerator: the run's.
-    """
-
-    process_index, num_processes = 0, 1
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.accelerator, name)
-
-
-def for_evaluation(accelerator: Accelerator) -> Any:
-    """The Accelerator to share an evaluation with; see `Alone`."""
-    return Alone(accelerator) if is_sharded(accelerator) else accelerator

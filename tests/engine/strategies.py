@@ -22,6 +22,9 @@ def main() -> None:
     for run in json.loads(sys.argv[1]):
         os.environ["ACCELERATE_USE_FSDP"] = str(run["strategy"] == "fsdp2").lower()
         os.environ["FSDP_VERSION"] = "2"
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(run["strategy"] == "zero3").lower()
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
         if run.get("evaluate"):
             write_json(Path(run["output"]) / "evaluated.json", evaluate_run(run["output"]))
             continue

@@ -165,7 +165,7 @@ def test_only_the_launch_that_began_a_run_goes_on_with_it(
 def test_one_process_prints_the_error(tmp_path: Path) -> None:
     done = run("train", "--backbone", "llama", "-o", "epochs=-1", "--output", str(tmp_path / "run"), processes=2)
     assert done.stderr.count("epochs must be a number above 0") == 1
-    assert "zinit: epochs" in done.stderr
+    assert "zinit: [train] epochs" in done.stderr
 
 
 def test_a_process_that_fails_alone_says_which_it_is(

@@ -85,6 +85,21 @@ def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     assert default.warmup == 4, "the paper's share: 2 of 5"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 5, "warmup_steps": 5}, r"warmup_steps \(5\) must be fewer than steps \(5\)"),
+        ({"epochs": 2, "warmup_epochs": 2.5}, r"warmup_epochs \(2.5\) must be fewer than epochs \(2\)"),
+    ],
+)
+def test_what_can_be_told_without_the_examples_is(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)  # pyright: ignore[reportArgumentType]
+    TrainConfig(steps=5, warmup_steps=4)
+    TrainConfig(epochs=2, warmup_epochs=2.5, steps=100)  # epochs of unknown length
+    TrainConfig(epochs=2, warmup_epochs=2.5, warmup_steps=3)
+
+
 def test_count_is_of_supervised_units() -> None:
     p = plan()
     assert p.count(3) == sum(LENGTHS[i] // 2 for i in p.examples(3))

@@ -176,7 +176,6 @@ def test_accelerate_launch_with_our_configurations(runs: Path, tmp_path: Path, n
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported.*configs/accelerate/fsdp2.yaml"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "one process has nobody to share with"),
     ],
 )

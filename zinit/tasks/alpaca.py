@@ -19,6 +19,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.losses import chunked_cross_entropy, split_head
 from zinit.metrics import METRICS
 from zinit.packing import keeps_examples_apart, lay_rows
+from zinit.processes import share
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Alpaca(Task):
         self.eval()
         limit = self.config.evaluation_limit if limit is None else limit
         chosen = self.held_out_examples[:limit]
-        mine = list(range(accelerator.process_index, len(chosen), accelerator.num_processes))
+        mine = share(len(chosen), accelerator)
         answers = dict(zip(mine, self.answer([chosen[index].prompt for index in mine]), strict=True))
         if accelerator.num_processes > 1:
             answers = dict(gather_object(list(answers.items())))
@@ -370,7 +371,12 @@ def _split(
     instruction, input, output = config.fields
 
     def read(source: str) -> list[dict[str, str]]:
-        return read_records(source, required=(instruction, output), optional=(input,))
+        return read_records(
+            source,
+            required=(instruction, output),
+            optional=(input,),
+            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT",
+        )
 
     if config.held_out_data is not None:
         held_out, training = read(config.held_out_data), []

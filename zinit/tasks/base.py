@@ -98,7 +98,8 @@ class Task(nn.Module, ABC):
         """Everything that is reported of the held-out examples, the loss aside; the same on every process.
 
         Args:
-            accelerator: for sharing the work.
+            accelerator: for sharing the work, with `zinit.processes.share`: a sharded model's forward passes gather its
+                weights from all processes, so these must make as many each.
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.images import Images, OnBad, Picture, normalise
+from zinit.processes import share
 from zinit.tasks._crops import Views, plain
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.tasks.base_to_novel_table import harmonic_mean, paper_results, summarise
@@ -324,7 +325,7 @@ class BaseToNovel(Task):
         for half in HALVES:
             images, labels = self._tested[half]
             chosen = _spread(len(images), limit)
-            mine = chosen[accelerator.process_index :: accelerator.num_processes]
+            mine = [chosen[index] for index in share(len(chosen), accelerator)]
             found: dict[int, int] = {}
             for start in range(0, len(mine), BATCH):
                 part = mine[start : start + BATCH]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
+from zinit.processes import share
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks._sentences import Sentence, read_sentences
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
@@ -248,7 +249,7 @@ class TokenClassification(Task):
         if not sentences:
             return Evaluation(metrics={})
         wanted = [index for index, window in enumerate(self.held_out_windows) if window.sentence < len(sentences)]
-        found = self._predict(wanted[accelerator.process_index :: accelerator.num_processes])
+        found = self._predict([wanted[index] for index in share(len(wanted), accelerator)])
         if accelerator.num_processes > 1:
             found = gather_object(found)
         missing = OUTSIDE if OUTSIDE in self._labels else self._labels[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
+from zinit.processes import most_over_processes, share
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
 from zinit.tasks._questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks._windows import Window, best_answer, make_windows
@@ -186,8 +188,7 @@ class Squad(Task):
         questions = self.held_out_questions[:limit]
         if not questions:
             return Evaluation(metrics={})
-        mine = range(accelerator.process_index, len(questions), accelerator.num_processes)
-        found = self._answer(mine)
+        found = self._answer(share(len(questions), accelerator), accelerator)
         if accelerator.num_processes > 1:
             found = gather_object(found)
         answers = {index: (text, odds) for index, text, odds in found}
@@ -216,15 +217,18 @@ class Squad(Task):
         return Evaluation(metrics=metrics, counts={**counts, "refused": sum(refused)}, samples=samples)
 
     @torch.no_grad()
-    def _answer(self, indices: Iterable[int], *, batch_size: int = 32) -> list[tuple[int, str, float]]:
+    def _answer(
+        self, indices: Iterable[int], accelerator: Accelerator | None = None, *, batch_size: int = 32
+    ) -> list[tuple[int, str, float]]:
         """(question, best answer, null odds) of held-out questions; windows of like length go together."""
         device = next(self.model.parameters()).device
         wanted = set(indices)
         windows = [window for window in self.held_out_windows if window.question in wanted]
         order = sorted(range(len(windows)), key=lambda index: -len(windows[index].ids))
         scores: list[np.ndarray] = [np.empty(0)] * len(windows)
-        for begin in range(0, len(order), batch_size):
-            part = order[begin : begin + batch_size]
+        turns = math.ceil(len(order) / batch_size)
+        for turn in range(turns if accelerator is None else most_over_processes(accelerator, turns)):
+            part = order[turn * batch_size :][:batch_size] or order[:batch_size]  # once more, to keep step with others
             batch = self._pad([windows[index] for index in part])
             rows = self._scores({name: tensor.to(device) for name, tensor in batch.items()}).cpu().numpy()
             for index, row in zip(part, rows, strict=True):

@@ -19,6 +19,7 @@ from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.images import Images, OnBad, normalise
 from zinit.methods.logistic_regression import solve_head
+from zinit.processes import share
 from zinit.tasks._vtab_facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.tasks.pictures.parts import Labelled, Parts, Reading
@@ -271,7 +272,7 @@ class VTAB(Task):
 
         self.eval()
         count = len(self.held_out_stream) if limit is None else min(limit, len(self.held_out_stream))
-        mine = list(range(accelerator.process_index, count, accelerator.num_processes))
+        mine = share(count, accelerator)
         predicted: dict[int, int] = {}
         for start in range(0, len(mine), EVALUATION_BATCH):
             chosen = mine[start : start + EVALUATION_BATCH]
