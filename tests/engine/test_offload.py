@@ -189,10 +189,13 @@ def test_what_offloading_cannot_go_with_is_refused(options: list[str], message: 
 def test_where_weights_are_loaded_to() -> None:
     assert RunConfig.offload is False
     gpu = torch.device("cuda", 1)
-    alone: Any = SimpleNamespace(num_processes=1, device=gpu, is_fsdp2=False)
+    kinds = {name: SimpleNamespace(value=name) for name in ("NO", "FSDP", "DEEPSPEED")}
+    alone: Any = SimpleNamespace(num_processes=1, device=gpu, is_fsdp2=False, distributed_type=kinds["NO"])
     assert loading_device(alone) == gpu
     assert loading_device(alone, offload=True) == CPU
-    several: Any = SimpleNamespace(num_processes=2, device=gpu, is_fsdp2=True)
+    zero3: Any = SimpleNamespace(num_processes=2, device=gpu, is_fsdp2=False, distributed_type=kinds["DEEPSPEED"])
+    assert loading_device(zero3) == CPU
+    several: Any = SimpleNamespace(num_processes=2, device=gpu, is_fsdp2=True, distributed_type=kinds["FSDP"])
     assert loading_device(several) == CPU
     with pytest.raises(ConfigError, match="offload=true is for one process; 2 were launched"):
         loading_device(several, offload=True)
