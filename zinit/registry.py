@@ -24,6 +24,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint} Known: {', '.join(names) or 'none'}."
 
 
+def import_object(where: str) -> Any:
+    """What lies at an address, ``"package.module:OBJECT"``."""
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 class Registry:
     """Names to ``"module:object"`` addresses, imported on first use, so that listing costs nothing.
 
@@ -71,9 +77,8 @@ class Registry:
                 lies there calls itself by another name: what it saves could not find it again.
         """
         where = self.where(name)
-        module, _, attribute = where.partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            found = import_object(where)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"the {self.kind} {name!r} cannot be loaded from {where!r}: {error}") from error
         own = getattr(found, "name", name)

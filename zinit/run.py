@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import platform
 import time
@@ -22,6 +21,7 @@ from zinit.engine import Event, Interrupted, Plan, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
 from zinit.methods.base import Method
+from zinit.registry import import_object
 from zinit.run_directory import (
     TRAINED,
     Log,
@@ -138,8 +138,7 @@ def demo_model(backbone: str) -> Path:
     where = BACKBONES.get(backbone).demo_model
     if not where:
         raise ConfigError(f"the backbone {backbone!r} has no embedded demo: pass --model and --data.")
-    module, _, attribute = where.partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    return import_object(where)()
 
 
 def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:

@@ -6,8 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import Loading
 
 IGNORED = -100
 HEADER = "Below is an instruction that describes a task"
@@ -137,6 +135,7 @@ class Alpaca(Task):
 
     name = "alpaca"
     Config = AlpacaConfig
+    loader = "zinit.hosts:load_causal_lm"
     metric = "exact_match"
     generates = True
 
@@ -174,18 +173,6 @@ class Alpaca(Task):
             )
         self.train_stream = _stream("train", self.train_examples)
         self.held_out_stream = _stream("held_out", self.held_out_examples)
-
-    @staticmethod
-    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """A causal language model and its tokenizer.
-
-        Args:
-            source: folder or Hub id.
-            loading: see `zinit.hosts.Loading`.
-        """
-        from zinit.hosts import load_causal_lm
-
-        return load_causal_lm(source, **loading)
 
     def _encode(self, records: list[dict[str, str]], part: str) -> list[Example]:
         """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.

@@ -8,17 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor, nn
 
+from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.quantization import is_quantized
+from zinit.registry import import_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
+    from zinit.hosts import Loading
 
 Batch = dict[str, Tensor]
 
@@ -62,8 +65,15 @@ class Task(nn.Module, ABC):
     A task is one `nn.Module`, so that the engine can hand it whole to whatever wraps it (DDP, FSDP2). What it trains
     is what has ``requires_grad``: the prefix, and its own head.
 
+    It is made by ``TheTask(model, processor, handle, options, data=..., seed=..., train=True)``, with ``labels=...``
+    besides if it has some and a finished run kept them: the adapted model and what `load_model` gave with it, the
+    prefix or None, the settings (of the class ``Config``), the source of the examples or None for its embedded ones.
+    ``train=False`` leaves the training examples unread.
+
     Attributes:
         name: registered name.
+        Config: its settings; ``held_out_data`` is what ``zinit eval --data`` sets.
+        loader: address of the function that `load_model` calls, such as ``"zinit.hosts:load_encoder"``.
         model: the adapted model.
         handle: the prefix on it; None for methods that have none.
         train_stream: what is trained on.
@@ -76,6 +86,8 @@ class Task(nn.Module, ABC):
     """
 
     name: str
+    Config: type[JsonConfig]
+    loader: str
     model: nn.Module
     handle: Handle | None
     labels: list[str] | None = None
@@ -84,6 +96,16 @@ class Task(nn.Module, ABC):
     generates = False
     train_stream: Stream
     held_out_stream: Stream
+
+    @classmethod
+    def load_model(cls, source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
+        """The model, not yet adapted, and what goes with it: a tokenizer, statistics of pixels.
+
+        Args:
+            source: folder or Hub id.
+            loading: see `zinit.hosts.Loading`.
+        """
+        return import_object(cls.loader)(source, **loading)
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -189,7 +211,7 @@ def load_host(task: type[Task], source: str | Path, *, trains: bool, **loading: 
     Raises:
         ConfigError: if the task's model is to be quantised and it does not know how, or is quantised and to be trained.
     """
-    load_model: Any = task.load_model  # pyright: ignore[reportAttributeAccessIssue]
+    load_model: Any = task.load_model
     parameters = inspect.signature(load_model).parameters
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         if loading.get("quantize") is not None and "quantize" not in parameters:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import ClipProcessor, Loading
+    from zinit.hosts import ClipProcessor
 
 Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
@@ -113,6 +113,7 @@ class BaseToNovel(Task):
 
     name = "base-to-novel"
     Config = BaseToNovelConfig
+    loader = "zinit.hosts:load_clip"
     baseline = "zero-shot: the frozen model"
     metric = "harmonic_mean"
 
@@ -169,13 +170,6 @@ class BaseToNovel(Task):
         self._text_features: dict[Half, tuple[Any, Tensor]] = {}
         self._known: Tensor | None = None  # which pictures' features are kept
         self._kept: Tensor | None = None
-
-    @staticmethod
-    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """A dual encoder and its processor; see `zinit.hosts.load_clip`."""
-        from zinit.hosts import load_clip
-
-        return load_clip(source, **loading)
 
     # --- data -----------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import Loading
 
 IGNORED = -100
 OUTSIDE = "O"
@@ -113,6 +111,7 @@ class TokenClassification(Task):
 
     name = "ner"
     Config = TokenClassificationConfig
+    loader = "zinit.hosts:load_encoder"
     baseline = "the frozen model with an untrained head"
     metric = "f1"
 
@@ -141,18 +140,6 @@ class TokenClassification(Task):
         self.train_stream = _stream("train", self.train_windows)
         self.held_out_stream = _stream("held_out", self.held_out_windows)
         self._predictions: list[list[str]] = []
-
-    @staticmethod
-    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """An encoder and its tokenizer.
-
-        Args:
-            source: folder or Hub id.
-            loading: see `zinit.hosts.Loading`.
-        """
-        from zinit.hosts import load_encoder
-
-        return load_encoder(source, **loading)
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
         index = {label: number for number, label in enumerate(self._labels)}

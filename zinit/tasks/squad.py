@@ -7,8 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import Loading
 
 NO_ANSWER = "(no answer)"
 
@@ -94,6 +92,7 @@ class Squad(Task):
 
     name = "squad"
     Config = SquadConfig
+    loader = "zinit.hosts:load_encoder"
     baseline = "the frozen model with an untrained head"
     metric = "f1"
 
@@ -121,18 +120,6 @@ class Squad(Task):
         self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
         self.predictions: dict[str, str] = {}
         self.null_odds: dict[str, float] = {}
-
-    @staticmethod
-    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """An encoder and its tokenizer.
-
-        Args:
-            source: folder or Hub id.
-            loading: see `zinit.hosts.Loading`.
-        """
-        from zinit.hosts import load_encoder
-
-        return load_encoder(source, **loading)
 
     def _encode(self, questions: list[Question], part: str) -> list[Window]:
         windows = make_windows(

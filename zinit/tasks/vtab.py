@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.attach import Handle
-    from zinit.hosts import Loading
 
 __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "summarise", "vpt_grid"]
 
@@ -119,6 +118,7 @@ class VTAB(Task):
 
     name = "vtab"
     Config = VTABConfig
+    loader = "zinit.hosts:load_timm"
     baseline = "logistic regression on the frozen model's features"
 
     def __init__(
@@ -154,13 +154,6 @@ class VTAB(Task):
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
-
-    @staticmethod
-    def load_model(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """A trunk of timm and the input it was pretrained on; see `zinit.hosts.load_timm`."""
-        from zinit.hosts import load_timm
-
-        return load_timm(source, **loading)
 
     def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.config.normalisation == "none":
