@@ -74,6 +74,40 @@ class Shape:
         """Bytes of one token with checkpointing: every layer's bfloat16 input, and one layer while it is redone."""
         return self.layers * 2 * self.width + self.per_token_and_layer
 
+    def weights(self, bits: int) -> float:
+        """Bytes of the whole host whose matrices in the blocks are held in so many bits, and the rest in bfloat16.
+
+        8: LLM.int8(), a float32 scale for each row. 4: NF4 in blocks of 64 with double quantisation, that is an 8-bit
+        scale for each block and a float32 for each 256 of these.
+        """
+        matrices = self.layers * (4 * self.width**2 + 3 * self.width * self.mlp)
+        rows = self.layers * (5 * self.width + 2 * self.mlp)
+        rest = 2 * (self.blocks + self.outside - matrices)
+        return rest + {16: 2 * matrices, 8: matrices + 4 * rows, 4: matrices * (1 / 2 + 1 / 64 + 4 / (64 * 256))}[bits]
+
+    @property
+    def rounded_inputs(self) -> int:
+        """Bytes of one token that LLM.int8() keeps beside: what goes into the matrices, checkpointing or not."""
+        return self.adapted * 2 * (3 * self.width + self.mlp)
+
+    def on_device(self, weights: float, tokens: int = 4096, *, beside: int = 0) -> float:
+        """Bytes on a GPU that trains with checkpointing: weights, adapter with its optimizer, activations."""
+        return weights + 16 * self.adapter + tokens * (self.checkpointed + beside)
+
+    @property
+    def staying(self) -> float:
+        """Bytes of weights on the GPU when blocks are offloaded: what lies outside, and the block that is redone."""
+        return 2 * (self.outside + self.blocks / self.layers)
+
+    @property
+    def lent(self) -> float:
+        """Bytes that come to the GPU per micro-batch: the blocks' matrices forward, the adapted ones again backward.
+
+        In each adapted layer the key and value projections come twice a pass, for the words and for the prompts.
+        """
+        once = 2 * self.blocks * (1 + self.adapted / self.layers)
+        return once + 2 * self.adapted * 2 * 2 * self.width**2
+
     def gathered(self, processes: int) -> float:
         """Bytes that one process receives per micro-batch under FSDP2: all blocks forward, the adapted ones back."""
         passes = 1 + self.adapted / self.layers
@@ -98,8 +132,26 @@ def memory() -> str:
     rows = []
     for shape in SHAPES:
         total = shape.blocks + shape.outside
-        weights = [f"{total * bytes / GB:.1f} GB" for bytes in (2, 1, 0.5)]
+        weights = [f"{shape.weights(bits) / GB:.1f} GB" for bits in (16, 8, 4)]
         rows.append([shape.name, f"{total:,}", *weights, f"{shape.adapter:,}", f"{16 * shape.adapter / MB:.1f} MB"])
+    return _table(head, rows)
+
+
+def one_gpu() -> str:
+    """What a GPU holds while it trains on micro-batches of 4,096 tokens, and what offloading moves."""
+    head = ["Model", "bfloat16", "bnb-8bit", "torchao-int8", "bnb-4bit", "offload", "moved per micro-batch"]
+    rows = []
+    for shape in SHAPES:
+        eight = shape.weights(8)
+        held = [
+            shape.on_device(shape.weights(16)),
+            shape.on_device(eight, beside=shape.rounded_inputs),
+            shape.on_device(eight + 2 * shape.blocks / shape.layers),  # bfloat16 copies of the block that is redone
+            shape.on_device(shape.weights(4)),
+            shape.on_device(shape.staying),
+            shape.lent,
+        ]
+        rows.append([shape.name, *(f"{number / GB:.1f} GB" for number in held)])
     return _table(head, rows)
 
 
@@ -147,7 +199,7 @@ def traffic() -> str:
     return _table(head, rows)
 
 
-TABLES = {"memory": memory, "activations": activations, "sharded": sharded, "traffic": traffic}
+TABLES = {"memory": memory, "one-gpu": one_gpu, "activations": activations, "sharded": sharded, "traffic": traffic}
 
 
 def render(text: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zinit
 from docs.make_scaling import DOCUMENT, SHAPES, Shape, render
+from zinit.hosts import load_causal_lm
 
 PAPER = {"7B": 1_229_760, "13B": 1_947_120, "65B": 6_394_752}
 
@@ -76,3 +80,23 @@ def test_layers_below_the_first_adapted_one_keep_nothing() -> None:
     shape = Shape("", 128, 344, 4, 4)
     rest = saved_bytes(shape, tokens) - tokens * shape.activations
     assert abs(rest) < tokens * shape.per_token_and_layer / 2
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Of all parameters, with what bitsandbytes keeps beside the quantised ones."""
+    total = 0
+    for parameter in model.parameters():
+        extra = [getattr(parameter, "SCB", None)]
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            extra = [state.absmax, state.state2.absmax]
+        tensors = [parameter, *(tensor for tensor in extra if tensor is not None)]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+@pytest.mark.parametrize(("quantize", "bits"), [(None, 16), ("bnb-8bit", 8), ("bnb-4bit", 4)])
+def test_bytes_of_quantised_weights_are_those_of_the_modules(quantize: Any, bits: int, tmp_path: Path) -> None:
+    shape = Shape("", 256, 512, 3, 4)
+    llama(shape).save_pretrained(tmp_path)
+    model, _ = load_causal_lm(tmp_path, dtype=torch.bfloat16, quantize=quantize, tokenizer=False)
+    assert bytes_of(model) == pytest.approx(shape.weights(bits), rel=1e-4)

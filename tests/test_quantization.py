@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import zinit
-from tests.contract.cases import clip, text_batch
+from tests.contract.cases import causal_lm, clip, text_batch
 from tests.contract.naive import Tensors
 from tests.contract.test_oracle import check, relative_error
 from tests.engine.test_crash import steps
@@ -156,6 +156,29 @@ def test_generation_keeps_the_prompts_keys(quantize: str) -> None:
             assert model(input_ids=answer[:, :length]).logits[0, -1].argmax() == answer[0, length]
     with handle.disabled():
         assert not torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None), answer)
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_the_prompts_keys_are_kept_in_the_hosts_dtype(quantize: Any) -> None:
+    model, _ = load_causal_lm(demo.llama_path(), dtype=torch.bfloat16, quantize=quantize, tokenizer=False)
+    handle = zinit.attach(model, OPEN, seed=0)
+    with handle.frozen_prefix():
+        kept = [slot.frozen for slot in handle.attachment.slots.values()]
+    assert all(pair is not None and {tensor.dtype for tensor in pair} == {torch.bfloat16} for pair in kept)
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_a_discovered_host(quantize: Any, tmp_path: Path) -> None:
+    """Keys, values and queries in one matrix without a bias: when quantised, the module has no other weight."""
+    causal_lm("Phi3").save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    model, _ = load_causal_lm(tmp_path, dtype=torch.float32, quantize=quantize, tokenizer=False)
+    with torch.no_grad():
+        before = logits(model)
+        handle = zinit.attach(model, OPEN, seed=0)
+        assert handle.backbone == "transformers"
+        assert relative_error(logits(model), before.double()) > 0.01
+        with handle.disabled():
+            assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("quantize", KINDS)

@@ -47,6 +47,12 @@ class Attachment:
         self.backbone.uninstall(model, site)
         self.slots.pop(site.name, None)
 
+    def _dtype(self) -> torch.dtype:
+        """Of the model's first weight that is no integer."""
+        models = (handle.model for handle in self.handles.values())
+        floating = (p.dtype for model in models for p in model.parameters() if p.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
     @contextmanager
     def frozen_prefix(self) -> Iterator[None]:
         """See `Handle.frozen_prefix`. Scopes nest; what the outermost ends is kept no longer."""
@@ -54,7 +60,7 @@ class Attachment:
         try:
             for name, slot in self.slots.items():
                 if slot.frozen is None:
-                    _freeze(slot, self.sites[name].module)
+                    _freeze(slot, self.sites[name].module, self._dtype())
             yield
         finally:
             self.generations -= 1
@@ -64,11 +70,11 @@ class Attachment:
 
 
 @torch.no_grad()
-def _freeze(slot: PrefixSlot, host: nn.Module) -> None:
+def _freeze(slot: PrefixSlot, host: nn.Module, default: torch.dtype) -> None:
     prefix = slot.prefix()
     weights = [p for name, p in host.named_parameters() if not name.startswith("zinit.")]
     if prefix is None or any(map(is_shard, weights)):
         return  # sharded weights are whole only inside the host's own forward
     floating = [weight.dtype for weight in weights if weight.is_floating_point()]
-    dtype = floating[0] if floating else torch.get_default_dtype()
+    dtype = floating[0] if floating else default  # all of a quantised module's weights may be integers
     slot.frozen = slot.keys_values(host, prefix, dtype)

@@ -334,7 +334,8 @@ def widths(host: nn.Module) -> list[int]:
 
 def states_of(host: nn.Module, replay: Replay, tokens: int = 5) -> Tensor:
     """Random hidden states: one sequence in the module's layout."""
-    weight = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+    weights = list(host.parameters())  # of a quantised module all may be integers
+    weight = next((p for p in weights if p.is_floating_point()), torch.empty(0, device=weights[0].device))
     states = random_like(weight, tokens, replay.width)
     return states if replay.layout == "row" else states[None]
 
