@@ -134,7 +134,7 @@ def test_processes_share_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
         23,
         23,
         23,
-    ]  # as many each, so that a sharded model's passes are in step
+    ]  # as many each, for a sharded model's sake
 
 
 def test_the_fingerprint_sees_pixels_labels_and_preprocessing(tmp_path: Path) -> None:
