@@ -215,9 +215,8 @@ class BaseToNovel(Task):
         )
         longest = int(encoded["input_ids"].shape[1])
         if longest > room:
-            prompt = max(prompts, key=len)
             raise DataError(
-                f"a prompt has {longest} tokens, but the text tower has room for {room}: {prompt!r}. "
+                f"a prompt has {longest} tokens, but the text tower has room for {room}: {max(prompts, key=len)!r}. "
                 f"Shorten task.template or the class's name."
             )
         return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
