@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.processes import sum_over_processes
+from zinit.quantization import is_quantized
 from zinit.rows import Rows, bytes_of
 from zinit.strategy import is_sharded
 from zinit.tasks.base import Batch, Task
@@ -70,6 +71,8 @@ def kept_trunk(
         refuse("under FSDP2 all processes gather every block together. Launch with plain data parallelism")
     if config.compile:
         refuse("blocks that are skipped do not go with torch.compile. Set train.compile=false")
+    if is_quantized(task.model):
+        refuse("the weights of a quantised host cannot be told apart by a hash. Set quantize=none")
     with _random_state_kept(accelerator.device):
         trunk, probe = find_trunk(task, accelerator)
         folder = Path(config.trunk_cache).expanduser() / _fingerprint(task, trunk, probe)

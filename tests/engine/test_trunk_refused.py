@@ -15,6 +15,7 @@ from zinit import trunk
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.quantization import quantize_in_place
 from zinit.run import train_run
 from zinit.settings import resolve
 from zinit.tasks.vtab import VTAB, VTABConfig
@@ -99,6 +100,15 @@ def test_sharded_hosts_are_refused(pictures: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(trunk, "is_sharded", lambda accelerator: True)
     with pytest.raises(ConfigError, match=r"FSDP2.*plain data parallelism"):
         trained(vtab(pictures), tmp_path)
+
+
+def test_quantised_hosts_are_refused(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model = tiny(depth=DEPTH)
+    quantize_in_place(model, "torchao-int8", "cpu")
+    with pytest.raises(ConfigError, match=r"quantised host.*Set quantize=none"):
+        trained(vtab(pictures, model=model), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_of_uneven_length_are_refused(tmp_path: Path) -> None:
