@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader
 from zinit import checkpoint, trunk
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError, ZinitError
+from zinit.offload import is_lent
 from zinit.processes import sum_over_processes
-from zinit.strategy import average_whole_gradients, backward, clip, is_lent, is_sharded, place, prepare
+from zinit.sharding import is_sharded
+from zinit.strategy import average_whole_gradients, backward, clip, place, prepare
 from zinit.strategy import make_accelerator as make_accelerator
 from zinit.tasks.base import Batch, Stream, Task
 

@@ -21,6 +21,7 @@ from zinit.engine import Event, Interrupted, Plan, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
 from zinit.methods.base import Method
+from zinit.offload import move
 from zinit.registry import import_object
 from zinit.run_directory import (
     TRAINED,
@@ -39,7 +40,7 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
-from zinit.strategy import loading_device, make_accelerator, move, place
+from zinit.strategy import loading_device, make_accelerator, place
 from zinit.tasks import TASKS
 from zinit.tasks.base import load_host
 

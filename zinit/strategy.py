@@ -9,7 +9,7 @@ sharded parameters to train: under FSDP2, for DeepSpeed's optimizer is not used.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from zinit.backbones.base import PrefixSlot
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
+from zinit.offload import move
 from zinit.processes import is_shard
 from zinit.quantization import is_quantized, quantized_weights
+from zinit.sharding import is_sharded, is_zero3, place_fsdp2, place_zero3, use_fsdp2, use_zero3
 from zinit.tasks.base import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-
-FEW = 1 / 10  # what trains stays whole up to this share of the blocks' parameters
 
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
@@ -62,10 +61,10 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
             "gradient_accumulation_steps out of the launcher's configuration."
         )
     if _asked_for("FSDP"):
-        _use_fsdp2(accelerator, config)
+        use_fsdp2(accelerator, config)
         return accelerator
     if _asked_for("DEEPSPEED"):
-        _use_zero3(accelerator, config)
+        use_zero3(accelerator, config)
         return accelerator
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
@@ -95,68 +94,6 @@ def _asked_for(strategy: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
 
 
-def _use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    state: Any = accelerator.state
-    if accelerator.num_processes == 1:
-        raise ConfigError("FSDP was asked for, but one process has nobody to share with. Launch at least two.")
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate shards on GPUs and their like only; on CPUs it would run plain data parallelism without a word.
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # states that are made later copy it
-    if not accelerator.is_fsdp2:
-        raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml.")
-    plugin: Any = state.fsdp_plugin
-    wrong = {
-        "fsdp_cpu_ram_efficient_loading: false (every process reads the weights)": plugin.cpu_ram_efficient_loading,
-        "-o train.gradient_checkpointing=true, not fsdp_activation_checkpointing": plugin.activation_checkpointing,
-        "-o train.mixed_precision=no (a host of -o dtype=bfloat16 needs none)": config.mixed_precision != "no",
-        "-o train.compile=false": config.compile,
-    }
-    if asked := [text for text, found in wrong.items() if found]:
-        raise ConfigError(f"under FSDP2 this run needs {'; '.join(asked)}.")
-
-
-def _use_zero3(accelerator: Accelerator, config: TrainConfig) -> None:
-    from accelerate.state import PartialState
-    from accelerate.utils import DeepSpeedPlugin, DistributedType
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    state: Any = accelerator.state
-    if accelerator.num_processes == 1:
-        raise ConfigError("DeepSpeed was asked for, but one process has nobody to share with. Launch at least two.")
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # as above
-        state.deepspeed_plugins = DeepSpeedPlugin()
-        state.distributed_type = DistributedType.DEEPSPEED
-        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    unset_hf_deepspeed_config()  # else transformers loads the host in shards, before a prefix is attached
-    plugin: Any = accelerator.deepspeed_plugin
-    offloads = {plugin.offload_optimizer_device, plugin.offload_param_device} - {None, "none"}
-    wrong = {
-        "zero_stage: 3 (for less, launch with plain data parallelism)": plugin.zero_stage != 3,
-        "zero3_init_flag: false (a prefix is attached to whole weights)": plugin.zero3_init_flag,
-        "offload_optimizer_device: none and offload_param_device: none": offloads,
-        "-o train.clip_norm, not gradient_clipping": plugin.gradient_clipping not in (None, "auto"),
-        "-o train.mixed_precision=no (a host of -o dtype=bfloat16 needs none)": config.mixed_precision != "no",
-        "-o train.compile=false": config.compile,
-    }
-    if asked := [text for text, found in wrong.items() if found]:
-        raise ConfigError(f"under DeepSpeed this run needs {'; '.join(asked)}.")
-
-
-def is_zero3(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed shards the run's host."""
-    return accelerator.distributed_type.value == "DEEPSPEED"
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the run shards its host."""
-    return bool(accelerator.is_fsdp2) or is_zero3(accelerator)
-
-
 def loading_device(accelerator: Accelerator, *, offload: bool = False) -> torch.device:
     """Where a host's weights are read to: straight to where it runs, unless they are shared or lent out from the CPU.
 
@@ -169,52 +106,6 @@ def loading_device(accelerator: Accelerator, *, offload: bool = False) -> torch.
             f"too large for one GPU under FSDP2: accelerate launch --config_file configs/accelerate/fsdp2.yaml ..."
         )
     return torch.device("cpu") if offload or is_sharded(accelerator) else accelerator.device
-
-
-def move(module: nn.Module, device: torch.device, *, offload: bool = False) -> None:
-    """Moves a model or a task to where it runs.
-
-    Args:
-        module: everything in it goes to the device, but what is lent out already.
-        device: that it runs on.
-        offload: the frozen matrices of the blocks stay on the CPU, see `_lend`.
-    """
-    if offload:
-        _lend(module, device)
-    if not is_lent(module):
-        module.to(device)
-        return
-    for part in module.modules():
-        if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
-            part._apply(lambda tensor: tensor.to(device), recurse=False)
-
-
-def is_lent(module: nn.Module) -> bool:
-    """Whether some of a model's weights stay on the CPU and come to the device while their layer runs, see `_lend`.
-
-    Checkpointing must then compute a block again to its end (``set_checkpoint_early_stop(False)``): where torch breaks
-    off as soon as it has what it needs, the last layer would not give its weights back.
-    """
-    return any(parameter.is_meta for parameter in module.parameters())
-
-
-def _lend(module: nn.Module, device: torch.device) -> None:
-    """Keeps the frozen matrices of a host's blocks on the CPU; each comes to the device while its layer runs.
-
-    Accelerate's hooks do it, layer by layer, and leave an empty tensor behind. They run whoever calls a layer, be it
-    the host, the prefix (for its keys and values) or a block that is computed again in the backward pass. Autograd
-    holds on to a matrix until its backward pass is done, so training must recompute its blocks one at a time.
-    """
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    kinds = _kinds_of_blocks(module)
-    for block in [part for part in module.modules() if type(part).__name__ in kinds]:
-        beside = {part for slot in block.modules() if isinstance(slot, PrefixSlot) for part in slot.modules()}
-        for layer in block.modules():
-            own = list(layer.parameters(recurse=False))
-            frozen = layer not in beside and not any(parameter.requires_grad for parameter in own)
-            if frozen and any(parameter.dim() > 1 and not parameter.is_meta for parameter in own):
-                add_hook_to_module(layer, AlignDevicesHook(device, offload=True))
 
 
 def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> None:
@@ -239,102 +130,11 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
             "every process then holds all of the quantised model."
         )
     if is_zero3(accelerator):
-        _place_zero3(task, accelerator)
+        place_zero3(task, accelerator)
     else:
-        _place_fsdp2(task, accelerator)
+        place_fsdp2(task, accelerator)
     # transformers' name for it: generating processes then go on until the last of them is done.
     task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
-
-
-def _place_fsdp2(task: Task, accelerator: Accelerator) -> None:
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    if isinstance(task, FSDPModule):
-        return
-    plugin: Any = accelerator.state.fsdp_plugin
-    kinds = plugin.transformer_cls_names_to_wrap or sorted(_kinds_of_blocks(task.model))
-    blocks = _blocks(task, kinds)
-    whole_ones = _kept_whole(task, blocks)
-    for parameter in whole_ones:
-        parameter.data = parameter.data.to(accelerator.device)
-    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, kinds
-    plugin.ignored_modules = [nn.ParameterList(whole_ones)]
-    fsdp2_prepare_model(accelerator, task)
-    # Now, since an evaluation may call a part of the task first, and torch would take that part for the root.
-    fully_shard.state(task)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _place_zero3(task: Task, accelerator: Accelerator) -> None:
-    """DeepSpeed shards the blocks' modules in which nothing trains, and gathers each when it is called.
-
-    What else there is stays out of DeepSpeed's sight, with an optimizer, a backward pass and files of our own.
-    """
-    if any(map(is_shard, task.parameters())):
-        return
-    blocks = _blocks(task, sorted(_kinds_of_blocks(task.model)))
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    kept = {parameter for parameter in inside if parameter.requires_grad}
-    if task.handle is not None:
-        kept |= set(task.handle.parameters())  # also where they are switched off
-    frozen = nn.ModuleList(_without(block, kept) for block in blocks)
-    sharded = set(frozen.parameters())
-    if sum(p.numel() for p in sharded) < sum(p.numel() for p in inside) / 2:
-        raise ConfigError(
-            "under DeepSpeed zinit shards the layers in which nothing trains, and this run trains something in most of "
-            "the host's. Launch it under FSDP2 (configs/accelerate/fsdp2.yaml) or plain data parallelism."
-        )
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
-    for tensor in [*(p for p in task.parameters() if p not in sharded), *task.buffers()]:
-        tensor.data = tensor.data.to(accelerator.device)
-    plugin: Any = accelerator.deepspeed_plugin
-    # Numbers that DeepSpeed insists on: batches, accumulation and clipping are the loop's.
-    sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
-    plugin.deepspeed_config |= {**sizes, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up the group of processes that there is
-    deepspeed.zero.Init(module=frozen, config_dict_or_path=plugin.deepspeed_config)  # one weight at a time
-    accelerator.prepare(frozen)
-
-
-def _without(module: nn.Module, kept: set[nn.Parameter]) -> nn.ModuleList:
-    """The largest parts of a module that have parameters, none of them to be kept whole."""
-    parameters = set(module.parameters())
-    if not parameters:
-        return nn.ModuleList()
-    if not parameters & kept:
-        return nn.ModuleList([module])
-    return nn.ModuleList(part for child in module.children() for part in _without(child, kept))
-
-
-def _blocks(task: Task, kinds: Collection[str]) -> list[nn.Module]:
-    blocks = [module for module in task.model.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise ConfigError(
-            f"{type(task.model).__name__} has no repeated blocks to shard. Launch with plain data parallelism, or name "
-            f"their class (FSDP2 only): fsdp_transformer_layer_cls_to_wrap."
-        )
-    return blocks
-
-
-def _kinds_of_blocks(module: nn.Module) -> set[str]:
-    """Class names of the blocks that a model is a row of: the outermost lists of several modules of one kind."""
-    members = list(module.children())
-    several = isinstance(module, nn.ModuleList | nn.Sequential) and len(members) > 1
-    if several and len({type(member) for member in members}) == 1 and any(members[0].children()):
-        return {type(members[0]).__name__}
-    return set().union(*map(_kinds_of_blocks, members))
-
-
-def _kept_whole(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """What lies outside the blocks, the prefix, and what else trains inside if that is little."""
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    prefix = set() if task.handle is None else set(task.handle.parameters())
-    trained = {parameter for parameter in inside - prefix if parameter.requires_grad}
-    little = sum(p.numel() for p in trained) <= FEW * sum(p.numel() for p in inside - prefix)
-    sharded = inside - prefix - (trained if little else set())
-    return [parameter for parameter in task.parameters() if parameter not in sharded]
 
 
 def prepare(

@@ -29,7 +29,7 @@ from zinit.errors import ConfigError
 from zinit.processes import sum_over_processes
 from zinit.quantization import is_quantized
 from zinit.rows import Rows, bytes_of
-from zinit.strategy import is_sharded
+from zinit.sharding import is_sharded
 from zinit.tasks.base import Batch, Task
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from zinit.errors import ConfigError
 from zinit.run import evaluate_run, train_run
 from zinit.run_directory import read_run
 from zinit.settings import resolve
-from zinit.strategy import _place_zero3, _use_zero3, _without, check_prepared, make_accelerator
+from zinit.sharding import _without, place_zero3, use_zero3
+from zinit.strategy import check_prepared, make_accelerator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 OTHERS = ("ddp", "fsdp2")
@@ -159,7 +160,7 @@ def test_settings_that_zinit_does_not_keep_are_refused(
     two: Any = Two()
     two.state = state
     with pytest.raises(ConfigError, match=message):
-        _use_zero3(two, TrainConfig(**settings))
+        use_zero3(two, TrainConfig(**settings))
 
 
 def test_a_model_that_was_not_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def test_a_run_that_trains_most_layers_is_refused() -> None:
     model = transformers.LlamaForCausalLM(config)
     task: Any = SimpleNamespace(model=model, handle=None, parameters=model.parameters)
     with pytest.raises(ConfigError, match="this run trains something in most of the host's"):
-        _place_zero3(task, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+        place_zero3(task, SimpleNamespace())  # pyright: ignore[reportArgumentType]
 
 
 def test_what_deepspeed_gets_holds_nothing_that_stays_whole() -> None:

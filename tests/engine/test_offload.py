@@ -20,10 +20,11 @@ from zinit.chat import Speaker
 from zinit.engine import _checkpoint_activations
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.offload import is_lent, move
 from zinit.run import evaluate_run, train_run
 from zinit.run_directory import save_trained
 from zinit.settings import RunConfig, resolve
-from zinit.strategy import is_lent, loading_device, move
+from zinit.strategy import loading_device
 
 CPU = torch.device("cpu")
 RUN = ("prefix.length=3", "steps=4", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=2", "save_every=2",

@@ -27,7 +27,8 @@ from zinit.errors import ConfigError
 from zinit.run import evaluate_run, train_run
 from zinit.run_directory import read_run
 from zinit.settings import resolve
-from zinit.strategy import _kept_whole, _kinds_of_blocks, _use_fsdp2, check_prepared, make_accelerator
+from zinit.sharding import _kept_whole, kinds_of_blocks, use_fsdp2
+from zinit.strategy import check_prepared, make_accelerator
 
 OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=4", "warmup_steps=2",
            "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05",
@@ -216,7 +217,7 @@ def test_fsdp_that_zinit_cannot_keep_its_promises_under_is_refused(
     two: Any = Two()
     two.state = state
     with pytest.raises(ConfigError, match=message):
-        _use_fsdp2(two, TrainConfig(**settings))
+        use_fsdp2(two, TrainConfig(**settings))
 
 
 def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +236,10 @@ def test_blocks_are_found_in_every_kind_of_host() -> None:
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, num_hidden_layers=3))
         clip = transformers.CLIPModel(transformers.CLIPConfig())
         vit = timm.create_model("vit_tiny_patch16_224")
-    assert _kinds_of_blocks(llama) == {"LlamaDecoderLayer"}
-    assert _kinds_of_blocks(clip) == {"CLIPEncoderLayer"}
-    assert _kinds_of_blocks(vit) == {"Block"}
-    assert _kinds_of_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == set()
+    assert kinds_of_blocks(llama) == {"LlamaDecoderLayer"}
+    assert kinds_of_blocks(clip) == {"CLIPEncoderLayer"}
+    assert kinds_of_blocks(vit) == {"Block"}
+    assert kinds_of_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == set()
 
 
 def test_little_stays_whole_and_much_is_sharded() -> None:
