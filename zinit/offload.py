@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from zinit.backbones.base import PrefixSlot
+from zinit.errors import ConfigError
 from zinit.sharding import kinds_of_blocks
 
 
@@ -53,3 +60,32 @@ def _lend(module: nn.Module, device: torch.device) -> None:
             frozen = layer not in beside and not any(parameter.requires_grad for parameter in own)
             if frozen and any(parameter.dim() > 1 and not parameter.is_meta for parameter in own):
                 add_hook_to_module(layer, AlignDevicesHook(device, offload=True))
+    if not is_lent(module):
+        raise ConfigError(f"offload=true finds no repeated blocks in {type(module).__name__}. Leave it out.")
+
+
+class _NoEmptyWeights(TorchFunctionMode):
+    """Refuses to multiply by a weight that is not there, for which torch gives any numbers on some devices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [*args, *(kwargs or {}).values()] if func is F.linear else ()
+        if len({x.is_meta for x in tensors if isinstance(x, torch.Tensor)}) > 1:
+            raise ConfigError(
+                "offload=true does not go with this host: one of its modules reads a layer's weights without calling "
+                "the layer, which then does not fetch them. Leave offload out."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def weights_in_place(module: nn.Module) -> Iterator[None]:
+    """A scope in which a model whose weights are lent must find each where it is used.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if not is_lent(module):
+        yield
+        return
+    with _NoEmptyWeights():
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ class Rows:
             ConfigError: naming the first that cannot.
         """
         for left in self.folder.glob(".part-*"):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run has finished it just now
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
         for part in self.parts:
             if not self._path(part).is_file():
                 raise ConfigError(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zinit import trunk
 from zinit.adapter_file import AdapterFile, cosine, fingerprint
 from zinit.attach import Handle
 from zinit.backbones import BACKBONES
@@ -21,7 +22,7 @@ from zinit.engine import Event, Interrupted, Plan, fit, held_out_loss
 from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
 from zinit.methods import METHODS
 from zinit.methods.base import Method
-from zinit.offload import move
+from zinit.offload import move, weights_in_place
 from zinit.registry import import_object
 from zinit.run_directory import (
     TRAINED,
@@ -40,7 +41,7 @@ from zinit.run_directory import (
     writing,
 )
 from zinit.settings import SECTIONS, RunConfig, absolute_path
-from zinit.strategy import loading_device, make_accelerator, place
+from zinit.strategy import in_words, loading_device, make_accelerator, place
 from zinit.tasks import TASKS
 from zinit.tasks.base import load_host
 
@@ -151,7 +152,10 @@ def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, An
     """
     config, _ = read_finished_run(directory)
     if not (Path(directory) / "adapter.json").is_file():
-        raise ConfigError(f"the run in {directory} was made by the method {config.method!r}, which has no prefix.")
+        raise ConfigError(
+            f"the run in {directory} was made by the method {config.method!r}, which has no prefix. "
+            f"Only runs with a prefix can chat and generate; 'zinit eval' takes any."
+        )
     built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
     assert built.adapted.handle is not None
     move(built.adapted.model, device, offload=config.offload)
@@ -201,7 +205,7 @@ def train_run(
     from accelerate.utils import set_seed
 
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
-    on_event({"event": "stage", "text": "loading model and data"})
+    on_event({"event": "stage", "text": f"loading model and data; {in_words(accelerator)}"})
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
     task, disabled = build_task(config, built), built.adapted.disabled
     if not len(task.train_stream):
@@ -212,8 +216,11 @@ def train_run(
         )
     if type(built.method).solve is Method.solve:  # the engine will train: what cannot be planned is said now
         Plan(config.train, task.train_stream, config.seed)
+        trunk.check(task, config.train, accelerator)
+    elif config.train.trunk_cache is not None:
+        raise ConfigError(f"train.trunk_cache is of no use to the method {config.method!r}, which takes no steps.")
     place(task, accelerator, offload=config.offload)
-    with disabled():
+    with disabled(), weights_in_place(task):
         task.prepare()
     identity = _identity(config, task)
     if resume:
@@ -352,8 +359,9 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
 
 
 def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
-    loss, count = held_out_loss(task, config.train, accelerator)
-    with accelerator.autocast():
+    with weights_in_place(task):
+        loss, count = held_out_loss(task, config.train, accelerator)
+    with accelerator.autocast(), weights_in_place(task):
         evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}

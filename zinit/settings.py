@@ -240,6 +240,8 @@ def resolve(
         backbone = read_preset(preset).get("backbone")
     if backbone is None:
         raise ConfigError(f"say which backbone to train: --backbone {'|'.join(BACKBONES)}.")
+    if preset is not None and "/" in preset:
+        read_preset(preset)  # there is one of that name
     if task is None:
         task = preset.split("/")[0] if preset and "/" in preset else str(BACKBONES.get(backbone).default_task)
         if task not in TASKS:
@@ -318,6 +320,11 @@ def _parse_option(option: str, task: str, method: str) -> dict[str, Any]:
     matching = [known for known in full if name == known] or [known for known in full if name == known.split(".")[-1]]
     if len(matching) != 1:
         known = full if "." in name else [option.split(".")[-1] for option in full]
+        if name.startswith("method."):
+            raise ConfigError(
+                f"the method {method!r} has no option {name!r}. Choose the method that has it, as in -o method=lora -o "
+                f"method.rank=4, or take one of: {', '.join(k for k in full if k.startswith('method.')) or 'none'}."
+            )
         raise ConfigError(f"no option named {name!r}.{did_you_mean(name, matching or known)}")
     section, _, key = matching[0].rpartition(".")
     value = parse_value(text)

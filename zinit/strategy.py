@@ -72,6 +72,15 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     return accelerator
 
 
+def in_words(accelerator: Accelerator) -> str:
+    """How a run is spread, for people: "2 processes on cpu, FSDP2"."""
+    count, kind = accelerator.num_processes, accelerator.device.type
+    if count == 1:
+        return f"one process on {kind}"
+    how = "ZeRO-3" if is_zero3(accelerator) else "FSDP2" if is_sharded(accelerator) else "data parallelism"
+    return f"{count} processes on {kind}, {how}"
+
+
 def _join_after_restart() -> None:
     """Forms the group of processes anew after torchrun restarted them on one machine (--max-restarts).
 

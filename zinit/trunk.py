@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.config import TrainConfig
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, ZinitError
 from zinit.processes import sum_over_processes
 from zinit.quantization import is_quantized
 from zinit.rows import Rows, bytes_of
@@ -44,7 +44,27 @@ def refuse(reason: str) -> Never:
     Raises:
         ConfigError: always.
     """
-    raise ConfigError(f"train.trunk_cache cannot be used: {reason}. Or leave train.trunk_cache out.")
+    raise ConfigError(f"train.trunk_cache cannot be used: {reason}. Otherwise leave train.trunk_cache out.")
+
+
+def check(task: Task, config: TrainConfig, accelerator: Accelerator) -> None:
+    """What can be said of a run's trunk before anything is computed.
+
+    Raises:
+        ConfigError: if the setting does not go with the others, or every layer is adapted.
+    """
+    if config.trunk_cache is None:
+        return
+    if is_sharded(accelerator):
+        refuse("the processes of a sharded host gather every block together. Launch with plain data parallelism")
+    if config.compile:
+        refuse("blocks that are skipped do not go with torch.compile. Set train.compile=false")
+    if is_quantized(task.model):
+        refuse("the weights of a quantised host cannot be told apart by a hash. Set quantize=none")
+    folder = Path(config.trunk_cache).expanduser()
+    if folder.exists() and not folder.is_dir():
+        refuse(f"{folder} is no folder")
+    _candidates(task)
 
 
 @contextmanager
@@ -67,12 +87,7 @@ def kept_trunk(
     if config.trunk_cache is None:
         yield None
         return
-    if is_sharded(accelerator):
-        refuse("under FSDP2 all processes gather every block together. Launch with plain data parallelism")
-    if config.compile:
-        refuse("blocks that are skipped do not go with torch.compile. Set train.compile=false")
-    if is_quantized(task.model):
-        refuse("the weights of a quantised host cannot be told apart by a hash. Set quantize=none")
+    check(task, config, accelerator)
     with _random_state_kept(accelerator.device):
         trunk, probe = find_trunk(task, accelerator)
         folder = Path(config.trunk_cache).expanduser() / _fingerprint(task, trunk, probe)
@@ -200,7 +215,7 @@ def find_trunk(task: Task, accelerator: Accelerator) -> tuple[Trunk, Tensor]:
     if not all(map(torch.equal, before, after)):
         refuse(
             "the blocks below the lowest adapted one draw random numbers in training (dropout, stochastic depth). "
-            "Switch that off (task.drop_path=0, say)"
+            "Switch that off"
         )
     if not torch.equal(states, expected):
         refuse("the blocks below the lowest adapted one compute something else in training (batch normalisation?)")
@@ -222,7 +237,7 @@ def _candidates(task: Task) -> list[Trunk]:
     rows = {tower: list(task.handle.model.get_submodule(tower).children()) for tower, cut in lowest.items() if cut}
     found = [Trunk(blocks[: lowest[tower]], blocks[lowest[tower] :]) for tower, blocks in rows.items()]
     if not found:
-        refuse("every layer is adapted, so nothing stays the same. Adapt only the topmost: -o prefix.layers=L")
+        refuse("the lowest layer is adapted, so nothing stays the same. Adapt only the topmost: -o prefix.layers=L")
     return found
 
 
@@ -285,7 +300,7 @@ def _fill(
     size = f"{count * rows.row_bytes / 1e9:.2f} GB"
     storing = f"storing the frozen layers' outputs for {count:,} examples ({size}) in {rows.folder}"
     tell(storing if count else f"reading the frozen layers' outputs from {rows.folder}")
-    problem, done = "", 0
+    problem, done, own = "", 0, None
     task.eval()
     try:
         rows.folder.mkdir(parents=True, exist_ok=True)
@@ -307,11 +322,13 @@ def _fill(
             before, done = done, done + len(examples)
             if 10 * done // share > 10 * before // share:
                 tell(f"{done / share:.0%} stored")
-    except OSError as error:
-        problem = str(error)
+    except (OSError, ZinitError) as error:  # every process must come to the sum below
+        problem, own = str(error), error if isinstance(error, ZinitError) else None
     if total(bool(problem)):
+        if own is not None:
+            raise own
         raise ConfigError(
             f"the frozen layers' outputs cannot be stored in {rows.folder}: {problem or 'another process failed'}. "
-            f"Make room, name another folder with train.trunk_cache, or leave it out. What is stored already is kept."
+            f"Name another folder with train.trunk_cache, make room there, or leave it out."
         )
     rows.check()

@@ -15,9 +15,11 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import zinit
-from tests.contract.cases import randomized, set_fused, timm_eva, timm_swin, timm_vit
+from tests.contract.cases import randomized, set_fused, timm_beit, timm_eva, timm_swin, timm_vit
+from zinit.methods import METHODS
 
 OPEN = zinit.PrefixConfig(length=5, gate_init=0.7)
 JOINT = zinit.PrefixConfig(length=5, gating=False, separate_softmax=False)
@@ -273,6 +275,29 @@ def test_windows() -> None:
                 model(IMAGES)
     handle.detach()
     assert torch.equal(model(IMAGES), frozen)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "q_norm"])
+def test_the_query_is_the_one_that_the_host_used(kind: str) -> None:
+    """Also where something changes the projection after attaching, as LoRA does."""
+    attn: Any = WindowAttention(32, num_heads=4, window_size=(2, 3)) if kind == "qkv" else Attention(32, num_heads=4)
+    model = randomized(Blocks(attn)).requires_grad_(False)
+    x = torch.randn(4, 6, 32)
+    zinit.attach(model, OPEN, backbone="vit", seed=0)
+    rows, change = slice(0, 32), torch.randn(32, 32)
+    plain = attn.qkv.forward
+    attn.qkv.forward = lambda x: plain(x) + F.pad(x @ change, (0, 64))
+    changed = model(x)
+    attn.qkv.forward = plain
+    attn.qkv.weight[rows] += change.T
+    torch.testing.assert_close(changed, model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_lora_is_refused_where_it_would_change_nothing() -> None:
+    with pytest.raises(zinit.ConfigError, match=r"LoRA would change nothing in blocks\.0\.attn: Attention reads"):
+        METHODS.get("lora")(METHODS.get("lora").Config()).apply(
+            timm_beit(), prefix=zinit.PrefixConfig(), backbone="vit", seed=0
+        )
 
 
 def biased_by_hand(attn: Any, x: Tensor, prefix: Any, given: dict[str, Tensor], joint: bool) -> Tensor:

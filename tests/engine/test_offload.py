@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import zinit
-from tests.contract.cases import CASES, Case
+from tests.contract.cases import CASES, Case, timm_beit
 from tests.engine.test_crash import steps
 from tests.tiny import save_records, save_tiny_llama
 from zinit.chat import Speaker
 from zinit.engine import _checkpoint_activations
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.offload import is_lent, move
+from zinit.offload import is_lent, move, weights_in_place
 from zinit.run import evaluate_run, train_run
 from zinit.run_directory import save_trained
 from zinit.settings import RunConfig, resolve
@@ -200,3 +200,15 @@ def test_where_weights_are_loaded_to() -> None:
     assert loading_device(several) == CPU
     with pytest.raises(ConfigError, match="offload=true is for one process; 2 were launched"):
         loading_device(several, offload=True)
+
+
+def test_a_host_that_reads_the_weights_of_a_layer_is_refused() -> None:
+    model = timm_beit().requires_grad_(False)
+    move(model, CPU, offload=True)
+    with pytest.raises(ConfigError, match=r"reads a layer's weights without calling"), weights_in_place(model):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_nothing_to_lend_is_said() -> None:
+    with pytest.raises(ConfigError, match="no repeated blocks in Linear"):
+        move(torch.nn.Linear(4, 4), CPU, offload=True)

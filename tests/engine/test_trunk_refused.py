@@ -67,9 +67,9 @@ def no_handle(task: VTAB) -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        pytest.param({"layers": None}, {}, "every layer is adapted.*prefix.layers=L", id="all-layers"),
-        pytest.param({"layers": DEPTH}, {}, "every layer is adapted", id="as-many-layers"),
-        pytest.param({"drop_path": 0.2}, {}, "draw random numbers in training.*task.drop_path=0", id="drop-path"),
+        pytest.param({"layers": None}, {}, "the lowest layer is adapted.*prefix.layers=L", id="all-layers"),
+        pytest.param({"layers": DEPTH}, {}, "the lowest layer is adapted", id="as-many-layers"),
+        pytest.param({"drop_path": 0.2}, {}, "draw random numbers in training", id="drop-path"),
         pytest.param({"model": rarely_dropping}, {}, "draw random numbers", id="attention-dropout"),
         pytest.param(
             {"model": lambda: tiny(depth=DEPTH, pos_drop_rate=0.1)}, {}, "draw random", id="embedding-dropout"
@@ -98,7 +98,7 @@ def test_refused(
 
 def test_sharded_hosts_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trunk, "is_sharded", lambda accelerator: True)
-    with pytest.raises(ConfigError, match=r"FSDP2.*plain data parallelism"):
+    with pytest.raises(ConfigError, match=r"sharded host.*plain data parallelism"):
         trained(vtab(pictures), tmp_path)
 
 

@@ -132,6 +132,18 @@ def test_gradients_reach_the_prefixes_and_kept_features_never_go_stale(
         torch.testing.assert_close(t(batch), frozen(batch))
 
 
+def test_a_sharded_tower_runs_at_every_call(tmp_path: Path) -> None:
+    """Every process calls it equally often, whichever pictures it has seen."""
+    model = clip()
+    t = task(folders(tmp_path), model)
+    next(model.vision_model.parameters()).ds_id = 0  # as DeepSpeed marks what it shards
+    runs: list[int] = []
+    model.vision_model.register_forward_hook(lambda *_: runs.append(1))
+    for _ in range(3):
+        t(t.collate(t.train_stream, [0, 1]))
+    assert len(runs) == 3
+
+
 def test_a_frozen_tower_runs_once(tmp_path: Path) -> None:
     model = clip()
     zinit.attach(model, PrefixConfig(length=3, towers=("vision_model",)))

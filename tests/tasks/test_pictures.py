@@ -229,3 +229,24 @@ def test_another_shot_is_drawn_for_one_that_cannot_be_read(tmp_path: Path) -> No
     assert (len(drawn), counts["train_skipped_unreadable"], counts["classes_with_fewer_shots"]) == (4, 4, 1)
     with pytest.raises(DataError, match=r"class 'bee' has 0 images .*from 1 on"):
         draw_shots(examples, 1, ["ant", "bee"], seed=0, few="use_all", on_bad="error")
+
+
+def test_no_part_beside_a_whole_file_is_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    records(range(20)).to_parquet(tmp_path / "train.parquet")
+    records(range(20, 24)).to_parquet(tmp_path / "validation.parquet")
+    records(range(24, 30)).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    found = read(tmp_path)
+    assert [len(part or []) for part in (found.train, found.val, found.test)] == [20, 4, 6]
+    records(range(30, 32)).to_parquet(tmp_path / "data" / "test-00001-of-00002.parquet")
+    with pytest.raises(DataError, match="files of two data sets"):
+        read(tmp_path)
+    (tmp_path / "data" / "test-00001-of-00002.parquet").rename(tmp_path / "data" / "test-00001-of-00001.parquet")
+    with pytest.raises(DataError, match="numbered beyond the 1 files"):
+        read(tmp_path)
+
+
+def test_a_column_that_names_parts_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text("path,label,Split\na.png,red,train\n")
+    with pytest.raises(DataError, match=r"has a column 'Split', which is not read.*train\.csv, test\.csv"):
+        read(tmp_path / "all.csv")

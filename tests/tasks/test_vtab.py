@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -166,6 +167,12 @@ def test_another_size_resamples_the_positions(tmp_path: Path) -> None:
         task(root, image_size=18)
     with pytest.raises(ConfigError, match="Recorder cannot change its picture's size"):
         task(root, Recorder(), image_size=24)
+
+
+def test_without_drop_path_the_models_own_is_off(tmp_path: Path) -> None:
+    model = VisionTransformer(**SHAPE, num_classes=0, drop_path_rate=0.3)
+    found = task(save_vtab(tmp_path), model)
+    assert not [name for name, part in found.model.named_modules() if isinstance(part, DropPath)]
 
 
 def test_drop_path_grows_with_depth(tmp_path: Path) -> None:

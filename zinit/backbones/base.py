@@ -32,7 +32,7 @@ class AttentionSite:
         head_dim: D, read from the module, never C // H.
         value_dim: width of a value head where it is not D.
         query_value: names of the linear layers inside the module that make queries and values, where they are known
-            (LoRA asks).
+            (LoRA asks); None if the module calls none, but reads their weights.
         project_kv: the host's frozen key and value projections.
         project_query: (host module, (K, C)) to (1, H, K, D), neither normalised nor rotated; only importers of
             other implementations' files ask, and a backbone need not answer.
@@ -47,7 +47,7 @@ class AttentionSite:
     project_kv: ProjectHostKV
     project_query: Callable[[nn.Module, Tensor], Tensor] | None = None
     value_dim: int | None = None
-    query_value: tuple[str, ...] = ()
+    query_value: tuple[str, ...] | None = ()
 
     @property
     def tower(self) -> str:

@@ -1,12 +1,12 @@
-"""timm's Vision Transformers: fused or separate projections, q/k norms, rotations, biases of relative position (BEiT,
-Swin's windows); class and register tokens.
+"""timm's Vision Transformers, EVA, BEiT, Swin and others that attend as they do.
 
-timm has no attention interface, but its attention modules pass everything that matters through named submodules: the
-query leaves ``q_norm`` (an identity where there is no norm), the heads' output enters ``norm`` (or ``proj``). Hooks on
-those two take the host's own query and add the gated prefix: no forward is copied and nothing is renamed. Modules
-without a ``q_norm`` (BEiT, Swin) show their query to nobody; it alone is projected a second time. Before a model is
-accepted, each of its modules is run on random vectors: what it gives to ``norm`` must be the plain softmax attention of
-its projections and biases, or the model is refused.
+Projections may be fused or separate; q/k norms, rotations, biases of relative position and windows are kept. timm has
+no attention interface, but its attention modules pass everything that matters through named submodules: the query
+leaves ``q_norm`` (an identity where there is no norm), the heads' output enters ``norm`` (or ``proj``). Hooks on those
+two take the host's own query and add the gated prefix: no forward is copied and nothing is renamed. Modules without a
+``q_norm`` show their query to ``qkv`` (Swin) or to nobody (BEiT reads the weights of its ``qkv``); only then is it
+projected a second time. Before a model is accepted, each of its modules is run on random vectors: what it gives to
+``norm`` must be the plain softmax attention of its projections and biases, or the model is refused.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Seam:
         ]
         if hasattr(host, "q_norm"):
             self.handles.append(host.q_norm.register_forward_hook(self.catch))  # pyright: ignore
+        elif getattr(host, "qkv", None) is not None:
+            self.handles.append(host.qkv.register_forward_hook(self.catch_fused))  # pyright: ignore
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -61,6 +63,11 @@ class Seam:
     def catch(self, norm: nn.Module, args: tuple[Any, ...], query: Tensor) -> None:
         """Keeps the query."""
         self.query = query
+
+    def catch_fused(self, projection: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
+        """Keeps the query that a fused projection of the words gives; prompts pass it too, outside of a forward."""
+        if self.given:
+            self.query = in_heads(self.host, projected.chunk(3, dim=-1)[0])
 
     def add(self, exit: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Adds the prefix to what the heads give: (B, T, H * D) in ``args``."""
@@ -128,15 +135,20 @@ def project_kv(host: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project_query(host: Any, tokens: Tensor) -> Tensor:
-    """(B, T, C) to the queries (B, H, T, D) of a host that has no ``q_norm``."""
-    size = width_of_head(host)
+    """(B, T, C) to the queries (B, H, T, D) of a host that shows them to none of its layers."""
     if getattr(host, "qkv", None) is None:
-        return host.q_proj(tokens).unflatten(-1, (-1, size)).transpose(1, 2)
-    rows = slice(host.num_heads * size)
-    bias = getattr(host, "q_bias", None)
-    if bias is None and host.qkv.bias is not None:
-        bias = host.qkv.bias[rows]
-    return F.linear(tokens, host.qkv.weight[rows], bias).unflatten(-1, (-1, size)).transpose(1, 2)
+        return in_heads(host, host.q_proj(tokens))
+    return in_heads(host, F.linear(tokens, host.qkv.weight[: host.num_heads * width_of_head(host)], host.q_bias))
+
+
+def reads_weights(host: Any) -> bool:
+    """Whether a module multiplies by the weights of its ``qkv`` without calling it, as timm's BEiT and EVA-02 do."""
+    return getattr(host, "q_bias", None) is not None and not getattr(host, "qkv_bias_separate", True)
+
+
+def in_heads(host: Any, x: Tensor) -> Tensor:
+    """(B, T, H * D) to (B, H, T, D)."""
+    return x.flatten(1, -2).unflatten(-1, (-1, width_of_head(host))).transpose(1, 2)
 
 
 def width_of_head(host: Any) -> int:
@@ -225,7 +237,7 @@ def site_of(name: str, module: Any) -> AttentionSite:
         num_kv_heads=keys // width_of_head(module),
         head_dim=width_of_head(module),
         project_kv=project_kv,
-        query_value=("q_proj", "v_proj") if fused is None else ("qkv",),
+        query_value=None if reads_weights(module) else ("q_proj", "v_proj") if fused is None else ("qkv",),
     )
 
 

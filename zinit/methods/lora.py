@@ -82,6 +82,11 @@ class Lora(Method):
 
 def _targets(site: AttentionSite) -> list[str]:
     """Full names of the projections of one attention module that make queries and values; else all linear ones."""
+    if site.query_value is None:
+        raise ConfigError(
+            f"LoRA would change nothing in {site.name}: {type(site.module).__name__} reads the weights of its "
+            f"projection without calling the layer. Take another method (zinit ls methods), or another host."
+        )
     linear = [name for name, part in site.module.named_modules() if name and hasattr(part, "out_features")]
     parts = [name for name in site.query_value if name in linear] or linear
     if not parts:

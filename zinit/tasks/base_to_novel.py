@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError, DataError
 from zinit.images import Images, OnBad, Picture, normalise
-from zinit.processes import share
+from zinit.processes import is_shard, share
 from zinit.tasks._crops import Views, plain
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.tasks.base_to_novel_table import harmonic_mean, paper_results, summarise
@@ -50,7 +50,7 @@ class BaseToNovelConfig(JsonConfig):
         template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
         drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
         folder: where the pictures of a split_zhou_*.json file are, seen from that file.
-        fields: what CSV, Parquet and Hub data call picture and class.
+        fields: what CSV, Parquet and Hub data call picture and class; None tries the usual names.
         views: 1 trains on the plain pictures; more make so many random crops of each, all of them once per epoch.
         crop_scale: smallest share of a picture that a crop covers.
         few: whether a class with fewer pictures than shots is an error, or all it has are used.
@@ -65,7 +65,7 @@ class BaseToNovelConfig(JsonConfig):
     template: str | tuple[str, ...] = "a photo of a {}."
     drop_classes: str | tuple[str, ...] = ()
     folder: str = "."
-    fields: tuple[str, ...] = ("image", "label")
+    fields: tuple[str, ...] | None = None
     views: int = 1
     crop_scale: float = 0.08
     few: Literal["error", "use_all"] = "error"
@@ -86,8 +86,9 @@ class BaseToNovelConfig(JsonConfig):
             object.__setattr__(self, "template", (self.template,))
         if not self.template or not all(isinstance(text, str) and text.count("{}") == 1 for text in self.template):
             raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
-        if len(self.fields) != 2 or not all(isinstance(field, str) and field for field in self.fields):
-            raise ConfigError(f"fields must name picture and class; got {self.fields!r}.")
+        fields = self.fields
+        if fields is not None and (len(fields) != 2 or not all(isinstance(name, str) and name for name in fields)):
+            raise ConfigError(f"fields must name picture and class; got {fields!r}.")
         scale = self.crop_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
             raise ConfigError(f"crop_scale must be above 0 and at most 1; got {scale!r}.")
@@ -264,8 +265,11 @@ class BaseToNovel(Task):
         return self._text_features[half][1]
 
     def image_features(self, batch: Batch) -> Tensor:
-        """Unit features of pictures: (B, D), float32. Kept while the vision tower cannot change."""
-        if self._may_change("vision"):
+        """Unit features of pictures: (B, D), float32. Kept while the vision tower cannot change.
+
+        Not those of a sharded tower: all processes must call it equally often, and each has seen other pictures.
+        """
+        if self._may_change("vision") or any(map(is_shard, self.model.parameters())):
             return self._encode_images(batch["pixels"])
         index, pixels = batch["index"], batch["pixels"]
         if self._known is None or self._known.device != index.device:

@@ -361,18 +361,20 @@ def _fit_model(model: Any, processor: dict[str, Any], config: VTABConfig) -> tup
         with torch.no_grad():
             model.set_input_size(img_size=(size, size))
         height = width = size
-    if config.drop_path:
-        _set_drop_path(model, config.drop_path)
+    _set_drop_path(model, config.drop_path)
     return height, width
 
 
 def _set_drop_path(model: Any, rate: float) -> None:
     from timm.layers import DropPath
 
-    blocks = list(getattr(model, "blocks", []))
-    places = [[name for name in ("drop_path1", "drop_path2", "drop_path") if hasattr(b, name)] for b in blocks]
-    if not any(places):
+    places = {
+        block: [name for name, part in block.named_children() if name in ("drop_path1", "drop_path2", "drop_path")]
+        for block in model.modules()
+    }
+    places = {block: names for block, names in places.items() if names}
+    if rate and not places:
         raise ConfigError(f"{type(model).__name__} has no drop path; set task.drop_path=0.")
-    for depth, (block, names) in enumerate(zip(blocks, places, strict=True)):
+    for depth, (block, names) in enumerate(places.items()):
         for name in names:
-            setattr(block, name, DropPath(rate * depth / max(1, len(blocks) - 1)))
+            setattr(block, name, DropPath(rate * depth / max(1, len(places) - 1)) if rate else nn.Identity())

@@ -39,6 +39,12 @@ def read_csv(file: Path, reading: Reading) -> list[Labelled]:
     return found
 
 
+def split_column(file: Path) -> str | None:
+    """The column of a table that says which part a picture is of, if there is one."""
+    header = next(csv.reader(io.StringIO(read_text(file), newline="")), [])
+    return next((name for name in header if name.strip().lower() in ("split", "part", "fold", "subset")), None)
+
+
 def read_parquet(file: Path, reading: Reading) -> list[Labelled]:
     """One Parquet file; no copy goes to a cache."""
     return _records(read_document(str(file))[0], str(file), reading)
@@ -62,7 +68,8 @@ def read_shards(root: Path, files: Sequence[Path], reading: Reading) -> Parts:
         if name is None or name["part"] not in PARTS:
             continue
         part, number = PARTS[name["part"]], int(name["number"] or 0)
-        count[part] = int(name["count"] or 1)
+        if count.setdefault(part, int(name["count"] or 1)) != int(name["count"] or 1):
+            raise DataError(f"{root} holds files of two data sets for one part, such as {file}. Name one folder.")
         if (other := shards[part].setdefault(number, file)) is not file:
             raise DataError(f"{root} holds the same part of the data twice: {other} and {file}. Name one folder.")
     if "train" not in shards:
@@ -71,6 +78,8 @@ def read_shards(root: Path, files: Sequence[Path], reading: Reading) -> Parts:
             f"them to train.parquet and test.parquet."
         )
     for part, mine in shards.items():
+        if max(mine) >= count[part]:
+            raise DataError(f"{mine[max(mine)]} is numbered beyond the {count[part]} files of its part. Remove it.")
         if missing := sorted(set(range(count[part])) - set(mine)):
             numbers = ", ".join(f"{number:05d}" for number in missing)
             raise DataError(

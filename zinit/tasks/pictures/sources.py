@@ -11,7 +11,7 @@ from zinit.errors import DataError
 from zinit.images import class_folders
 from zinit.tasks.pictures.lists import VTAB_LISTS, read_coop, read_list, read_vtab
 from zinit.tasks.pictures.parts import Labelled, Parts, Reading
-from zinit.tasks.pictures.records import VALIDATION, read_csv, read_hub, read_parquet, read_shards
+from zinit.tasks.pictures.records import PARTS, VALIDATION, read_csv, read_hub, read_parquet, read_shards, split_column
 
 SUFFIXES = (".csv", ".json", ".parquet")
 Embedded = tuple[Sequence[str], Mapping[str, Sequence[tuple[Image.Image, int]]]]
@@ -60,6 +60,11 @@ def _embedded(names: Sequence[str], pictures: Mapping[str, Sequence[tuple[Image.
 def _file(path: Path, reading: Reading) -> Parts:
     if path.suffix == ".json":
         return read_coop(path, reading)
+    if path.suffix == ".csv" and (column := split_column(path)):
+        raise DataError(
+            f"{path} has a column {column!r}, which is not read: pictures to test on would be trained on. "
+            f"Make a file of each part (train.csv, test.csv) and name their folder, or remove the column."
+        )
     if path.suffix in (".csv", ".parquet"):
         return Parts(train=(read_csv if path.suffix == ".csv" else read_parquet)(path, reading))
     raise DataError(f"{path}: expected a folder of pictures, a .csv, .parquet or split_zhou_*.json file, or a Hub id.")
@@ -73,10 +78,12 @@ def _folder(root: Path, reading: Reading) -> Parts:
         raise DataError(f"{root} holds several split files, {', '.join(f.name for f in splits)}. Name one of them.")
     if splits:
         return read_coop(splits[0], reading)
-    for suffix, read in ((".txt", read_list), (".csv", read_csv), (".parquet", read_parquet)):
-        files = {name: root / f"{name}{suffix}" for name in ("train", "val", "test")}
-        if files["train"].is_file():
-            return Parts.of({name: read(file, reading) for name, file in files.items() if file.is_file()})
+    for suffix, read in ((".txt", read_list), (".csv", read_csv)):
+        files = {part: file for name, part in reversed(PARTS.items()) if (file := root / f"{name}{suffix}").is_file()}
+        if "train" in files:
+            return Parts.of({part: read(file, reading) for part, file in files.items()})
+    if (root / "train.parquet").is_file():
+        return read_shards(root, sorted(root.rglob("*.parquet")), reading)
     folders = {"test": root / "test", "val": next((root / n for n in VALIDATION if (root / n).is_dir()), root / "val")}
     there = {name: folder for name, folder in folders.items() if folder.is_dir()}
     if (root / "train").is_dir() and there:
@@ -106,6 +113,6 @@ def _vtab_folder(root: Path, dataset: str | None) -> Path | None:
     if dataset not in tasks:
         raise DataError(
             f"{root} holds no task {dataset!r} in VTAB-1k's layout ({dataset}/train800val200.txt); "
-            f"found {', '.join(tasks) or 'none'}."
+            f"found {', '.join(tasks) or 'none'}. For class folders and tables leave task.dataset out."
         )
     return root / dataset
