@@ -107,5 +107,5 @@ def test_settings_of_a_method(inputs: dict[str, str]) -> None:
         resolve(backbone="llama", options=["method=lora", "method.rank=0"], **inputs)
     with pytest.raises(ConfigError, match=r"no method named 'lra'\. Did you mean 'lora'"):
         resolve(backbone="llama", options=["method=lra"], **inputs)
-    with pytest.raises(ConfigError, match=r"no option named 'method\.rank'"):
+    with pytest.raises(ConfigError, match=r"the method .zero-init. has no option .method\.rank..*-o method=lora"):
         resolve(backbone="llama", options=["method.rank=2"], **inputs)

@@ -243,7 +243,7 @@ def test_clip(prefix: dict[str, Any], settings: dict[str, Any], classes: Path, t
     ("prefix", "message"),
     [
         ({"towers": ("text_model",)}, "0 of 1 towers"),  # its features of the pictures are kept in memory
-        ({"layers": 2}, "every layer is adapted"),
+        ({"layers": 2}, "the lowest layer is adapted"),
     ],
 )
 def test_clip_refused(prefix: dict[str, Any], message: str, classes: Path, tmp_path: Path) -> None:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from tests.engine.trunks import TRAIN, assert_same_bits, trained, vtab
 from zinit import adapter_file, rows, trunk
 from zinit.errors import ConfigError
 
+SMALL = 10_000  # bytes: four examples of 17 x 32 x 4 bytes, three files
+
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "PART_BYTES", 10_000)  # four examples of 17 x 32 x 4 bytes: three files
+    monkeypatch.setattr(rows, "PART_BYTES", SMALL)
 
 
 def child(action: Callable[[], None]) -> int:
@@ -97,6 +98,17 @@ def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
     assert_same_bits(stored, trained(vtab(pictures)))
 
 
+def one_of_two(number: int, port: int, pictures: Path, cache: Path, output: Path) -> None:
+    """What each of two processes does."""
+    rows.PART_BYTES = SMALL
+    torch.set_num_threads(1)
+    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+    found = trained(vtab(pictures), cache)
+    assert Accelerator(cpu=True).num_processes == 2
+    (output / f"{number}.json").write_text(json.dumps({"losses": found.losses, "calls": found.calls}))
+
+
 @pytest.mark.usefixtures("small_files")
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
@@ -104,16 +116,13 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     cache = tmp_path / "cache"
 
-    def rank(number: int) -> None:
-        names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found = trained(vtab(pictures), cache)
-        assert Accelerator(cpu=True).num_processes == 2
-        (tmp_path / f"{number}.json").write_text(json.dumps({"losses": found.losses, "calls": found.calls}))
-
-    children = [child(partial(rank, number)) for number in range(2)]
-    assert [os.waitpid(each, 0)[1] for each in children] == [0, 0]
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    ranks = [context.Process(target=one_of_two, args=(i, port, pictures, cache, tmp_path)) for i in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    assert [each.exitcode for each in ranks] == [0, 0]
     (folder,) = cache.iterdir()
     assert len([*folder.glob("part-*")]) == 3
     first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))

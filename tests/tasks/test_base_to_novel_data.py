@@ -129,7 +129,7 @@ def test_parquet_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert task("someone/kinds:train", fields=("picture", "kind")).data_report()["read"] == 16
     both = datasets.DatasetDict(train=rows(datasets.Value("string")))
     assert task("someone/kinds", fields=("picture", "kind")).labels == [f"kind {i}" for i in range(4)]
-    with pytest.raises(DataError, match="has no column 'image'.*it has 'picture', 'kind'"):
+    with pytest.raises(DataError, match=r"has no column 'image'.*it has 'picture', 'kind'"):
         task("someone/kinds")
     numbers = both["train"].remove_columns("kind").add_column("kind", [0] * 16)
     both = datasets.DatasetDict(train=numbers)
