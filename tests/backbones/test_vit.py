@@ -37,12 +37,26 @@ class Blocks(nn.Module):
         return self.blocks[0](x, **kwargs)
 
 
-def by_hand(attn: Any, x: Tensor, prefix: Any, rope: Tensor | None = None, joint: bool = False) -> Tensor:
-    """The adapted module written out: loops over samples and heads, rows of the weights picked by number; no hooks."""
-    size, heads = attn.head_dim, attn.num_heads
+def by_hand(
+    attn: Any,
+    x: Tensor,
+    prefix: Any,
+    rope: Tensor | None = None,
+    joint: bool = False,
+    given: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The adapted module written out, without hooks: loops over samples and heads, rows of the weights picked by
+    number, biases of relative position looked up place by place. ``given`` is what is added to the scores besides.
+    """
+    heads, size = attn.num_heads, attn.proj.in_features // attn.num_heads
     weight, bias = attn.qkv.weight, attn.qkv.bias
-    if bias is None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if hasattr(attn, "q_bias") else torch.zeros(96)
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    elif bias is None:
+        bias = torch.zeros(len(weight))
+    q_norm, k_norm, norm = (getattr(attn, name, nn.Identity()).forward for name in ("q_norm", "k_norm", "norm"))
+    module = attn.rel_pos if getattr(attn, "rel_pos", None) is not None else attn
+    table = getattr(module, "relative_position_bias_table", None)
 
     def part(x: Tensor, which: int, head: int) -> Tensor:
         rows = slice((which * heads + head) * size, (which * heads + head + 1) * size)
@@ -55,22 +69,25 @@ def by_hand(attn: Any, x: Tensor, prefix: Any, rope: Tensor | None = None, joint
         return torch.cat([x[:first], apply_rot_embed_cat(x[None, None, first:], rope)[0, 0]])
 
     samples: list[Tensor] = []
-    for sample in x:
+    for place, sample in enumerate(x):
         outs: list[Tensor] = []
         for head in range(heads):
-            query = turned(attn.q_norm.forward(part(sample, 0, head)))
-            key = turned(attn.k_norm.forward(part(sample, 1, head)))
-            value = part(sample, 2, head)
-            prompt_key = attn.k_norm.forward(part(prefix.prompt.weight, 1, head))
-            prompt_value = part(prefix.prompt.weight, 2, head)
-            words, prompts = query @ key.T * size**-0.5, query @ prompt_key.T * size**-0.5
+            query, key = turned(q_norm(part(sample, 0, head))), turned(k_norm(part(sample, 1, head)))
+            value, prompt_value = part(sample, 2, head), part(prefix.prompt.weight, 2, head)
+            words = query @ key.T * size**-0.5
+            if table is not None:
+                places = module.relative_position_index.view(len(sample), len(sample)).tolist()
+                words = words + torch.stack([torch.stack([table[i, head] for i in row]) for row in places])
+            for name, term in (given or {}).items():
+                words = words + (term[place % len(term)] if name == "mask" else term[0, head])
+            prompts = query @ k_norm(part(prefix.prompt.weight, 1, head)).T * size**-0.5
             if joint:
                 shares = torch.cat([prompts, words], dim=-1).softmax(-1)
                 outs.append(shares @ torch.cat([prompt_value, value]))
             else:
                 own = prompts.softmax(-1) @ prompt_value
                 outs.append(words.softmax(-1) @ value + prefix.gate[head].tanh() * own)
-        samples.append(attn.proj.forward(attn.norm.forward(torch.cat(outs, dim=-1))))
+        samples.append(attn.proj.forward(norm(torch.cat(outs, dim=-1))))
     return torch.stack(samples)
 
 
@@ -250,7 +267,7 @@ def test_biases_of_relative_position_written_out(kind: str, joint: bool, fused: 
         handle = zinit.attach(model, JOINT if joint else OPEN, backbone="vit", seed=0)
         got = model(x, **given)
         assert (got - frozen).abs().max() > 1e-2
-        expected = biased_by_hand(attn, x, handle.prefixes["blocks.0"], given, joint)
+        expected = by_hand(attn, x, handle.prefixes["blocks.0"], joint=joint, given=given)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
         handle.detach()
 
@@ -298,39 +315,3 @@ def test_lora_is_refused_where_it_would_change_nothing() -> None:
         METHODS.get("lora")(METHODS.get("lora").Config()).apply(
             timm_beit(), prefix=zinit.PrefixConfig(), backbone="vit", seed=0
         )
-
-
-def biased_by_hand(attn: Any, x: Tensor, prefix: Any, given: dict[str, Tensor], joint: bool) -> Tensor:
-    """As `by_hand`, with what is added to the scores."""
-    bias = attn.qkv.bias if attn.qkv.bias is not None else torch.zeros(96)
-    if getattr(attn, "q_bias", None) is not None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    norms = [getattr(attn, name, nn.Identity()).forward for name in ("q_norm", "k_norm")]
-    module = attn.rel_pos if getattr(attn, "rel_pos", None) is not None else attn
-    table = getattr(module, "relative_position_bias_table", None)
-
-    def part(x: Tensor, which: int, head: int) -> Tensor:
-        rows = slice((which * 4 + head) * 8, (which * 4 + head + 1) * 8)
-        return x @ attn.qkv.weight[rows].T + bias[rows]
-
-    samples: list[Tensor] = []
-    for place, sample in enumerate(x):
-        outs: list[Tensor] = []
-        for head in range(4):
-            query, key = norms[0](part(sample, 0, head)), norms[1](part(sample, 1, head))
-            scores = query @ key.T * 8**-0.5
-            if table is not None:
-                places = module.relative_position_index.view(len(sample), len(sample)).tolist()
-                scores = scores + torch.stack([torch.stack([table[i, head] for i in row]) for row in places])
-            for name, term in given.items():
-                scores = scores + (term[place % 2] if name == "mask" else term[0, head])
-            prompts = query @ norms[1](part(prefix.prompt.weight, 1, head)).T * 8**-0.5
-            prompt_value, value = part(prefix.prompt.weight, 2, head), part(sample, 2, head)
-            if joint:
-                shares = torch.cat([prompts, scores], dim=-1).softmax(-1)
-                outs.append(shares @ torch.cat([prompt_value, value]))
-            else:
-                own = prompts.softmax(-1) @ prompt_value
-                outs.append(scores.softmax(-1) @ value + prefix.gate[head].tanh() * own)
-        samples.append(attn.proj.forward(torch.cat(outs, dim=-1)))
-    return torch.stack(samples)

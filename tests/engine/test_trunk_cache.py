@@ -290,3 +290,12 @@ def test_a_resumed_run_may_begin_and_end_to_use_it(
         assert steps(tmp_path / name) == steps(plain_run)
         found, expected = (json.loads((run / "metrics.json").read_text()) for run in (tmp_path / name, plain_run))
         assert found["metrics"] == expected["metrics"]
+
+
+def test_what_cannot_be_used_is_said_before_a_run_begins(inputs: dict[str, str], tmp_path: Path) -> None:
+    config, _ = resolve(backbone="vit", options=["prefix.layers=none", f"train.trunk_cache={tmp_path / 'c'}"], **inputs)
+    told: list[str] = []
+    with pytest.raises(ConfigError, match="the lowest layer is adapted"):
+        train_run(config, tmp_path / "run", on_event=lambda event: told.append(event["event"]))
+    assert "eval" not in told
+    assert not (tmp_path / "run").exists()

@@ -82,8 +82,6 @@ def _folder(root: Path, reading: Reading) -> Parts:
         files = {part: file for name, part in reversed(PARTS.items()) if (file := root / f"{name}{suffix}").is_file()}
         if "train" in files:
             return Parts.of({part: read(file, reading) for part, file in files.items()})
-    if (root / "train.parquet").is_file():
-        return read_shards(root, sorted(root.rglob("*.parquet")), reading)
     folders = {"test": root / "test", "val": next((root / n for n in VALIDATION if (root / n).is_dir()), root / "val")}
     there = {name: folder for name, folder in folders.items() if folder.is_dir()}
     if (root / "train").is_dir() and there:
