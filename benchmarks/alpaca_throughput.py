@@ -33,9 +33,9 @@ import zinit
 from benchmarks.common import interleaved, parser, prepare, random_llama, ratio, save
 from tests.stories import SHARED, SOURCE, save_stories
 from zinit.config import TrainConfig
-from zinit.engine import Plan, cut, fit, held_out_loss
-from zinit.tasks.alpaca import Alpaca, AlpacaConfig, Example
+from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig, Example
 from zinit.tasks.base import Stream
+from zinit.train.loop import Plan, cut, fit, held_out_loss
 
 DATA = SHARED / "data" / "alpaca" / "alpaca_5000.json"
 TOKENIZER = SHARED / "data" / "tokenizers" / "llama" / "tokenizer.model"

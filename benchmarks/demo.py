@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS
-from zinit.run import train_run, versions
-from zinit.settings import resolve
+from zinit.runs.settings import resolve
+from zinit.runs.train import train_run, versions
 
 METHODS = {
     "zero-init": (),

@@ -27,8 +27,8 @@ from torch import nn
 import zinit
 from benchmarks.common import floor, parser, prepare, random_llama, save, synchronize, with_peft, with_zinit
 from benchmarks.train_step import step_of
-from zinit.hosts import load_causal_lm
-from zinit.quantization import QUANTIZATIONS
+from zinit.models.loading import load_causal_lm
+from zinit.models.quantization import QUANTIZATIONS
 
 Make = Callable[[argparse.Namespace], nn.Module]
 EXAMPLES, EPOCHS, MEAN_TOKENS = 52_002, 5, 127  # Alpaca 52K; mean length with LLaMA's tokenizer

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import parser, prepare, random_llama, save
-from zinit.hosts import load_causal_lm
+from zinit.models.loading import load_causal_lm
 
 CASES: dict[str, dict[str, Any]] = {
     "as_stored": {"dtype": "bfloat16"},

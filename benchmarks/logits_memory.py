@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import interleaved, parser, prepare, ratio, save, with_zinit
 from benchmarks.train_step import peak_bytes
-from zinit.losses import chunked_cross_entropy
+from zinit.models.losses import chunked_cross_entropy
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 import zinit
 from benchmarks.common import interleaved, prepare, ratio, save
 from zinit.config import TrainConfig
-from zinit.engine import make_accelerator
-from zinit.tasks.vtab import VTAB, VTABConfig
-from zinit.trunk import KEY, kept_trunk
+from zinit.tasks.vtab.task import VTAB, VTABConfig
+from zinit.train.activation_cache import KEY, kept_trunk
+from zinit.train.loop import make_accelerator
 
 
 def pictures(folder: Path, count: int, size: int) -> Path:

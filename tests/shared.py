@@ -6,5 +6,6 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the real data in ../shared/data")

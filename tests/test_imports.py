@@ -30,7 +30,7 @@ def imported_by(code: str) -> set[str]:
         "from zinit.backbones import BACKBONES; list(BACKBONES); 'llama' in BACKBONES",
         "import zinit; zinit.register_task('mine', 'torch:nn')",
         "import zinit; zinit.register_method('mine', 'torch:nn')",
-        "from zinit.listing import list_kind\n"
+        "from zinit.ui.listing import list_kind\n"
         "for kind in ('backbones', 'tasks', 'methods', 'metrics', 'presets', 'benchmarks'): assert list_kind(kind)",
         "import sys, zinit.cli\nsys.argv = ['zinit', 'train', '--backbone', 'lama', '--output', 'nowhere']\n"
         "try: zinit.cli.main()\nexcept SystemExit as end: assert end.code == 2",

@@ -13,11 +13,11 @@ import zinit
 from tests.tiny import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
-from zinit.listing import list_kind
 from zinit.methods import METHODS
 from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
 from zinit.tasks import TASKS
+from zinit.ui.listing import list_kind
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_the_command_line_knows_installed_entries_and_its_help_reads_none(tmp_pa
     def run(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
 
-    forbid = "import sys, importlib.metadata as m; del m.entry_points; import zinit, zinit.cli, zinit.settings;"
+    forbid = "import sys, importlib.metadata as m; del m.entry_points; import zinit, zinit.cli, zinit.runs.settings;"
     done = run(f"{forbid} sys.argv = ['zinit', '--help']; zinit.cli.main()")
     assert (done.returncode, "Usage: zinit" in done.stdout) == (0, True), done.stderr
     done = run(f"{forbid} list(zinit.backbones.BACKBONES)")

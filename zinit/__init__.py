@@ -6,8 +6,6 @@ Names are resolved when first used, so that ``import zinit`` loads neither torch
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,11 +13,11 @@ __version__ = "0.1.0"
 _WHERE = {
     "PrefixConfig": "zinit.config",
     "ZeroGatedPrefix": "zinit.prefix",
-    "Handle": "zinit.attach",
-    "attach": "zinit.attach",
-    "load": "zinit.attach",
-    "get_handle": "zinit.attach",
-    "import_adapter": "zinit.interop",
+    "Handle": "zinit.adapter.handle",
+    "attach": "zinit.adapter.handle",
+    "load": "zinit.adapter.handle",
+    "get_handle": "zinit.adapter.handle",
+    "import_adapter": "zinit.interop.importing",
     "AttentionSite": "zinit.backbones.base",
     "Task": "zinit.tasks.base",
     "ZinitError": "zinit.errors",
@@ -30,11 +28,11 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from zinit.attach import Handle, attach, get_handle, load
+    from zinit.adapter.handle import Handle, attach, get_handle, load
     from zinit.backbones.base import AttentionSite
     from zinit.config import PrefixConfig
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
-    from zinit.interop import import_adapter
+    from zinit.interop.importing import import_adapter
     from zinit.prefix import ZeroGatedPrefix
     from zinit.tasks.base import Task
 
@@ -65,17 +63,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """Keeps ``zinit.attach`` the function: importing the submodule of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def register_backbone(name: str, where: str) -> None:

@@ -55,12 +55,12 @@ def train(
       zinit train --backbone llama --model DIR_OR_ID --data alpaca.json --preset alpaca/llama-7b
       zinit train --resume --output runs/my-run
     """
-    from zinit.console import RunView, is_main_process, print_json, print_metrics
-    from zinit.settings import override, resolve
+    from zinit.runs.settings import override, resolve
     from zinit.tasks import TASKS
+    from zinit.ui.console import RunView, is_main_process, print_json, print_metrics
 
     if resume:
-        from zinit.run_directory import read_run
+        from zinit.runs.directory import read_run
 
         if output is None:
             raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
@@ -84,8 +84,8 @@ def train(
         if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("say where the run goes, so that all processes agree on it: --output DIR.")
         output = output or f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from zinit.engine import Interrupted  # torch: after what can be said without it
-    from zinit.run import train_run
+    from zinit.runs.train import train_run
+    from zinit.train.loop import Interrupted  # torch: after what can be said without it
 
     view = RunView(quiet=as_json)
     try:
@@ -119,8 +119,8 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted."""
-    from zinit.console import print_json, print_metrics
-    from zinit.run import evaluate_run
+    from zinit.runs.train import evaluate_run
+    from zinit.ui.console import print_json, print_metrics
 
     results = evaluate_run(run_dir, data=data, limit=limit)
     if as_json:
@@ -143,8 +143,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer one instruction; the answer streams to the standard output."""
-    from zinit.chat import Speaker
-    from zinit.console import print_json
+    from zinit.ui.chat import Speaker
+    from zinit.ui.console import print_json
 
     speaker = Speaker(
         run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
@@ -164,7 +164,7 @@ def chat(
     frozen: Frozen = False,
 ) -> None:
     """Talk to a tuned model over several turns. /new starts over, /quit (or Ctrl-D) ends."""
-    from zinit.chat import Speaker
+    from zinit.ui.chat import Speaker
 
     speaker = Speaker(
         run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
@@ -203,7 +203,7 @@ def bench(
 
     from zinit.bench.plan import make_benchmark
     from zinit.bench.view import run_benchmark
-    from zinit.console import print_json
+    from zinit.ui.console import print_json
 
     benchmark = make_benchmark(
         preset=preset,
@@ -247,8 +247,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
-    from zinit.console import print_json, print_table
-    from zinit.inspection import inspect_model
+    from zinit.ui.console import print_json, print_table
+    from zinit.ui.inspection import inspect_model
 
     found = inspect_model(model, backbone=backbone, options=option or ())
     if as_json:
@@ -275,8 +275,8 @@ def list_entries(
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from."""
-    from zinit.console import print_json, print_table
-    from zinit.listing import list_kind
+    from zinit.ui.console import print_json, print_table
+    from zinit.ui.listing import list_kind
 
     entries = list_kind(what)
     if as_json:
@@ -302,8 +302,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
-    from zinit.console import print_json
-    from zinit.interop import convert
+    from zinit.interop.convert import convert
+    from zinit.ui.console import print_json
 
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
@@ -327,8 +327,8 @@ def convert(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine: versions, devices, the embedded demo, and that a closed gate changes nothing."""
-    from zinit.console import print_json, print_table
-    from zinit.inspection import examine
+    from zinit.ui.console import print_json, print_table
+    from zinit.ui.inspection import examine
 
     report = examine()
     if as_json:
@@ -350,7 +350,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ZinitError as error:
-        from zinit.console import print_error
+        from zinit.ui.console import print_error
 
         print_error(error)
         sys.exit(2)

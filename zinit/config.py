@@ -180,7 +180,7 @@ class TrainConfig(JsonConfig):
         tensorboard: also log to TensorBoard, in the run's folder.
         trunk_cache: folder for what the frozen layers below the lowest adapted one give for each training example, so
             that they run once and not every epoch; runs share it. For examples of one size (pictures); see
-            `zinit.trunk`. None computes it anew each time.
+            `zinit.train.activation_cache`. None computes it anew each time.
     """
 
     epochs: float = 5
@@ -239,7 +239,7 @@ class TrainConfig(JsonConfig):
                 raise ConfigError(f"{name} must lie in [0, 1); got {value!r}.")
         if self.clip_norm is not None and not (_is_finite(self.clip_norm) and self.clip_norm > 0):
             raise ConfigError(f"clip_norm must be above 0, or null for no clipping; got {self.clip_norm!r}.")
-        # Where one is in steps and the other in epochs, `zinit.engine.Plan` knows.
+        # Where one is in steps and the other in epochs, `zinit.train.loop.Plan` knows.
         if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps}).")
         in_epochs = self.steps is None and self.warmup_steps is None

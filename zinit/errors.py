@@ -22,3 +22,9 @@ class CheckpointError(ZinitError):
 
 class DataError(ZinitError):
     """A data file is missing, unreadable or lacks a field."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

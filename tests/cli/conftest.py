@@ -56,8 +56,8 @@ QUICK = ("-o", "prefix.length=3", "-o", "steps=4", "-o", "batch_size=8", "-o", "
 @pytest.fixture(scope="session")
 def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a short finished run. Treat it as read-only."""
-    from zinit.run import train_run
-    from zinit.settings import resolve
+    from zinit.runs.settings import resolve
+    from zinit.runs.train import train_run
 
     output = tmp_path_factory.mktemp("finished") / "run"
     config, preset = resolve(backbone="llama", model=str(model), data=str(data), options=QUICK[1::2])

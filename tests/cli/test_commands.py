@@ -116,7 +116,7 @@ def test_generate_streams_and_prints_json(zinit: Zinit, finished: Path) -> None:
 
 
 def test_chat_keeps_the_turns(zinit: Zinit, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zinit.chat as module
+    import zinit.ui.chat as module
 
     seen: list[str] = []
     complete = module.Speaker._complete

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zinit
 from tests.contract.cases import CASES, Case, causal_lm
-from zinit.attach import ATTRIBUTE
+from zinit.adapter.handle import ATTRIBUTE
 
 CLOSED = zinit.PrefixConfig(length=5, layers=2)
 OPEN = zinit.PrefixConfig(length=5, layers=2, gate_init=0.7)

@@ -37,7 +37,8 @@ from tests.golden.formats import (
     state,
     trained,
 )
-from zinit.interop import FORMATS, convert
+from zinit.adapter.formats import FORMATS
+from zinit.interop.convert import convert
 
 # What is written
 
@@ -264,7 +265,7 @@ def test_convert_says_what_it_lacks(tmp_path):
 
 
 def test_the_function_attach_is_not_hidden_by_its_module():
-    code = "import zinit; zinit.import_adapter; zinit.Handle; import zinit.attach; print(zinit.attach.__name__)"
+    code = "import zinit; zinit.import_adapter; zinit.Handle; import zinit.adapter.handle; print(zinit.attach.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "attach"
 

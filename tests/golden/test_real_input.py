@@ -62,7 +62,7 @@ def test_alpaca_lowers_the_held_out_loss(stories: Path, tmp_path: Path) -> None:
     ],
 )
 def test_schemas_people_have(file: str, options: tuple[str, ...], count: int | None) -> None:
-    from zinit.data import read_records
+    from zinit.data.records import read_records
 
     instruction, input, output = options or ("instruction", "input", "output")
     records = read_records(str(ALPACA / file), required=(instruction, output), optional=(input,))
@@ -71,7 +71,7 @@ def test_schemas_people_have(file: str, options: tuple[str, ...], count: int | N
 
 
 def test_other_schemas_are_refused_by_field(tmp_path: Path) -> None:
-    from zinit.data import read_records
+    from zinit.data.records import read_records
     from zinit.errors import DataError
 
     with pytest.raises(DataError, match=r"seed_tasks.jsonl, record 1 has no field 'output'; it has id, name, instruct"):

@@ -13,9 +13,9 @@ from tokenizers import processors
 
 from tests.tiny import byte_tokenizer
 from zinit.config import TrainConfig
-from zinit.engine import make_accelerator
-from zinit.hosts import ClipProcessor
-from zinit.tasks.base_to_novel import BaseToNovel, BaseToNovelConfig
+from zinit.models.loading import ClipProcessor
+from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
+from zinit.train.loop import make_accelerator
 
 SIZE = 32
 ACCOUNTED = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.shared import SHARED
 from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
-from zinit.tasks.squad import Squad, SquadConfig
+from zinit.tasks.squad.task import Squad, SquadConfig
 
 DATA = SHARED / "data"
 NAMES = ("Ada", "Björn", "Chen 陈", "Dora", "Émile", "Faye")

@@ -18,14 +18,14 @@ import zinit
 from tests.tasks.clip import SIZE, clip, evaluate, folders, task, tokenizer
 from zinit import demo
 from zinit.config import PrefixConfig, TrainConfig
+from zinit.data import crops as _crops
+from zinit.data.images import read_image
 from zinit.errors import BackboneError, ConfigError, DataError
-from zinit.hosts import ClipProcessor, load_clip
-from zinit.images import read_image
-from zinit.run import evaluate_run, train_run
-from zinit.settings import RunConfig, list_presets, read_preset, resolve
-from zinit.tasks import _crops
-from zinit.tasks.base_to_novel import BaseToNovelConfig
-from zinit.tasks.base_to_novel_table import harmonic_mean, paper_results, summarise
+from zinit.models.loading import ClipProcessor, load_clip
+from zinit.runs.settings import RunConfig, list_presets, read_preset, resolve
+from zinit.runs.train import evaluate_run, train_run
+from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
+from zinit.tasks.base_to_novel.task import BaseToNovelConfig
 
 # --- the model ----------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ from PIL import Image
 from tests.shared import SHARED
 from tests.tasks.clip import SIZE, accounted, clip, evaluate, folders, picture, task, tokenizer
 from zinit import demo
+from zinit.data import crops as _crops
 from zinit.errors import ConfigError, DataError
-from zinit.hosts import ClipProcessor
-from zinit.tasks import _crops
-from zinit.tasks.base_to_novel import BaseToNovel, BaseToNovelConfig
+from zinit.models.loading import ClipProcessor
+from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 
@@ -257,7 +257,7 @@ def test_views_are_functions_of_seed_picture_and_view(tmp_path: Path, monkeypatc
     assert made.shape == (12, 3, SIZE, SIZE)
     assert len({view.numpy().tobytes() for view in made}) == 12
     assert torch.equal(t.collate(t.train_stream, [5, 2])["pixels"], made[[5, 2]])
-    monkeypatch.setattr("zinit.images.KEPT_BYTES", 2 * 3 * SIZE * SIZE)  # two views stay, the others are made again
+    monkeypatch.setattr("zinit.data.images.KEPT_BYTES", 2 * 3 * SIZE * SIZE)  # two views stay, others are made again
     lean = task(tmp_path, views=3)
     assert len(lean._train._made) == 2
     assert torch.equal(torch.stack(list(lean._train)), made)

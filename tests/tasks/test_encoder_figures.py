@@ -8,8 +8,8 @@ import pytest
 
 from zinit.bench.plan import Cell
 from zinit.bench.summary import dataset_of
-from zinit.tasks.ner import TokenClassification
-from zinit.tasks.squad import Squad
+from zinit.tasks.ner.task import TokenClassification
+from zinit.tasks.squad.task import Squad
 
 FACTS = Path(__file__).parents[3] / "shared" / "reference" / "paper-facts.md"
 ROWS = {"Full": "full", "Prompt tuning": "prompt-tuning", "P-tuning v2": "prefix-tuning", "**Zero-init**": "zero-init"}

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder
 from tests.tasks.squad import document, make, write
 from zinit.config import PrefixConfig, TrainConfig
-from zinit.engine import make_accelerator
 from zinit.errors import BackboneError, ConfigError
-from zinit.hosts import load_encoder
-from zinit.run import evaluate_run, train_run
-from zinit.settings import RunConfig, list_presets, read_preset
-from zinit.tasks.squad import Squad, SquadConfig
+from zinit.models.loading import load_encoder
+from zinit.runs.settings import RunConfig, list_presets, read_preset
+from zinit.runs.train import evaluate_run, train_run
+from zinit.tasks.squad.task import Squad, SquadConfig
+from zinit.train.loop import make_accelerator
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])

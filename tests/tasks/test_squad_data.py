@@ -12,8 +12,8 @@ from tests.shared import needs_data
 from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
 from tests.tasks.squad import DATA, document, make, write
 from zinit.errors import ConfigError, DataError
-from zinit.tasks._questions import parse_questions, read_questions
-from zinit.tasks.squad import Squad, SquadConfig
+from zinit.tasks.squad.questions import parse_questions, read_questions
+from zinit.tasks.squad.task import Squad, SquadConfig
 
 
 @needs_data

@@ -11,8 +11,8 @@ from tests.shared import needs_data
 from tests.tasks.encoder import encoder_tokenizer
 from tests.tasks.squad import DATA, document, make
 from zinit.metrics import METRICS
-from zinit.tasks._questions import Question, parse_questions, read_questions
-from zinit.tasks._windows import best_answer, best_span, make_windows
+from zinit.tasks.squad.questions import Question, parse_questions, read_questions
+from zinit.tasks.squad.windows import best_answer, best_span, make_windows
 
 # Windows
 

@@ -29,9 +29,9 @@ from tests.tasks.vit import (
 )
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError, DataError
-from zinit.run import evaluate_run, train_run
-from zinit.settings import RunConfig
-from zinit.tasks.vtab import VTAB, VTABConfig
+from zinit.runs.settings import RunConfig
+from zinit.runs.train import evaluate_run, train_run
+from zinit.tasks.vtab.task import VTAB, VTABConfig
 
 
 class Recorder(nn.Module):

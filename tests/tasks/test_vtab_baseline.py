@@ -14,10 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from tests.tasks.vit import picture, save_tiny, save_vtab, task
 from zinit.cli import main
 from zinit.config import PrefixConfig, TrainConfig
-from zinit.engine import held_out_loss, make_accelerator
-from zinit.run import evaluate_run, train_run
-from zinit.settings import RunConfig
-from zinit.tasks.vtab import VTABConfig
+from zinit.runs.settings import RunConfig
+from zinit.runs.train import evaluate_run, train_run
+from zinit.tasks.vtab.task import VTABConfig
+from zinit.train.loop import held_out_loss, make_accelerator
 
 
 def test_the_frozen_baseline_is_scikit_learns(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.shared import SHARED, needs_data
 from tests.tasks.vit import balanced, picture, save_classes, save_vtab, task, task_pixels
 from zinit import demo
 from zinit.errors import DataError
-from zinit.tasks.vtab import VTAB_TASKS
+from zinit.tasks.vtab.task import VTAB_TASKS
 
 
 def test_the_layout_of_vtab(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.shared import SHARED
 from zinit.errors import ConfigError, DataError
-from zinit.settings import RunConfig, list_presets, read_preset
-from zinit.tasks.vtab import VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid
+from zinit.runs.settings import RunConfig, list_presets, read_preset
+from zinit.tasks.vtab.task import VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid
 
 PRINTED = {  # the paper's group means (Table 6), and two means of ours from the unrounded rows
     "Full": (75.88, 83.36, 47.64, 68.97, 65.57),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from zinit.tasks.vtab import VTAB, VTABConfig
+from zinit.tasks.vtab.task import VTAB, VTABConfig
 
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zinit.prefix import ZeroGatedPrefix
 
 if TYPE_CHECKING:
-    from zinit.routing import RoutedPrefix
+    from zinit.adapter.routing import RoutedPrefix
 
 ProjectHostKV = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(host module, (K, C) or (B, K, C)) to two of (1 or B, G, K, D). A plain function: a prefix never holds its host."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from zinit import plots
 from zinit.bench.plan import REFERENCE, Benchmark
 from zinit.bench.summary import Row, table
+from zinit.runs import plots
 
 COLOURS = ("#3987e5", "#e8743b", "#2e9c6a", "#b07cc6", "#c4a000", "#d05a8c", "#6b8e9e", "#8a6d3b", "#5b5bd6", "#999999")
 Curves = dict[tuple[str, str, str], list[list[list[float]]]]

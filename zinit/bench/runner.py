@@ -25,7 +25,7 @@ from typing import Any
 from zinit.bench.plan import Benchmark, Cell, Experiment, choice_key, combinations
 from zinit.config import to_json
 from zinit.errors import ConfigError, DataError
-from zinit.run_directory import write_json
+from zinit.runs.directory import write_json
 
 Event = dict[str, Any]
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training

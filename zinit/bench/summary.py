@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zinit.adapter_file import write_atomically
 from zinit.bench.plan import REFERENCE, Benchmark, Cell, Experiment
 from zinit.bench.runner import final_cells, read_cells
-from zinit.run_directory import write_json
+from zinit.files import write_atomically
+from zinit.runs.directory import write_json
 from zinit.tasks import TASKS
 
 SAMPLES = ("evaluated", "answered", "questions", "sentences", "test", "held_out")  # names of the count of examples

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from zinit.bench.plan import Benchmark
 from zinit.bench.runner import Event, Runner
 from zinit.bench.summary import Row, table, write_summary
-from zinit.console import print_table
+from zinit.ui.console import print_table
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Tiny pretrained backbones and data to adapt them to: every command of zinit works offline on a fresh machine.
 
 This package says where things are; importing it loads no model code. :mod:`zinit.demo.world` and
-:mod:`zinit.demo.questions` make the text data, :mod:`zinit.demo.images` the pictures, ``zinit.demo.pretrain_*`` made
+:mod:`zinit.demo.questions` make the text data, :mod:`zinit.demo.images` the pictures, ``scripts.pretrain_*`` made
 the backbones. Figures of the demo say nothing about those of any paper.
 """
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from zinit.errors import CheckpointError
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+from zinit.files import is_lfs_pointer
 
 
 def read_pickle(path: Path, *, allow: tuple[type, ...] = ()) -> Any:
@@ -98,11 +97,10 @@ def _check_file(path: Path) -> None:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}. Expected an adapter's file.")
     try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+        pointer = is_lfs_pointer(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if start == LFS_POINTER:
+    if pointer:
         raise CheckpointError(
             f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself. Run `git lfs pull` "
             f"where it was cloned, or download the file."

@@ -4,52 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zinit.attach import ATTRIBUTE
+from zinit.adapter.handle import ATTRIBUTE
 from zinit.backbones import find_backbone
 from zinit.backbones.base import AttentionSite
 from zinit.config import PrefixConfig
 from zinit.errors import CheckpointError
+from zinit.interop.base import Gate, Imported
 
 if TYPE_CHECKING:
-    from zinit.attach import Attachment, Handle
-
-Gate = Literal["tanh", "identity"]
-Imported = tuple[PrefixConfig, dict[str, Tensor]]
-"""How the prefixes are built, and {parameter name: tensor}: what `zinit.attach` and ``load_state_dict`` take."""
-
-
-class Reader(Protocol):
-    """Reads a file of one format. It may look at the model, but does not touch it."""
-
-    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported: ...
-
-
-class Writer(Protocol):
-    """Writes an adapter in one format."""
-
-    def __call__(self, handle: Handle, path: Path) -> None: ...
-
-
-@dataclass(frozen=True)
-class Format:
-    """Another implementation's checkpoint format.
-
-    Args:
-        title: whose it is.
-        read: the importer.
-        write: the exporter, if there is one; it may take options of its own.
-        needs_weights: whether importing needs the model's weights; elsewhere its shape is enough.
-    """
-
-    title: str
-    read: Reader
-    write: Writer | None = None
-    needs_weights: bool = False
+    from zinit.adapter.handle import Attachment, Handle
 
 
 def sites_of(model: nn.Module) -> list[AttentionSite]:

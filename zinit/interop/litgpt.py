@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.select import select_sites
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
 from zinit.interop._files import check_kind, read_pickle, tensors_in
-from zinit.interop._layers import Format, Gate, Imported, sites_of, to_prefix
-from zinit.sites import select_sites
+from zinit.interop._layers import sites_of, to_prefix
+from zinit.interop.base import Format, Gate, Imported
 
 PROMPT, GATE = ".attn.adapter_wte.weight", ".attn.gating_factor"
 _LAYER = re.compile(r"transformer\.h\.(\d+)")

@@ -19,11 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from zinit.adapter_file import write_atomically
-from zinit.attach import Handle
+from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError
+from zinit.files import write_atomically
 from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
-from zinit.interop._layers import Format, Gate, Imported, cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop.base import Format, Gate, Imported
 
 TABLE, GATE = "adapter_query.weight", "layers.{}.attention.gate"
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zinit.adapter_file import write_atomically
-from zinit.attach import Handle
+from zinit.adapter.handle import Handle
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
+from zinit.files import write_atomically
 from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
-from zinit.interop._layers import Format, Gate, Imported, cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop.base import Format, Gate, Imported
 
 CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT, GATE = "base_model.model.", ".adaption_prompt", ".adaption_gate"

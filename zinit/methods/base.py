@@ -14,7 +14,7 @@ from torch import nn
 from zinit.config import JsonConfig, PrefixConfig
 
 if TYPE_CHECKING:
-    from zinit.attach import Handle
+    from zinit.adapter.handle import Handle
     from zinit.tasks.base import Task
 
 

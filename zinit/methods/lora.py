@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
 from zinit.backbones.base import AttentionSite
 from zinit.config import JsonConfig, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, Method
-from zinit.sites import select_sites
 
 
 @dataclass(frozen=True, kw_only=True)

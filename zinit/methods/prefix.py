@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from zinit.attach import attach, load
+from zinit.adapter.handle import attach, load
 from zinit.config import PrefixConfig
 from zinit.methods.base import Adapted, Method
 

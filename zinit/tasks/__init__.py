@@ -8,11 +8,11 @@ from zinit.registry import Registry
 TASKS = Registry(
     "task",
     {
-        "alpaca": "zinit.tasks.alpaca:Alpaca",
-        "base-to-novel": "zinit.tasks.base_to_novel:BaseToNovel",
-        "vtab": "zinit.tasks.vtab:VTAB",
-        "squad": "zinit.tasks.squad:Squad",
-        "ner": "zinit.tasks.ner:TokenClassification",
+        "alpaca": "zinit.tasks.alpaca.task:Alpaca",
+        "base-to-novel": "zinit.tasks.base_to_novel.task:BaseToNovel",
+        "vtab": "zinit.tasks.vtab.task:VTAB",
+        "squad": "zinit.tasks.squad.task:Squad",
+        "ner": "zinit.tasks.ner.task:TokenClassification",
     },
     group="zinit.tasks",
 )

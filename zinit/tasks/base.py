@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.quantization import is_quantized
+from zinit.models.quantization import is_quantized
 from zinit.registry import import_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from zinit.attach import Handle
-    from zinit.hosts import Loading
+    from zinit.adapter.handle import Handle
+    from zinit.models.loading import Loading
 
 Batch = dict[str, Tensor]
 
@@ -73,7 +73,7 @@ class Task(nn.Module, ABC):
     Attributes:
         name: registered name.
         Config: its settings; ``held_out_data`` is what ``zinit eval --data`` sets.
-        loader: address of the function that `load_model` calls, such as ``"zinit.hosts:load_encoder"``.
+        loader: address of the function that `load_model` calls, such as ``"zinit.models.loading:load_encoder"``.
         model: the adapted model.
         handle: the prefix on it; None for methods that have none.
         train_stream: what is trained on.
@@ -103,7 +103,7 @@ class Task(nn.Module, ABC):
 
         Args:
             source: folder or Hub id.
-            loading: see `zinit.hosts.Loading`.
+            loading: see `zinit.models.loading.Loading`.
         """
         return import_object(cls.loader)(source, **loading)
 
@@ -120,8 +120,8 @@ class Task(nn.Module, ABC):
         """Everything that is reported of the held-out examples, the loss aside; the same on every process.
 
         Args:
-            accelerator: for sharing the work, with `zinit.processes.share`: a sharded model's forward passes gather its
-                weights from all processes, so these must make as many each.
+            accelerator: for sharing the work, with `zinit.distributed.share`: a sharded model's forward passes gather
+                its weights from all processes, so these must make as many each.
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 
@@ -206,7 +206,7 @@ def load_host(task: type[Task], source: str | Path, *, trains: bool, **loading: 
             ``device``, or quantised (``quantize``), takes these too.
         source: folder or Hub id.
         trains: whether the model's own weights will be trained.
-        loading: see `zinit.hosts.Loading`.
+        loading: see `zinit.models.loading.Loading`.
 
     Raises:
         ConfigError: if the task's model is to be quantised and it does not know how, or is quantised and to be trained.

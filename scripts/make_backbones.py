@@ -1,0 +1,366 @@
+"""Writes docs/backbones.md: which families of the installed transformers and timm take a prefix, by trying each.
+
+    python -m scripts.make_backbones [--jobs 2] [--log FILE] [--only NAME ...] [--output docs/backbones.md]
+
+For every family a tiny random model is built and run; a prefix is attached to all its sites; then these must hold:
+a closed gate changes no bit, an open one changes the output, gradients reach the gates, and the prompts once the gates
+are open, and detaching restores the output and the names of the state. Each family runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from torch import Tensor, nn
+
+import zinit
+from scripts.tiny_models import floats, randomized, tiny_transformer
+from zinit.adapter.handle import get_handle
+from zinit.backbones._discover import FOREIGN, Replay, states_of
+from zinit.errors import BackboneError
+
+TIMEOUT = 60
+UNSEEN = ("no gate gets a gradient", "an open gate changes nothing")
+Result = dict[str, Any]
+
+
+def check(model: nn.Module, call: Any) -> Result:
+    """Attaches to every site and holds the model to the contract. ``call()`` gives its output's floating tensors.
+
+    Raises:
+        AssertionError: naming what does not hold.
+        BackboneError: if the model is refused.
+    """
+    model.requires_grad_(False)  # torch's own modules choose other kernels for frozen weights
+    frozen, names = call(), list(model.state_dict())
+    handle = zinit.attach(model, zinit.PrefixConfig(length=3), seed=0)
+    elsewhere: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            elsewhere.extend(f"{name} got {k}" for k, v in kwargs.items() if v is not None and FOREIGN.search(k))
+
+        return look
+
+    hooks = [s.module.register_forward_pre_hook(watch(s.name), with_kwargs=True) for s in handle.sites]
+    same(call(), frozen, "a closed gate changes the output")
+    for hook in hooks:
+        hook.remove()
+    assert not elsewhere, f"an adapted module attends elsewhere: {elsewhere[0]}"
+    backward(call)
+    reached = [name for name, p in handle.prefixes.items() if p.gate.grad is not None and p.gate.grad.abs().max() > 0]
+    assert reached, "no gate gets a gradient"
+    for name in reached:
+        prompt = handle.prefixes[name].prompt.weight.grad
+        assert prompt is None or not prompt.any(), "a prompt gets a gradient while its gate is closed"
+    with torch.no_grad():
+        for prefix in handle.prefixes.values():
+            prefix.gate.fill_(0.5)
+    opened = call()
+    assert any(not torch.equal(a, b) for a, b in zip(opened, frozen, strict=True)), "an open gate changes nothing"
+    backward(call)
+    flows = [n for n in reached if (g := handle.prefixes[n].prompt.weight.grad) is not None and g.abs().max() > 0]
+    assert flows == reached, f"{len(reached) - len(flows)} prompts get no gradient"
+    sites = [{"class": type(site.module).__name__, "tower": site.tower, **site.shape()} for site in handle.sites]
+    backbone = handle.backbone
+    get_handle(model).detach()
+    same(call(), frozen, "detaching does not restore the output")
+    assert list(model.state_dict()) == names, "detaching does not restore the state"
+    return {"backbone": backbone, "sites": sites, "reached": len(reached)}
+
+
+def same(now: list[Tensor], before: list[Tensor], complaint: str) -> None:
+    """The outputs agree bit for bit."""
+    for a, b in zip(now, before, strict=True):
+        assert torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()), complaint
+
+
+def backward(call: Any) -> None:
+    """Gradients of some number made of the whole output."""
+    with torch.enable_grad():
+        total = sum(
+            (tensor * torch.linspace(-1, 1, tensor.numel()).view_as(tensor)).sum()
+            for tensor in call(grad=True)
+            if tensor.requires_grad
+        )
+        if isinstance(total, Tensor):
+            total.nan_to_num().backward()
+
+
+def caller(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Runs the model always alike."""
+
+    def call(grad: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            return [tensor.float() for tensor in floats(model(**inputs))]
+
+    return call
+
+
+class Alone(nn.Module):
+    """The attention modules of a model that we have no inputs for, run one by one on random hidden states."""
+
+    def __init__(self, model: nn.Module, sites: list[Any]) -> None:
+        super().__init__()
+        self.inner, self.replayed = model, [(site.module, site.project_kv) for site in sites]
+
+    def forward(self) -> list[Tensor]:
+        out: list[Tensor] = []
+        for module, replay in self.replayed:
+            assert isinstance(replay, Replay)
+            states = states_of(module, replay)
+            out += floats(module(states, **replay.arguments(module, states)))
+        return out
+
+
+def try_transformers(model_type: str) -> Result:
+    """Everything about one family of transformers."""
+    from zinit.backbones import find_backbone
+
+    model, inputs = tiny_transformer(model_type)
+    found: Result = {"class": type(model).__name__, "run": inputs is not None}
+    sites = find_backbone(model).sites(model)
+    if inputs is not None:
+        found |= check(model, caller(model, inputs))
+        for implementation in ("eager",):
+            try:
+                model.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+                caller(model, inputs)()
+            except Exception:  # this family has no such implementation
+                continue
+            check(model, caller(model, inputs))
+    else:
+        alone = Alone(model, sites)
+        found |= check_alone(alone, model)
+    return found
+
+
+def check_alone(alone: Alone, model: nn.Module) -> Result:
+    """The contract for a model whose modules are run one by one."""
+    return check(model, caller(alone, {}))
+
+
+def try_timm(name: str) -> Result:
+    """Everything about one variant of timm."""
+    import timm
+
+    model, model_input = None, torch.empty(0)
+    for smaller in ({"img_size": 64, "depth": 3}, {"img_size": 64}, {"depth": 3}, {}):
+        torch.manual_seed(0)
+        try:
+            model = randomized(timm.create_model(name, pretrained=False, **smaller))
+            size = smaller.get("img_size") or model.default_cfg["input_size"][-1]  # pyright: ignore
+            model_input = torch.randn(1, 3, size, size)
+            with torch.no_grad():
+                floats(model(model_input))
+            break
+        except Exception:  # this one cannot be made smaller so
+            model = None
+    if model is None:
+        raise RuntimeError("none of its sizes runs")
+
+    def call(grad: bool = False) -> list[Tensor]:
+        with torch.set_grad_enabled(grad):
+            return floats(model(model_input))
+
+    return {"class": type(model).__name__, "run": True} | check(model, call)
+
+
+def smallest_of_timm(module: str) -> dict[str, str]:
+    """{kind of attention: smallest variant} of one of timm's files; empty if nothing there attends."""
+    import timm
+
+    kinds: dict[str, tuple[int, str]] = {}
+    if "attn" not in inspect.getsource(importlib.import_module(f"timm.models.{module}")).lower():
+        return {}
+    for name in timm.list_models(module=module):
+        with torch.device("meta"):
+            try:
+                model = timm.create_model(name, pretrained=False)
+            except Exception:
+                continue
+        attentions = {
+            type(m).__name__ + ("+norms" if isinstance(getattr(m, "q_norm", None), nn.Module)
+                                and not isinstance(m.q_norm, nn.Identity) else "")
+            for m in model.modules()
+            if "Attention" in type(m).__name__ or "Attn" in type(m).__name__ or type(m).__name__ == "XCA"
+        }  # fmt: skip
+        kind = " ".join(sorted(attentions))
+        size = sum(p.numel() for p in model.parameters())
+        if attentions and size < kinds.get(kind, (10**12, ""))[0]:
+            kinds[kind] = (size, name)
+    return {kind: name for kind, (size, name) in kinds.items() if size < 120_000_000}
+
+
+def in_child(library: str, name: str, pipe: Connection) -> None:
+    """One family, in a process of its own; sends a JSON document."""
+    warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    try:
+        if library == "timm-list":
+            result: Result = {"status": "listed", "variants": smallest_of_timm(name)}
+        else:
+            result = {"status": "supported"} | (try_timm if library == "timm" else try_transformers)(name)
+    except BackboneError as error:
+        result = {"status": "refused", "reason": str(error)}
+    except AssertionError as error:
+        unseen = str(error) in UNSEEN  # no site lies between the trial's input and its output's numbers
+        result = {"status": "inconclusive" if unseen else "broken", "reason": str(error)}
+    except Exception as error:
+        result = {"status": "not built", "reason": f"{type(error).__name__}: {error}"}
+    pipe.send(json.dumps(result))
+    pipe.close()
+    os._exit(0)
+
+
+def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tuple[str, str], Result]:
+    """Runs (library, family) pairs, so many at a time; those that the log knows already are not run again."""
+    context = multiprocessing.get_context("fork")
+    lines = log.read_text().splitlines() if log is not None and log.exists() else []
+    known = {(library, name): result for library, name, result in map(json.loads, lines)}
+    results: dict[tuple[str, str], Result] = {key: known[key] for key in work if key in known}
+    waiting, running = [key for key in reversed(work) if key not in known], {}
+
+    def done(library: str, name: str, result: Result) -> None:
+        results[library, name] = result
+        print(f"{len(results)}/{len(work)} {library} {name}: {result['status']}", flush=True)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps([library, name, result]) + "\n")
+
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            library, name = waiting.pop()
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=in_child, args=(library, name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[mine] = (library, name, process, time.monotonic())
+        for pipe in wait(list(running), timeout=1):
+            library, name, process, _ = running.pop(pipe)  # pyright: ignore
+            try:
+                done(library, name, json.loads(pipe.recv()))  # pyright: ignore
+            except EOFError:
+                done(library, name, {"status": "not built", "reason": "its process died"})
+            process.join()
+        for pipe, (library, name, process, since) in list(running.items()):
+            if time.monotonic() - since > TIMEOUT:
+                process.kill()
+                process.join()
+                del running[pipe]
+                done(library, name, {"status": "not built", "reason": f"it takes more than {TIMEOUT} s"})
+    return results
+
+
+def shape_of(sites: list[dict[str, Any]]) -> str:
+    """The kinds of attention modules in a few words."""
+    parts: list[str] = []
+    for (kind, heads, shared, values), count in Counter(
+        (s["class"], s["num_heads"], s["num_kv_heads"], s.get("value_dim")) for s in sites
+    ).items():
+        notes = [f"{heads} heads share {shared}"] if heads != shared else []
+        notes += ["values of another width"] if values else []
+        parts.append(f"{count} `{kind}`" + (f" ({'; '.join(notes)})" if notes else ""))
+    return ", ".join(parts)
+
+
+def short(reason: str) -> str:
+    """A reason without the advice after it, in one table cell."""
+    reason = re.sub(r" (Attach to a part|Describe the model|Set it to).*", "", reason.split("\n")[0])
+    reason = re.sub(r" from '/.*", "", reason)  # where this machine keeps its packages is nobody's business
+    return reason.replace("|", "\\|")[:260]
+
+
+def document(results: dict[tuple[str, str], Result]) -> str:
+    """The page."""
+    import timm
+    import transformers
+
+    lines = [
+        "# Backbones",
+        "",
+        "Made by `python -m scripts.make_backbones`, which tries every family; do not edit. "
+        f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__.split('+')[0]}.",
+        "",
+        "Each family was tried with a tiny random model: a closed gate changes no bit (with the default and with eager "
+        "attention), an open one changes the output, gradients reach gates and prompts, detaching restores everything.",
+        "",
+    ]
+    for library, title in (("transformers", "transformers"), ("timm", "timm")):
+        own = {name: result for (lib, name), result in results.items() if lib == library}
+        counts = Counter(result["status"] for result in own.values())
+        lines += [f"## {title}", "", "| | families |" if library == "transformers" else "| | variants |", "|---|---|"]
+        by_inputs = sum(1 for r in own.values() if r["status"] == "supported" and not r["run"])
+        lines.append(f"| supported | {counts['supported']} |")
+        if by_inputs:
+            lines.append(f"| of these run module by module, for want of generic inputs | {by_inputs} |")
+        for status in ("refused", "broken", "inconclusive", "not built"):
+            lines.append(
+                f"| {status if status != 'not built' else 'not tried: no tiny model of it'} | {counts[status]} |"
+            )
+        lines += ["", f"### Supported ({title})", "", "| family | model | backbone | attention |", "|---|---|---|---|"]
+        for name, r in sorted(own.items()):
+            if r["status"] == "supported":
+                star = "" if r["run"] else " *"
+                reached = "" if r["reached"] == len(r["sites"]) else f"; {r['reached']} reached by the trial's input"
+                lines.append(f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} |")
+        for status, heading in (
+            ("refused", "Refused"),
+            ("broken", "Broken: attached, but the contract does not hold"),
+            ("inconclusive", "Inconclusive: attached, closed gate exact, but the trial's input does not reach a site"),
+            ("not built", "Not tried"),
+        ):
+            listed = [(name, r["reason"]) for name, r in sorted(own.items()) if r["status"] == status]
+            if listed:
+                lines += ["", f"### {heading} ({title})", "", "| family | reason |", "|---|---|"]
+                lines += [f"| {name} | {short(reason)} |" for name, reason in listed]
+        lines.append("")
+    lines.append("\\* its attention modules were run one by one on random hidden states.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="families of transformers; none of timm then")
+    parser.add_argument("--timm-only", nargs="*", help="files of timm; none of transformers then")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "backbones.md")
+    parser.add_argument("--log", type=Path, help="raw results, a JSON line each; a second run goes on from there")
+    arguments = parser.parse_args()
+    import timm
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for name in ("llama", "clip", "swin"):  # imports here what every child would import for itself
+        try_transformers(name)
+    files = [] if arguments.only else (arguments.timm_only or timm.list_modules())
+    families = [] if arguments.timm_only else (arguments.only or sorted(MODEL_MAPPING_NAMES))
+    results = run_all([("transformers", name) for name in families], arguments.jobs, arguments.log)
+    listed = run_all([("timm-list", name) for name in files], arguments.jobs, arguments.log)
+    variants = sorted({v for r in listed.values() for v in r.get("variants", {}).values()})
+    results |= run_all([("timm", name) for name in variants], arguments.jobs, arguments.log)
+    arguments.output.write_text(document(results))
+
+
+if __name__ == "__main__":
+    main()

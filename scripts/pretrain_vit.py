@@ -1,0 +1,112 @@
+"""Pretrain the demo's Vision Transformer: ``python -m scripts.pretrain_vit --output DIR``.
+
+It trains a tiny ViT from scratch to name shape, colour, pattern, size, background and count of the pictures of
+:func:`zinit.demo.scenes.scenes`, none of which it sees twice, and writes the trunk in timm's format. The files in
+``zinit/demo/vit`` were made by this script with its defaults. It is seeded and computes in one thread: the same
+processor and library versions give the same files, however many cores there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scripts.pretraining import command, console, fit, seed_everything
+from zinit.demo import scenes
+
+MEAN = STD = (0.5, 0.5, 0.5)
+ARGS: dict[str, Any] = {
+    "img_size": scenes.SIZE,
+    "patch_size": 4,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 4,
+    "num_classes": 0,
+}
+CLASSES = [len(names) for names in scenes.ATTRIBUTES.values()]
+
+
+def normalized(pictures: list[np.ndarray], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """Pictures (32, 32, 3) of whole numbers as (B, 3, 32, 32)."""
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def batches(size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pictures (B, 3, 32, 32) and their labels (B, attributes)."""
+    source = scenes.scenes(seed)
+    while True:
+        shown, pictures = zip(*islice(source, size), strict=True)
+        yield normalized(list(pictures)), torch.tensor([scene.labels() for scene in shown])
+
+
+@torch.inference_mode()
+def accuracy(trunk: nn.Module, heads: nn.Module, pictures: Tensor, labels: Tensor) -> dict[str, float]:
+    """The share of pictures named rightly, by attribute."""
+    parts = heads(trunk(pictures)).split(CLASSES, dim=-1)
+    right = [(part.argmax(-1) == labels[:, i]).float().mean().item() for i, part in enumerate(parts)]
+    return dict(zip(scenes.ATTRIBUTES, right, strict=True))
+
+
+def save(trunk: VisionTransformer, output: Path) -> None:
+    """The trunk in float16, and the configuration that ``timm.create_model("local-dir:...")`` reads."""
+    output.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.half().contiguous() for name, weight in trunk.state_dict().items()}
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architecture": "vit_tiny_patch16_224",  # every size of it is given anew
+        "num_classes": 0,
+        "num_features": trunk.num_features,
+        "global_pool": "token",
+        "model_args": ARGS,
+        "pretrained_cfg": {
+            "tag": "zinit_demo",
+            "num_classes": 0,
+            "input_size": [3, scenes.SIZE, scenes.SIZE],
+            "fixed_input_size": True,
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "interpolation": "bicubic",
+            "mean": MEAN,
+            "std": STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> VisionTransformer:
+    """Train the trunk with one linear head for each attribute, write it to ``output``, report what it tells apart."""
+    seed_everything(seed)
+    trunk = VisionTransformer(**ARGS)
+    heads = nn.Linear(trunk.num_features, sum(CLASSES))
+    console.print(f"{sum(p.numel() for p in trunk.parameters()):,} parameters")
+
+    def losses() -> Iterator[Tensor]:
+        for pictures, labels in batches(batch_size, seed):
+            parts = heads(trunk(pictures)).split(CLASSES, dim=-1)
+            yield torch.stack([F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)]).sum()
+
+    fit(nn.ModuleList([trunk, heads]), losses(), steps, peak, warmup=steps / 20)
+    save(trunk, output)
+    for name, share in accuracy(trunk, heads, *next(batches(1000, seed + 1))).items():
+        console.print(f"accuracy on new pictures, {name}: {share:.3f}")
+    return trunk
+
+
+if __name__ == "__main__":
+    command(
+        pretrain, "Pretrain the demo's Vision Transformer on procedural pictures.", steps=2400, batch_size=64, peak=2e-3
+    )

@@ -1,0 +1,119 @@
+"""Pictures: every kind becomes RGB, every bad one is named or counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zinit.data import images
+from zinit.errors import DataError
+
+
+def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> Path:
+    shape = (size[1], size[0]) if mode in ("L", "1") else (size[1], size[0], len(mode))
+    array = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    Image.fromarray(array, mode if mode != "1" else "L").save(path)
+    return path
+
+
+def half(image: Image.Image) -> Image.Image:
+    return image.resize((4, 4))
+
+
+def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png")
+    array = np.asarray(Image.open(path))
+    found = images.Images([path], lambda image: image)[0]
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, 6, 8)
+    assert np.array_equal(found.numpy().transpose(1, 2, 0), array)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
+    grey = images.read_image(save(tmp_path / "grey.png", "L"))
+    clear = Image.new("RGBA", (3, 3), (255, 0, 0, 0))
+    deep = Image.fromarray(np.full((2, 2), 65535, dtype=np.uint16))
+    assert grey.mode == "RGB"
+    assert images.read_image(clear).getpixel((0, 0)) == (255, 255, 255)  # nothing of a red that nobody sees
+    assert images.read_image(deep).getpixel((0, 0)) == (255, 255, 255)  # scaled, not clipped or wrapped
+    half_deep = Image.fromarray(np.full((2, 2), 32768, dtype=np.uint16))
+    assert images.read_image(half_deep).getpixel((0, 0)) == (128, 128, 128)
+
+
+def bad_pictures(folder: Path) -> dict[str, Path]:
+    whole = save(folder / "whole.jpg", size=(64, 64)).read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    Image.new("1", (12_000, 12_000)).save(folder / "large.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    return {
+        "truncated": folder / "truncated.jpg",
+        "no picture": folder / "text.png",
+        "no picture that can be read": folder / "empty.png",
+        "git lfs pull": folder / "pointer.png",
+        "12000 x 12000 pixels": folder / "large.png",
+        "too many pixels": folder / "bomb.png",
+        "there is no picture": folder / "missing.png",
+    }
+
+
+def test_a_bad_picture_is_named(tmp_path: Path) -> None:
+    for expected, path in bad_pictures(tmp_path).items():
+        with pytest.raises(DataError) as caught:
+            images.read_image(path)
+        assert expected in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+def test_bad_pictures_are_counted_when_skipped(tmp_path: Path) -> None:
+    bad = list(bad_pictures(tmp_path).values())
+    good = save(tmp_path / "good.png")
+    found = images.Images([bad[0], good, *bad[1:], good], half, on_bad="skip")
+    assert found.kept == [1, len(bad) + 1]
+    assert len(found) + len(found.skipped) == len(bad) + 2
+    assert set(found.skipped) == {0, *range(2, len(bad) + 1)}
+    with pytest.raises(DataError, match=r"truncated\.jpg"):
+        images.Images([good, bad[0]], half)
+
+
+def test_pictures_beyond_the_memory_limit_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [save(tmp_path / f"{i}.png", size=(4 + i, 4)) for i in range(3)]
+    whole = list(images.Images(paths, half))
+    monkeypatch.setattr(images, "KEPT_BYTES", 50)  # one of 48 bytes
+    lean = images.Images(paths, half)
+    assert len(lean._decoded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(whole, lean, strict=True))
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for name in ("b", "a", ".hidden"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "1.PNG")
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    names, found = images.class_folders(tmp_path)
+    assert names == ["a", "b"]
+    assert found == [(tmp_path / "a" / "1.PNG", 0), (tmp_path / "b" / "1.PNG", 1)]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(DataError, match="holds no picture"):
+        images.class_folders(tmp_path)
+    with pytest.raises(DataError, match="at least two sub-folders"):
+        images.class_folders(tmp_path / "a")
+
+
+def test_paths_in_lists_stay_inside(tmp_path: Path) -> None:
+    assert images.inside(tmp_path, "images/0.png") == tmp_path / "images" / "0.png"
+    for path in ("../x.png", "/etc/passwd", "a/../../x.png"):
+        with pytest.raises(DataError, match="leaves the folder"):
+            images.inside(tmp_path, path)
+
+
+def test_normalise_matches_the_formula() -> None:
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    found = images.normalise(pixels, (0.5, 0.25, 0.1), (0.5, 0.2, 0.3)).flatten().tolist()
+    assert found == pytest.approx([-1.0, (128 / 255 - 0.25) / 0.2, 0.9 / 0.3], abs=1e-6)

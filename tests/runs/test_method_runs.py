@@ -1,0 +1,111 @@
+"""Every method through the one engine: trained, saved, loaded again, and resumed to the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import save_records, save_tiny_llama
+from zinit.errors import CheckpointError, ConfigError
+from zinit.methods import METHODS
+from zinit.runs.settings import RunConfig, resolve
+from zinit.runs.train import Interrupted, evaluate_run, train_run
+
+OPTIONS = ("prefix.length=3", "steps=6", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=4",
+           "max_new_tokens=4", "learning_rate=0.02", "warmup_steps=0", "evaluate_every=0", "save_every=2")  # fmt: skip
+UNFIT = {"bitfit": "no bias terms", "head-only": "nothing to train", "logistic-regression": "nothing to train"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"model": str(save_tiny_llama(folder / "model")), "data": str(save_records(folder / "data.json"))}
+
+
+def configured(inputs: dict[str, str], method: str) -> RunConfig:
+    return resolve(backbone="llama", options=[*OPTIONS, f"method={method}"], **inputs)[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}: {key}": tensor
+        for name in ("adapter.safetensors", "trained.safetensors")
+        if (folder / name).exists()
+        for key, tensor in load_file(folder / name).items()
+    }
+
+
+@pytest.fixture(params=sorted(set(METHODS) - set(UNFIT)))
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_trained_saved_and_loaded_again(method: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    results = train_run(configured(inputs, method), tmp_path / "run")
+    assert results["metrics"]["adapted"]["loss"] != results["metrics"]["frozen"]["loss"]
+    again = evaluate_run(tmp_path / "run")
+    assert again["metrics"] == results["metrics"]
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert document["method"] == method
+    assert sum(tensor.numel() for tensor in weights(tmp_path / "run").values()) == results["num_trainable"]
+    assert all((tmp_path / "run" / name).exists() for name in document["weights"])
+
+
+def test_the_frozen_model_is_the_same_for_all(inputs: dict[str, str], tmp_path: Path) -> None:
+    frozen = {}
+    for method in sorted(set(METHODS) - set(UNFIT)):
+        results = train_run(configured(inputs, method), tmp_path / method)
+        frozen[method] = (results["metrics"]["frozen"], [sample["frozen"] for sample in results["samples"]])
+    expected = frozen.pop("zero-init")
+    assert frozen
+    assert all(found == expected for found in frozen.values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(method: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    config = configured(inputs, method)
+    train_run(config, tmp_path / "whole")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train_run(config, tmp_path / "stopped", on_event=stop)
+    with pytest.raises(CheckpointError, match="has not finished"):
+        evaluate_run(tmp_path / "stopped")
+    train_run(config, tmp_path / "stopped", resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("unfit", sorted(UNFIT))
+def test_a_method_that_does_not_fit_says_why(unfit: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=UNFIT[unfit]):
+        train_run(configured(inputs, unfit), tmp_path / "run")
+
+
+def test_damaged_weights_are_refused(inputs: dict[str, str], tmp_path: Path) -> None:
+    train_run(configured(inputs, "lora"), tmp_path / "run")
+    path = tmp_path / "run" / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"trained\.safetensors is damaged"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_settings_of_a_method(inputs: dict[str, str]) -> None:
+    config = resolve(backbone="llama", options=["method=lora", "method.rank=2", "alpha=3"], **inputs)[0]
+    assert (config.method_options.rank, config.method_options.alpha) == (2, 3)
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="rank must be a whole number"):
+        resolve(backbone="llama", options=["method=lora", "method.rank=0"], **inputs)
+    with pytest.raises(ConfigError, match=r"no method named 'lra'\. Did you mean 'lora'"):
+        resolve(backbone="llama", options=["method=lra"], **inputs)
+    with pytest.raises(ConfigError, match=r"the method .zero-init. has no option .method\.rank..*-o method=lora"):
+        resolve(backbone="llama", options=["method.rank=2"], **inputs)

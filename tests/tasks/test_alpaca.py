@@ -1,0 +1,144 @@
+"""Alpaca's format: templates, tokens, labels, split, loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tests.tiny import byte_tokenizer, save_tiny_llama
+from zinit.demo import instructions, llama_path
+from zinit.errors import ConfigError
+from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig, format_conversation, format_prompt
+
+START = "Below is an instruction that describes a task"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("model"))).eval()
+
+
+def task(model: Any, records: list[dict[str, str]], folder: Path, tokenizer: Any = None, **settings: Any) -> Alpaca:
+    file = folder / "data.json"
+    file.write_text(json.dumps(records))
+    config = AlpacaConfig(**settings)
+    return Alpaca(model, tokenizer or byte_tokenizer(), None, config, data=str(file), seed=0)
+
+
+def some(count: int, output: str = "yes") -> list[dict[str, str]]:
+    return [{"instruction": f"Do {i}", "input": "", "output": output} for i in range(count)]
+
+
+def test_templates_to_the_letter() -> None:
+    assert format_prompt("Add.", "1 2") == (
+        f"{START}, paired with an input that provides further context. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+    )
+    assert format_prompt("Sing.") == (
+        f"{START}. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:"
+    )
+    assert format_conversation([], "Sing.") == format_prompt("Sing.")
+    assert format_conversation([("Hi", "Hello")], "Sing.").count("### Response:") == 2
+
+
+def test_tokens_are_bos_prompt_response_eos_and_only_the_response_is_supervised(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    t = task(model, some(10, "blue"), tmp_path)
+    tokenizer = t.tokenizer
+    for index, example in enumerate(t.train_examples):
+        assert example.ids[0] == tokenizer.bos_token_id
+        assert example.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(example.ids[1:-1]) == example.prompt + "blue"
+        assert tokenizer.decode(example.ids[1 : example.prompt_length]) == example.prompt
+        assert t.train_stream.counts[index] == len("blue") + 1
+
+
+def test_text_that_looks_like_a_special_token_stays_text(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = [{"instruction": f"Say </s> {i}", "input": "<s>", "output": "a </s> b"} for i in range(4)]
+    t = task(model, records, tmp_path)
+    example = t.train_examples[0]
+    assert example.ids.count(t.tokenizer.eos_token_id) == 1
+    assert example.ids.count(t.tokenizer.bos_token_id) == 1
+
+
+def test_a_prompt_is_the_same_tokens_in_training_and_generation(tmp_path: Path) -> None:
+    """Where a tokenizer would merge across ":" and the response, the response is encoded by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_path())
+    model = LlamaForCausalLM.from_pretrained(llama_path())
+    records = [
+        {"instruction": f"Go {i}", "output": text} for i, text in enumerate(["\n\nhere", " yes", ":)", "-", "x"])
+    ]
+    t = task(model, records, tmp_path, tokenizer, max_length=256)
+    from zinit.tasks.alpaca.task import encode_prompt
+
+    for example in [*t.train_examples, *t.held_out_examples]:
+        assert example.ids[: example.prompt_length] == encode_prompt(tokenizer, example.prompt)
+        decoded = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
+        assert decoded == example.response
+
+
+def test_cut_and_skipped_records_are_counted(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = [*some(20), {"instruction": "Long", "output": "x" * 400}, {"instruction": "y" * 400, "output": "z"},
+               {"instruction": "Nothing", "output": " "}]  # fmt: skip
+    t = task(model, records, tmp_path, max_length=200, held_out=1)
+    counts = t.data_report()
+    assert counts["read"] == 23
+    parts = ("train", "held_out")
+    assert sum(counts[p] + counts[f"{p}_skipped_prompt_too_long"] for p in parts) == 23
+    assert sum(counts[f"{p}_skipped_prompt_too_long"] for p in parts) == 1
+    assert sum(counts[f"{p}_truncated"] for p in parts) == 1
+    assert sum(counts[f"{p}_empty_response"] for p in parts) == 1
+    assert max(len(e.ids) for e in t.train_examples) == 200
+
+
+def test_what_is_held_out_is_never_trained_on(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = some(50) + some(50, "no")  # every instruction twice
+    t = task(model, records, tmp_path, held_out=7)
+    held_out = {example.prompt for example in t.held_out_examples}
+    assert len(t.held_out_examples) == 7
+    assert not held_out & {example.prompt for example in t.train_examples}
+    counts = t.data_report()
+    assert counts["train"] + counts["held_out"] + counts["train_skipped_also_held_out"] == 100
+    assert counts["train_skipped_also_held_out"] > 0
+
+
+def test_the_demo_shares_nothing_between_its_parts() -> None:
+    train, held_out = instructions()
+    pairs = {(r["instruction"], r["input"]) for r in train}
+    assert len(held_out) >= 100
+    assert not pairs & {(r["instruction"], r["input"]) for r in held_out}
+
+
+@pytest.mark.parametrize("indices", [[0], [3, 1, 2], list(range(8))])
+def test_loss_equals_that_of_full_logits(model: LlamaForCausalLM, tmp_path: Path, indices: list[int]) -> None:
+    records = [{"instruction": "a" * (1 + 3 * i), "output": "b" * (1 + i * i % 7)} for i in range(12)]
+    t = task(model, records, tmp_path)
+    found = t(t.collate(t.train_stream, indices))
+    expected = torch.zeros(())
+    for index in indices:  # one by one, no padding, all logits
+        example = t.train_examples[index]
+        ids = torch.tensor([example.ids])
+        logits = model(input_ids=ids).logits[0, :-1]
+        labels = torch.tensor([IGNORED] * example.prompt_length + example.ids[example.prompt_length :])[1:]
+        expected = expected + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sum(t.train_stream.counts[index] for index in indices) > 0
+
+
+def test_answers_do_not_depend_on_the_batch(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    t = task(model, some(4), tmp_path, max_new_tokens=5)
+    prompts = ["a", "much longer prompt than the first", "bb"]
+    assert t.answer(prompts) == [t.answer([prompt])[0] for prompt in prompts]
+
+
+def test_more_tokens_than_the_model_has_room_for(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_length is 600, but the model has room for 512 tokens"):
+        task(model, some(4), tmp_path, max_length=600)

@@ -1,0 +1,73 @@
+"""Runs with and without the stored outputs of the frozen lower blocks."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tests.tasks import clip
+from tests.tasks.vit import tiny
+from zinit.adapter.handle import attach
+from zinit.config import PrefixConfig, TrainConfig
+from zinit.models.loading import ClipProcessor
+from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
+from zinit.tasks.vtab.task import VTAB, VTABConfig
+from zinit.train.loop import fit
+
+TRAIN, DEPTH = 12, 4  # pictures, blocks
+TRIED = 3  # passes through the trunk before any is stored: one example, two, two in training
+Fit = namedtuple("Fit", "losses weights calls folders")
+
+
+def vtab(
+    data: Path, *, layers: int | tuple[int, ...] | None = 2, length: int = 3, model: Any = None, **settings: Any
+) -> VTAB:
+    model = model or tiny(depth=DEPTH)
+    handle = attach(model, PrefixConfig(length=length, layers=layers, gate_init=0.3), seed=1)
+    seed = settings.pop("seed", 0)
+    return VTAB(model, None, handle, VTABConfig(**settings), data=str(data), seed=seed)
+
+
+def base_to_novel(data: Path, prefix: dict[str, Any], **settings: Any) -> Any:
+    model = clip.clip()
+    handle = attach(model, PrefixConfig(**{"length": 3, "layers": 1, "gate_init": 0.3, **prefix}), seed=1)
+    config = BaseToNovelConfig(**{"shots": 2, **settings})
+    return BaseToNovel(model, ClipProcessor(clip.tokenizer()), handle, config, data=str(data), seed=0)
+
+
+def lowest_norm(model: Any) -> nn.Module:
+    """A part of the lowest block that runs once with it."""
+    return model.blocks[0].norm1 if hasattr(model, "blocks") else model.vision_model.encoder.layers[0].layer_norm1
+
+
+def trained(task: Any, cache: Path | None = None, *, lowest: Any = None, **settings: Any) -> Fit:
+    """A run of three epochs in steps of four examples. ``lowest`` is the module whose calls are counted."""
+    events: list[dict[str, Any]] = []
+    calls: list[int] = []
+    hook = (lowest or lowest_norm(task.model)).register_forward_hook(
+        lambda module, args, output: calls.append(len(output))
+    )
+    config = TrainConfig(
+        **{"epochs": 3, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.05, "warmup_steps": 1}
+        | {"evaluate_every": 0, "trunk_cache": None if cache is None else str(cache), **settings}
+    )
+    fit(task, config, seed=3, accelerator=Accelerator(cpu=True), on_event=events.append)
+    hook.remove()
+    return Fit(
+        [event["loss"] for event in events if event["event"] == "step"],
+        {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad},
+        calls,
+        sorted(cache.iterdir()) if cache else [],
+    )
+
+
+def assert_same_bits(found: Fit, expected: Fit) -> None:
+    assert found.losses == expected.losses
+    assert found.weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        assert torch.equal(found.weights[name], value), name

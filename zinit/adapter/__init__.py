@@ -1,0 +1,1 @@
+"""One adapter on one model: attach it, switch it, save it."""

@@ -1,0 +1,137 @@
+"""One batch, many adapters: each sample's own prefix in one forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zinit.errors import ConfigError
+from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts
+from zinit.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from zinit.adapter.state import Attachment
+
+Names = Sequence[str | None]
+
+
+class RoutedPrefix:
+    """Stands in for one attention module's prefix during a route: the same two calls, a prefix of its own per sample.
+
+    Shapes as in `zinit.prefix`, and R samples in the route. Shorter prefixes are padded to the longest and the padding
+    masked; a sample without a prefix here has values of zero, so that its addition is exactly zero.
+
+    Args:
+        route: an adapter's name or None for each sample.
+        prefixes: {adapter: its prefix here}; some may have none.
+
+    Attributes:
+        prefixes: those that the route uses.
+        config: of one of them; all have a softmax of their own.
+        mask: (R, 1, 1, K), 0 or -inf; None if nothing is padded.
+    """
+
+    def __init__(self, route: Names, prefixes: Mapping[str, ZeroGatedPrefix]) -> None:
+        self.prefixes = {name: prefixes[name] for name in dict.fromkeys(route) if name is not None and name in prefixes}
+        self.samples, self.mask = len(route), None
+        if not self.prefixes:
+            return
+        first = next(iter(self.prefixes.values()))
+        self.config = first.config
+        device = next(first.parameters()).device
+        number = {name: 1 + index for index, name in enumerate(self.prefixes)}  # 0 is the frozen model
+        self.rows = torch.tensor([0 if name is None else number.get(name, 0) for name in route], device=device)
+        lengths = torch.tensor([prefix.config.length for prefix in self.prefixes.values()], device=device)
+        self.length = int(lengths.max())
+        if int(lengths.min()) < self.length:
+            lengths = F.pad(lengths, (1, 0), value=self.length)[self.rows]
+            padding = torch.arange(self.length, device=device) >= lengths[:, None]
+            self.mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -math.inf)[:, None, None]
+
+    def keys_values(
+        self, project: ProjectKV, dtype: torch.dtype, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each sample's keys and gated values, (R, H, K, D); every adapter's are computed once, in one projection.
+
+        Raises:
+            ConfigError: if there is a context, or gradients are enabled.
+        """
+        if context is not None:
+            raise ConfigError("a route takes no context: leave handle.context(...), or call the adapters one by one.")
+        if torch.is_grad_enabled():
+            raise ConfigError("a route is for inference: call the model under torch.no_grad().")
+        prompts = {name: prefix.prompt() for name, prefix in self.prefixes.items() if hasattr(prefix, "prompt")}
+        projected: dict[str, tuple[Tensor, Tensor]] = {}
+        if prompts:
+            key, value = project(torch.cat([prompt.to(dtype) for prompt in prompts.values()]))
+            lengths = [len(prompt) for prompt in prompts.values()]
+            pieces = zip(key.split(lengths, 2), value.split(lengths, 2), strict=True)
+            projected = dict(zip(prompts, pieces, strict=True))
+        pairs = [
+            prefix.keys_values(lambda _, name=name: projected[name], dtype) for name, prefix in self.prefixes.items()
+        ]
+        key, value = (self._for_each_row([pair[index] for pair in pairs]) for index in (0, 1))
+        return key, value
+
+    def _for_each_row(self, tensors: list[Tensor]) -> Tensor:
+        padded = [F.pad(x, (0, 0, 0, self.length - x.shape[2])) for x in tensors]
+        return torch.cat([torch.zeros_like(padded[0]), *padded]).index_select(0, self.rows)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The addition to the host's attention output; see `ZeroGatedPrefix.forward`.
+
+        Raises:
+            ConfigError: if the batch is no multiple of R.
+        """
+        if query.shape[0] % self.samples:
+            raise ConfigError(
+                f"a route of {self.samples} samples does not fit a batch of {query.shape[0]}: name an adapter or None "
+                f"for each sample."
+            )
+        return attend_prompts(query, key, value, scale, self.mask)
+
+
+@contextmanager
+def routed(attachment: Attachment, names: Names) -> Iterator[None]:
+    """Puts a `RoutedPrefix` into every slot while inside; an outer route comes back afterwards.
+
+    Raises:
+        ConfigError: if the names are no list of attached adapters with a softmax of their own, or None.
+    """
+    route = [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str) or not route:
+        raise ConfigError(f"a route is a list with an adapter's name or None for each sample; got {names!r}.")
+    for name in dict.fromkeys(route):
+        if name is None:
+            continue
+        if name not in attachment.handles:
+            raise ConfigError(f"no adapter named {name!r} is attached.{did_you_mean(str(name), attachment.handles)}")
+        if not attachment.handles[name].config.separate_softmax:
+            raise ConfigError(
+                f"the adapter {name!r} shares the words' softmax (separate_softmax=False) and cannot be part of a "
+                f"route. Activate it and call the model with its samples alone."
+            )
+    before = {site: slot.route for site, slot in attachment.slots.items()}
+    here = {
+        site: RoutedPrefix(route, {name: slot[name] for name in slot})  # pyright: ignore[reportArgumentType]
+        for site, slot in attachment.slots.items()
+    }
+    _put(attachment, here)
+    attachment.routes += 1
+    try:
+        yield
+    finally:
+        attachment.routes -= 1
+        _put(attachment, before)
+
+
+def _put(attachment: Attachment, routes: Mapping[str, RoutedPrefix | None]) -> None:
+    for site, route in routes.items():
+        slot = attachment.slots[site]
+        slot.route, slot.frozen = route, None

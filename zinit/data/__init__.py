@@ -1,0 +1,1 @@
+"""Examples from files and the Hub: records, images, packing, crops, splits."""

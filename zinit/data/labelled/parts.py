@@ -1,0 +1,140 @@
+"""Labelled pictures and the parts of a data set, and how one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from zinit.data.images import OnBad, Picture, inside
+from zinit.errors import DataError
+
+COLUMNS = {"image": ("image", "img", "filepath", "file", "path"), "label": ("label", "labels", "class")}
+
+
+class Labelled(NamedTuple):
+    """A picture and its class.
+
+    Attributes:
+        picture: file, bytes, or in memory.
+        label: name of its class.
+        where: file and line, or the like, for messages; empty where the picture's own name says it.
+    """
+
+    picture: Picture
+    label: str
+    where: str = ""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a source holds.
+
+    Attributes:
+        train: always there.
+        val: None if the source has none.
+        test: None if the source has none.
+        labels: names of the classes in order, if the source knows them; else those that occur.
+        skipped: why some were left out.
+        vtab: the task of VTAB-1k that this is, if it is one.
+    """
+
+    train: list[Labelled]
+    val: list[Labelled] | None = None
+    test: list[Labelled] | None = None
+    labels: list[str] | None = None
+    skipped: list[str] = field(default_factory=list)
+    vtab: str | None = None
+
+    @classmethod
+    def of(cls, found: Mapping[str, list[Labelled]], labels: list[str] | None = None) -> Parts:
+        """From what was found under "train" and perhaps "val" and "test"."""
+        return cls(train=found["train"], val=found.get("val"), test=found.get("test"), labels=labels)
+
+    def __iter__(self) -> Iterator[Labelled]:
+        """Every picture of every part."""
+        return (example for part in (self.train, self.val, self.test) for example in part or ())
+
+    def __len__(self) -> int:
+        return sum(len(part or ()) for part in (self.train, self.val, self.test))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the source has no parts of its own."""
+        return self.val is None and self.test is None
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """How one source is read, and what of it could not be used.
+
+    Args:
+        on_bad: "error" stops at the first bad entry; "skip" leaves it out and notes why.
+        fields: what CSV, Parquet and Hub data call picture and class; None tries the usual names.
+        named: whether classes must have names, because a text tower reads them: numbers in a table are refused then.
+        split: which of VTAB-1k's lists are read, see `zinit.data.labelled.splits.vtab_split`; None looks for none.
+        dataset: which task of a folder that holds several of VTAB-1k's.
+        folder: where the pictures of a split_zhou_*.json file are, seen from that file.
+
+    Attributes:
+        skipped: why entries were left out.
+        names: of the classes, where a table names them.
+    """
+
+    on_bad: OnBad = "error"
+    fields: Sequence[str] | None = None
+    named: bool = False
+    split: str | None = None
+    dataset: str | None = None
+    folder: str = "."
+    skipped: list[str] = field(default_factory=list, init=False)
+    names: list[str] | None = field(default=None, init=False)
+
+    def bad(self, message: str) -> None:
+        """An entry cannot be used.
+
+        Raises:
+            DataError: unless such entries are skipped.
+        """
+        if self.on_bad == "error":
+            raise DataError(message)
+        self.skipped.append(message)
+
+    def inside(self, folder: Path, path: str, where: str) -> Path | None:
+        """A path that an entry names, which must stay in the folder; None if it is skipped."""
+        try:
+            return inside(folder, path)
+        except (DataError, ValueError, OSError) as error:  # a path may hold a zero byte or be too long
+            self.bad(f"{where}: {error}")
+            return None
+
+    def columns(self, there: Iterable[str], name: str) -> tuple[str, str]:
+        """Which columns of a table hold picture and class.
+
+        Raises:
+            DataError: if one is missing; it names those that are there.
+        """
+        there, picked = list(there), []
+        for position, (what, usual) in enumerate(COLUMNS.items()):
+            wanted = usual if self.fields is None else (self.fields[position],)
+            column = next((column for column in wanted if column in there), None)
+            if column is None and self.fields is not None:
+                raise DataError(
+                    f"{name} has no field {wanted[0]!r}; it has {', '.join(there) or 'none'}. "
+                    f"Name picture and class: -o task.fields={','.join(there[:2])}"
+                )
+            if column is None:
+                raise DataError(
+                    f"{name} has no column {' or '.join(map(repr, wanted))} for the {what}; it has "
+                    f"{', '.join(map(repr, there)) or 'none'}. Name both: -o task.fields=IMAGE,LABEL"
+                )
+            picked.append(column)
+        return picked[0], picked[1]
+
+
+def class_names(parts: Parts) -> list[str]:
+    """The classes that occur, in the order of their numbers if they are numbers."""
+    found = {example.label for example in parts}
+    numbers = all(name.isascii() and name.isdigit() for name in found)
+    return sorted(found, key=lambda name: (int(name), name) if numbers else (0, name))

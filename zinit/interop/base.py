@@ -1,0 +1,74 @@
+"""What a format must answer: how its files are read, and how an adapter is written, if it can be."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from zinit.adapter.formats import FORMATS
+from zinit.adapter.handle import Handle
+from zinit.config import PrefixConfig
+from zinit.errors import CheckpointError, ConfigError
+from zinit.registry import did_you_mean
+
+Gate = Literal["tanh", "identity"]
+Imported = tuple[PrefixConfig, dict[str, Tensor]]
+"""How the prefixes are built, and {parameter name: tensor}: what `zinit.attach` and ``load_state_dict`` take."""
+
+
+class Reader(Protocol):
+    """Reads a file of one format. It may look at the model, but does not touch it."""
+
+    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported: ...
+
+
+class Writer(Protocol):
+    """Writes an adapter in one format."""
+
+    def __call__(self, handle: Handle, path: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """Another implementation's checkpoint format.
+
+    Args:
+        title: whose it is.
+        read: the importer.
+        write: the exporter, if there is one; it may take options of its own.
+        needs_weights: whether importing needs the model's weights; elsewhere its shape is enough.
+    """
+
+    title: str
+    read: Reader
+    write: Writer | None = None
+    needs_weights: bool = False
+
+    def export(self, handle: Handle, path: str | Path, *, format: str, **options: Any) -> None:
+        """Writes an adapter; see `zinit.Handle.export`.
+
+        Args:
+            handle: the adapter.
+            path: the file ("official-v1") or folder ("peft").
+            format: this format's name.
+            options: the format's own. "official-v1" takes ``reader="training"`` (the default) or ``"inference"``: the
+                project's trainer squashes the stored gates, its released inference script does not.
+
+        Raises:
+            CheckpointError: if the format cannot express the adapter; the message says why.
+            ConfigError: if there is no such option.
+        """
+        if self.write is None:
+            writes = ", ".join(name for name in FORMATS if FORMATS.get(name).write)
+            raise CheckpointError(f"zinit reads {format!r} but does not write it. Formats it writes: {writes}.")
+        known = list(inspect.signature(self.write).parameters)[2:]
+        for option in options.keys() - known:
+            raise ConfigError(f"the format {format!r} has no option {option!r}.{did_you_mean(option, known)}")
+        try:
+            self.write(handle, Path(path), **options)
+        except OSError as error:
+            raise CheckpointError(f"the adapter cannot be written to {path}: {error}.") from error

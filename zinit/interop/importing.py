@@ -1,0 +1,83 @@
+"""Attaches an adapter that another implementation trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from zinit.adapter.formats import FORMATS
+from zinit.adapter.handle import Handle, attach
+from zinit.adapter.state import ATTRIBUTE
+from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
+from zinit.interop.base import Format, Gate
+
+
+def import_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str = "official-v1",
+    length: int = 10,
+    gate: Gate = "tanh",
+    name: str = "default",
+) -> Handle:
+    """Attaches an adapter that another implementation trained. If anything is wrong the model is unchanged.
+
+    Args:
+        model: the model it was made for.
+        path: the file ("official-v1", "litgpt", "litgpt-legacy") or folder ("peft").
+        format: whose it is. LitGPT's files are "litgpt" since its version 0.5.5 and "litgpt-legacy" before; a file
+            cannot tell which.
+        length: K. Only "official-v1" needs it: its file holds K x L rows and neither factor.
+        gate: how the gates are squashed. Only "official-v1" needs it: "tanh" as its trainer does, "identity" as its
+            released inference script does. Its oldest files, with one gate per layer, are always read as "identity".
+        name: of the adapter on this model.
+
+    Returns:
+        The handle, as from `zinit.attach`.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, unsafe, of another kind, or does not fit the model.
+        ConfigError: if a setting is impossible or the name is taken.
+        BackboneError: if no backbone knows the model.
+
+    Example:
+        >>> handle = zinit.import_adapter(model, "llama_adapter_len10_layer30_release.pth")  # doctest: +SKIP
+    """
+    chosen: Format = FORMATS.get(format)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {length!r}.")
+    if gate not in ("tanh", "identity"):
+        raise ConfigError(f"gate must be 'tanh' or 'identity'; got {gate!r}.")
+    return attach_tensors(model, *chosen.read(Path(path), model, length=length, gate=gate), name=name)
+
+
+def attach_tensors(
+    model: nn.Module, config: PrefixConfig, tensors: dict[str, Tensor], *, name: str, backbone: str | None = None
+) -> Handle:
+    """Attaches an adapter of known tensors; on any error the model is as before."""
+    # Beside each host's weights; where those have no storage (a model made of its config alone) on the CPU.
+    device = "cpu" if next(model.parameters()).is_meta else None
+    before = active_handle(model)
+    handle = attach(model, config, name=name, backbone=backbone, device=device)
+    try:
+        handle.load_state_dict(tensors)
+    except BaseException:
+        handle.detach()
+        if before is not None:
+            before.activate()
+        raise
+    return handle
+
+
+def handles_on(model: nn.Module) -> dict[str, Handle]:
+    """The adapters of a model, by name."""
+    attachment = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
+    return attachment.handles if attachment else {}
+
+
+def active_handle(model: nn.Module) -> Handle | None:
+    """The adapter that a model uses now."""
+    return next((handle for handle in handles_on(model).values() if handle.active), None)

@@ -1,0 +1,1 @@
+"""Pretrained models: loading, quantization, offloading, losses over large vocabularies."""

@@ -1,0 +1,226 @@
+"""Loading pretrained models, with errors a user can act on. Remote code is never run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal, Required, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from zinit.errors import BackboneError, first_line
+from zinit.models import quantization
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Loading(TypedDict, total=False):
+    """How a host is loaded.
+
+    Attributes:
+        dtype: of the weights, or of what quantised ones are multiplied in.
+        revision: on the Hub.
+        device: that the weights are read to, one by one; default: the CPU.
+        quantize: how the weights are held; default: in ``dtype``. See `zinit.models.quantization`.
+    """
+
+    dtype: Required[torch.dtype]
+    revision: str | None
+    device: torch.device | str
+    quantize: quantization.Quantize | None
+
+
+def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        source: a folder in transformers' format, or a Hub id.
+        tokenizer: False loads none (None comes back).
+        loading: see `Loading`.
+
+    Raises:
+        BackboneError: if there is no such model.
+        ConfigError: if the package that quantises is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, revision, options = model_source(source), loading.get("revision"), _options(loading)
+    try:
+        loaded = None
+        if tokenizer:
+            loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds; all mean that this is no model it can load
+        raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
+    quantization.keep_differentiable(model)
+    return model, loaded
+
+
+def _options(loading: Loading) -> dict[str, Any]:
+    """`Loading` in the words of transformers' ``from_pretrained``."""
+    options: dict[str, Any] = {"dtype": loading["dtype"], "revision": loading.get("revision")}
+    device, quantize = torch.device(loading.get("device", "cpu")), loading.get("quantize")
+    if quantize is not None:
+        options["quantization_config"] = quantization.quantization_config(quantize, loading["dtype"])
+    if quantize is not None or device.type != "cpu":  # left to itself, it would quantise on some GPU
+        options["device_map"] = {"": device}
+    return options
+
+
+@dataclass(frozen=True)
+class ClipProcessor:
+    """What turns texts and pictures into a dual encoder's inputs.
+
+    Args:
+        tokenizer: of the text tower.
+        mean: of the pixels' channels, in 0..1.
+        std: see ``mean``.
+        padding: of texts: to the longest of them, or to all the room there is where padding is part of the text.
+    """
+
+    tokenizer: Any
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    padding: Literal["longest", "max_length"] = "longest"
+
+
+def load_clip(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, ClipProcessor]:
+    """CLIP or another dual encoder of its kind, and its tokenizer and pixel statistics (CLIP's, if it names none).
+
+    Args:
+        source: a folder in transformers' format, or a Hub id.
+        loading: see `Loading`.
+
+    Raises:
+        ConfigError: if the package that quantises is missing.
+        BackboneError: if there is no such model, or it does not compare pictures with texts.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    source, revision, quantize = model_source(source), loading.get("revision"), loading.get("quantize")
+    if later := quantize == "torchao-int8":  # transformers does it to models of one input embedding
+        quantization.check_installed(quantize)
+    options = _options({"dtype": loading["dtype"], "revision": revision} if later else loading)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # as in load_causal_lm
+        raise BackboneError(
+            f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
+        ) from error
+    needed = ("get_image_features", "get_text_features", "logit_scale")
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise BackboneError(
+            f"{source} is a {type(model).__name__}, which has no {', '.join(missing)}. "
+            f"Expected a model of pictures and texts such as openai/clip-vit-base-patch16."
+        )
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+    except OSError:
+        settings = {}
+    if later:
+        quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
+    quantization.keep_differentiable(model)
+    mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
+    # A tokenizer that gives no mask, as SigLIP's, was made for a tower that reads the padding too.
+    padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
+    return model, ClipProcessor(tokenizer, tuple(mean), tuple(std), padding)
+
+
+def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
+    """The trunk of an encoder, without a head or pooling layer, and its fast tokenizer.
+
+    Args:
+        source: a folder in transformers' format, or a Hub id.
+        loading: see `Loading`.
+
+    Raises:
+        ConfigError: if the package that quantises is missing.
+        BackboneError: if there is no such model, or it lacks some of the weights.
+    """
+    from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
+
+    source, revision, options = model_source(source), loading.get("revision"), _options(loading)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model_class: Any = MODEL_MAPPING[type(config)]
+        pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
+        model, report = model_class.from_pretrained(
+            source, config=config, output_loading_info=True, **options, **pooling
+        )
+    except Exception as error:  # see load_causal_lm
+        raise BackboneError(f"{source} cannot be loaded as an encoder: {reason(source, error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
+    quantization.keep_differentiable(model)
+    return model, tokenizer
+
+
+def load_on_meta(source: str | Path) -> nn.Module:
+    """A model's modules without its weights, from its config alone.
+
+    Args:
+        source: a folder in transformers' or timm's format, a Hub id, or a name of timm's.
+
+    Raises:
+        BackboneError: if there is no such model.
+    """
+    import transformers
+
+    source = model_source(source)
+    try:
+        if (of_timm := _timm_name(source)) is not None:
+            import timm
+
+            with torch.device("meta"):
+                return timm.create_model(of_timm, pretrained=False, num_classes=0)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        name = (config.architectures or [""])[0]
+        model_class: Any = getattr(transformers, name, None)
+        known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+        with torch.device("meta"):
+            return model_class(config) if known else transformers.AutoModel.from_config(config)
+    except Exception as error:
+        raise BackboneError(f"{source} cannot be inspected: {reason(source, error)}") from error
+
+
+def _timm_name(source: str) -> str | None:
+    """What timm would call a model; None if it is none of timm's. timm's folders name one architecture."""
+    if (file := Path(source) / "config.json").is_file():
+        return f"local-dir:{source}" if "architecture" in json.loads(file.read_text(encoding="utf-8")) else None
+    if "/" in source:
+        return None
+    import timm
+
+    return source if timm.is_model(source) else None
+
+
+def model_source(source: str | Path) -> str:
+    """A path or Hub id that may be a model.
+
+    Raises:
+        BackboneError: if it is a path that holds no model.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
+        return str(path)
+    text = str(source)
+    if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
+    return text
+
+
+def reason(source: str | Path, error: BaseException) -> str:
+    """Why a model could not be loaded; where no folder has its name, that is said first."""
+    line = first_line(error)
+    return line if Path(source).exists() else f"there is no folder of that name, and the Hub did not give it: {line}"

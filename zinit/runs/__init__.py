@@ -1,0 +1,1 @@
+"""One run: settings, build, train, evaluate, and the folder that holds everything."""

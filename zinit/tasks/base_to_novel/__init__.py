@@ -1,0 +1,1 @@
+"""Base-to-novel generalization of a dual encoder."""

@@ -1,0 +1,398 @@
+"""CLIP's generalisation from base to novel classes (LLaMA-Adapter, ICLR 2024, Table 14; protocol of CoOp and CoCoOp).
+
+The classes are sorted; the first half is the base, trained on with a few pictures each, the rest is novel. Each half is
+tested among its own classes only. The classifier of a class is the text tower's reading of "a photo of a <class>.", so
+there is no head, and the frozen model's evaluation is zero-shot CLIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.data.crops import Views, plain
+from zinit.data.images import Images, OnBad, Picture, normalise
+from zinit.data.labelled.few_shot import draw_shots, few_shot_split
+from zinit.data.labelled.parts import Labelled, Parts, Reading
+from zinit.data.labelled.sources import read_pictures
+from zinit.distributed import is_shard, share
+from zinit.errors import ConfigError, DataError
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.adapter.handle import Handle
+    from zinit.models.loading import ClipProcessor
+
+Half = Literal["base", "novel"]
+HALVES: tuple[Half, Half] = ("base", "novel")
+TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
+TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
+BATCH = 64  # pictures, or texts, per forward pass without gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseToNovelConfig(JsonConfig):
+    """What the task does with its data.
+
+    Args:
+        shots: training pictures per base class, drawn by the run's seed.
+        template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
+        drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
+        folder: where the pictures of a split_zhou_*.json file are, seen from that file.
+        fields: what CSV, Parquet and Hub data call picture and class; None tries the usual names.
+        views: 1 trains on the plain pictures; more make so many random crops of each, all of them once per epoch.
+        crop_scale: smallest share of a picture that a crop covers.
+        few: whether a class with fewer pictures than shots is an error, or all it has are used.
+        on_bad: whether an entry or picture that cannot be read is an error, or skipped and counted (in training
+            another picture is drawn instead).
+        split_seed: of the half of each class that is tested on, where the data has no test part. Not the run's seed:
+            all runs are tested on the same pictures.
+        held_out_data: a source of its own for the test pictures instead.
+    """
+
+    shots: int = 16
+    template: str | tuple[str, ...] = "a photo of a {}."
+    drop_classes: str | tuple[str, ...] = ()
+    folder: str = "."
+    fields: tuple[str, ...] | None = None
+    views: int = 1
+    crop_scale: float = 0.08
+    few: Literal["error", "use_all"] = "error"
+    on_bad: OnBad = "error"
+    split_seed: int = 0
+    held_out_data: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name, least in (("shots", 1), ("views", 1), ("split_seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if isinstance(self.drop_classes, str):
+            names = tuple(name.strip() for name in self.drop_classes.split(",") if name.strip())
+            object.__setattr__(self, "drop_classes", names)
+        if isinstance(self.template, str):
+            object.__setattr__(self, "template", (self.template,))
+        if not self.template or not all(isinstance(text, str) and text.count("{}") == 1 for text in self.template):
+            raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
+        fields = self.fields
+        if fields is not None and (len(fields) != 2 or not all(isinstance(name, str) and name for name in fields)):
+            raise ConfigError(f"fields must name picture and class; got {fields!r}.")
+        scale = self.crop_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
+            raise ConfigError(f"crop_scale must be above 0 and at most 1; got {scale!r}.")
+
+
+class BaseToNovel(Task):
+    """See the module. Needs CLIP, or another model with ``get_image_features``, ``get_text_features``, ``logit_scale``.
+
+    Args:
+        model: the dual encoder.
+        processor: its tokenizer and pixel statistics.
+        handle: the adapter on the model, in either or both towers.
+        config: data handling.
+        data: source of the pictures, see `zinit.data.labelled.sources.read_pictures`.
+        seed: of the shots and the crops.
+        train: False leaves the training pictures unread, for evaluation on ``held_out_data``.
+        labels: the class names of an earlier run; data with other classes is refused.
+
+    Attributes:
+        labels: names of all classes in label order, base classes first.
+        classes: names of each half's classes.
+    """
+
+    name = "base-to-novel"
+    Config = BaseToNovelConfig
+    loader = "zinit.models.loading:load_clip"
+    baseline = "zero-shot: the frozen model"
+    metric = "harmonic_mean"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ClipProcessor,
+        handle: Handle | None,
+        config: BaseToNovelConfig,
+        *,
+        data: str | None,
+        seed: int,
+        train: bool = True,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.processor, self.handle, self.config = model, processor, handle, config
+        host: Any = model.config
+        self.size = int(host.vision_config.image_size)
+        self.labels, training, tested, self._counts = few_shot_split(
+            data,
+            config.held_out_data,
+            self._read,
+            train=train,
+            labels=labels,
+            dropped=config.drop_classes,
+            seed=config.split_seed,
+        )
+        self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
+        if len(self.labels) < 4:
+            raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
+        middle = (len(self.labels) + 1) // 2
+        self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
+        pictures, self._train_labels = self._draw(training, seed) if train else ([], [])
+        if config.views > 1:
+            self._train = Views(pictures, size=self.size, views=config.views, smallest=config.crop_scale, seed=seed)
+        else:
+            self._train = Images(pictures, self._prepare)
+        self._train_labels *= config.views
+        self._tested = {half: self._open(tested, self.classes[half]) for half in HALVES}
+        for half in HALVES:
+            self._counts[f"{half}_classes"] = len(self.classes[half])
+            self._counts[f"{half}_test"] = len(self._tested[half][0])
+            self._counts[f"{half}_classes_without_test"] = len(self.classes[half]) - len(set(self._tested[half][1]))
+            if not self._tested[half][0]:
+                raise DataError(f"there is no picture of a {half} class to test on: {self._counts}.")
+            for key, tokens in self._tokenise(self.classes[half], host).items():
+                self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
+        self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
+        patches = (self.size // int(getattr(host.vision_config, "patch_size", 16))) ** 2
+        self.train_stream = Stream(name="train", lengths=[patches] * len(self._train), counts=[1] * len(self._train))
+        held_out = len(self._tested["base"][0])
+        self.held_out_stream = Stream(name="held_out", lengths=[patches] * held_out, counts=[1] * held_out)
+        self._text_features: dict[Half, tuple[Any, Tensor]] = {}
+        self._known: Tensor | None = None  # which pictures' features are kept
+        self._kept: Tensor | None = None
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, image: Any) -> Any:
+        return plain(image, self.size)
+
+    def _read(self, source: str | None) -> Parts:
+        from zinit import demo
+
+        config = self.config
+        how = Reading(on_bad=config.on_bad, fields=config.fields, named=True, folder=config.folder)
+        return read_pictures(source, how, demo.base_to_novel)
+
+    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[Picture], list[int]]:
+        """The shots of the base classes, and their labels."""
+        config = self.config
+        number = {name: label for label, name in enumerate(self.classes["base"])}
+        mine = [example for example in training if example.label in number]
+        drawn, counts = draw_shots(mine, config.shots, list(number), seed=seed, few=config.few, on_bad=config.on_bad)
+        self._counts |= {
+            "train": len(drawn),
+            "train_views": len(drawn) * config.views,
+            "train_of_novel_classes": len(training) - len(mine),
+            **counts,
+        }
+        return [example.picture for example in drawn], [number[example.label] for example in drawn]
+
+    def _open(self, tested: list[Labelled], names: list[str]) -> tuple[Images, list[int]]:
+        """The pictures of some classes, decoded, and their labels among these."""
+        number = {name: label for label, name in enumerate(names)}
+        mine = [example for example in tested if example.label in number]
+        opened = Images([example.picture for example in mine], self._prepare, on_bad=self.config.on_bad)
+        self._counts["test_skipped_unreadable"] += len(opened.skipped)
+        return opened, [number[mine[position].label] for position in opened.kept]
+
+    def _tokenise(self, names: Sequence[str], host: Any) -> dict[str, Tensor]:
+        """Prompts of every class, its templates next to each other: (classes x templates, T)."""
+        prompts = [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
+        room, padding = int(host.text_config.max_position_embeddings), self.processor.padding
+        size = {"max_length": room} if padding == "max_length" else {}
+        encoded = self.processor.tokenizer(
+            prompts, padding=padding, **size, return_tensors="pt", split_special_tokens=True
+        )
+        longest = int(encoded["input_ids"].shape[1])
+        if longest > room:
+            raise DataError(
+                f"a prompt has {longest} tokens, but the text tower has room for {room}: {max(prompts, key=len)!r}. "
+                f"Shorten task.template or the class's name."
+            )
+        return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """``pixels`` uint8 (B, 3, size, size), ``labels`` (B,) and ``index`` (B,), among all pictures."""
+        if stream is self.train_stream:
+            return self._batch(self._train, self._train_labels, indices, 0)
+        return self._batch(*self._tested["base"], indices, len(self._train))
+
+    def _batch(self, images: Sequence[Tensor], labels: list[int], indices: Sequence[int], offset: int) -> Batch:
+        return {
+            "pixels": torch.stack([images[index] for index in indices]),
+            "labels": torch.tensor([labels[index] for index in indices]),
+            "index": torch.tensor([offset + index for index in indices]),
+        }
+
+    # --- model ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the pictures among the base classes, summed."""
+        return F.cross_entropy(self.logits(batch, "base"), batch["labels"], reduction="sum")
+
+    def logits(self, batch: Batch, half: Half) -> Tensor:
+        """CLIP's scaled cosines of pictures with the classes of one half: (B, classes), float32.
+
+        Args:
+            batch: of `collate`.
+            half: whose classes compete.
+        """
+        scale: Any = self.model.logit_scale
+        pictures, classes = self.image_features(batch), self.class_features(half)
+        with torch.autocast(pictures.device.type, enabled=False):
+            return scale.float().exp() * pictures @ classes.T
+
+    def class_features(self, half: Half) -> Tensor:
+        """Unit features of the classes of one half: (classes, D), float32. Kept while the text tower cannot change."""
+        if self._may_change("text"):
+            return self._encode_classes(half)
+        tokens = getattr(self, f"_{half}_input_ids")
+        state = (tokens.device, self.training)
+        if half not in self._text_features or self._text_features[half][0] != state:
+            with torch.no_grad():
+                self._text_features[half] = (state, self._encode_classes(half))
+        return self._text_features[half][1]
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Unit features of pictures: (B, D), float32. Kept while the vision tower cannot change.
+
+        Not those of a sharded tower: all processes must call it equally often, and each has seen other pictures.
+        """
+        if self._may_change("vision") or any(map(is_shard, self.model.parameters())):
+            return self._encode_images(batch["pixels"])
+        index, pixels = batch["index"], batch["pixels"]
+        if self._known is None or self._known.device != index.device:
+            count = len(self._train) + sum(len(images) for images, _ in self._tested.values())
+            self._known, self._kept = torch.zeros(count, dtype=torch.bool, device=index.device), None
+        new = ~self._known[index]
+        if self._kept is None or new.any():
+            with torch.no_grad():
+                features = self._encode_images(pixels[new])
+            if self._kept is None:
+                self._kept = features.new_zeros(len(self._known), features.shape[1])
+            self._kept[index[new]], self._known[index[new]] = features, True
+        return self._kept[index]
+
+    def _may_change(self, tower: str) -> bool:
+        """Whether a tower's features may differ from call to call: it trains, or a prefix in it goes on and off."""
+        others = tuple(start for name, start in TOWERS.items() if name != tower)
+        return any(
+            (parameter.requires_grad or "zinit" in name.split("."))
+            and not name.startswith((*others, "logit_scale", "logit_bias"))
+            for name, parameter in self.model.named_parameters()
+        )
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        model: Any = self.model
+        values = normalise(pixels, self.processor.mean, self.processor.std).to(model.logit_scale.dtype)
+        return _unit(model.get_image_features(pixel_values=values))
+
+    def _encode_classes(self, half: Half) -> Tensor:
+        model: Any = self.model
+        keys = ("input_ids", "attention_mask")
+        tokens = {key: getattr(self, f"_{half}_{key}") for key in keys if hasattr(self, f"_{half}_{key}")}
+        size = len(tokens["input_ids"]) if torch.is_grad_enabled() else BATCH
+        parts = zip(*(value.split(size) for value in tokens.values()), strict=True)
+        features = torch.cat([_unit(model.get_text_features(**dict(zip(tokens, part, strict=True)))) for part in parts])
+        return F.normalize(features.unflatten(0, (-1, len(self.config.template))).mean(dim=1), dim=-1)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Accuracy on the test pictures of each half among its own classes, and the harmonic mean of the two."""
+        from accelerate.utils import gather_object
+
+        self.eval()
+        evaluation = Evaluation(metrics={})
+        if limit == 0:
+            return evaluation
+        offset = len(self._train)
+        for half in HALVES:
+            images, labels = self._tested[half]
+            chosen = _spread(len(images), limit)
+            mine = [chosen[index] for index in share(len(chosen), accelerator)]
+            found: dict[int, int] = {}
+            for start in range(0, len(mine), BATCH):
+                part = mine[start : start + BATCH]
+                batch = {k: v.to(accelerator.device) for k, v in self._batch(images, labels, part, offset).items()}
+                found |= zip(part, self.logits(batch, half).argmax(dim=-1).tolist(), strict=True)
+            if accelerator.num_processes > 1:
+                found = dict(gather_object(list(found.items())))
+            right = sum(found[index] == labels[index] for index in chosen)
+            evaluation.metrics[f"{half}_accuracy"] = right / len(chosen)
+            evaluation.counts[f"{half}_answered"] = len(chosen)
+            names = self.classes[half]
+            for index in (chosen[i] for i in _spread(len(chosen), 4)):
+                told = {"expected": _spoken(names[labels[index]]), "output": _spoken(names[found[index]])}
+                evaluation.samples.append({"prompt": _describe(images, index, half), **told})
+            offset += len(images)
+        metrics = evaluation.metrics
+        metrics["harmonic_mean"] = harmonic_mean(metrics["base_accuracy"], metrics["novel_accuracy"])
+        return evaluation
+
+    @classmethod
+    def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Base, novel and harmonic mean of each data set and on average; accuracies are averaged over seeds first."""
+        table = summarise({"data": data, **metrics} for data, metrics in results.items())
+        return {
+            f"{metric.replace('_', ' ')}{f' of {data}' if data else ''}": figure
+            for data, row in table.items()
+            if data != "average" or len(results) > 1
+            for metric, figure in row.items()
+        }
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        names = ("base_accuracy", "novel_accuracy", "harmonic_mean")
+        known = {name.lower(): row for name, row in paper_results()["zero-init"].items()}
+        if method != "zero-init" or metric not in names or dataset.lower() not in known:
+            return None
+        return known[dataset.lower()][names.index(metric)] / 100
+
+    def data_report(self) -> dict[str, Any]:
+        """Counts of pictures read, dropped, drawn, skipped and tested on."""
+        return dict(self._counts)
+
+    def fingerprint(self) -> str:
+        """Over all pixels, labels and prompts."""
+        digest = hashlib.sha256(repr((self.labels, self.config.template)).encode())
+        for images, labels in ((self._train, self._train_labels), *self._tested.values()):
+            digest.update(repr(labels).encode())
+            for image in images:
+                digest.update(image.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def _unit(output: Any) -> Tensor:
+    """Features as float32 vectors of length one; transformers returned plain tensors before it returned outputs."""
+    return F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """At most ``limit`` positions, evenly spread, so that no class is left out because it comes late."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // max(1, limit) for i in range(limit)]
+
+
+def _describe(images: Images, index: int, half: str) -> str:
+    picture = images.pictures[images.kept[index]]
+    if isinstance(picture, Path):
+        return f"{picture.parent.name}/{picture.name}"
+    return f"{half} picture {index + 1}"

@@ -1,0 +1,370 @@
+"""Named entity recognition: a tag for every token, CoNLL style (recipes: P-tuning v2, ACL 2022)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.distributed import share
+from zinit.errors import ConfigError, DataError
+from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.ner.sentences import Sentence, read_sentences
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.adapter.handle import Handle
+
+IGNORED = -100
+OUTSIDE = "O"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationConfig(JsonConfig):
+    """What the task does with its data.
+
+    Args:
+        max_length: tokens of a window, special ones included. A longer sentence becomes several windows; each of its
+            words counts once, in the window that shows most around it.
+        stride: tokens that neighbouring windows of one sentence share.
+        token_column: of files in columns, counted from 0 (or back from -1).
+        tag_column: likewise.
+        fields: what records call the list of tokens and the list of tags.
+        labels: all tags there are, in order; needed where the data gives numbers without names. Without it they are
+            the training data's, "O" first.
+        held_out: share of the sentences to hold out.
+        held_out_data: a source of its own for the held-out sentences instead.
+    """
+
+    max_length: int = 128
+    stride: int = 32
+    token_column: int = 0
+    tag_column: int = -1
+    fields: tuple[str, ...] = ("tokens", "ner_tags")
+    labels: tuple[str, ...] | None = None
+    held_out: float = 0.1
+    held_out_data: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 8), ("stride", 0), ("token_column", None), ("tag_column", None)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                bound = "" if least is None else f" of at least {least}"
+                raise ConfigError(f"{name} must be a whole number{bound}; got {value!r}.")
+        if len(self.fields) != 2 or not all(isinstance(field, str) and field for field in self.fields):
+            raise ConfigError(f"fields must name the tokens and the tags; got {self.fields!r}.")
+        if isinstance(self.labels, str):  # as the command line has it
+            object.__setattr__(self, "labels", tuple(self.labels.split(",")))
+        if self.labels is not None and (
+            not all(isinstance(label, str) and label for label in self.labels)
+            or len(set(self.labels)) != len(self.labels)
+        ):
+            raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {self.labels!r}.")
+        if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out must lie between 0 and 1; got {self.held_out!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """A sentence, or as much of it as fits.
+
+    Attributes:
+        sentence: which one, by its place in the list.
+        ids: (T,) token ids.
+        words: (N,) which words of the sentence are read off here.
+        positions: (N,) where each of them begins.
+        labels: (N,) what they are.
+    """
+
+    sentence: int
+    ids: np.ndarray
+    words: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+
+class TokenClassification(Task):
+    """See the module. Needs an encoder and its fast tokenizer; the head is trained along.
+
+    Args:
+        model: an encoder of transformers, without a head.
+        tokenizer: its fast tokenizer.
+        handle: the adapter on the model, if there is one.
+        config: data handling.
+        data: source of the sentences.
+        seed: of the head and of the held-out split.
+        train: False leaves the training sentences unread, for evaluation on ``held_out_data``.
+        labels: of a finished run, in its order; data with others is refused.
+
+    Attributes:
+        labels: all tags, in the order of the head's outputs.
+    """
+
+    name = "ner"
+    Config = TokenClassificationConfig
+    loader = "zinit.models.loading:load_encoder"
+    baseline = "the frozen model with an untrained head"
+    metric = "f1"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        handle: Handle | None,
+        config: TokenClassificationConfig,
+        *,
+        data: str | None,
+        seed: int,
+        train: bool = True,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
+        check_encoder(model, tokenizer, config.max_length)
+        given = labels or (None if config.labels is None else list(config.labels))
+        training, held_out, self._counts = _split(config, data, seed, train=train, labels=given)
+        self.labels = self._labels = _resolve_labels(given, training)
+        self.head = make_head(model, len(self._labels), seed)
+        self.held_out_sentences = held_out
+        self.train_windows = self._encode(training, "train")
+        self.held_out_windows = self._encode(held_out, "held_out")
+        self.train_stream = _stream("train", self.train_windows)
+        self.held_out_stream = _stream("held_out", self.held_out_windows)
+        self._predictions: list[list[str]] = []
+
+    def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
+        index = {label: number for number, label in enumerate(self._labels)}
+        windows: list[Window] = []
+        split = skipped = 0
+        for place, sentence in enumerate(sentences):
+            for token, tag in zip(sentence.tokens, sentence.tags, strict=True):
+                if tag not in index:
+                    raise DataError(
+                        f"{sentence.where}: the tag {tag!r} of the token {token!r} is not among the labels "
+                        f"{', '.join(self._labels)}. Correct it, or name all labels: -o task.labels=..."
+                    )
+            labels = np.asarray([index[tag] for tag in sentence.tags], dtype=np.int64)
+            found = self._windows(place, sentence, labels)
+            windows += found
+            split += len(found) > 1
+            skipped += len(labels) - sum(len(window.words) for window in found)
+        self._counts |= {
+            part: len(sentences),
+            f"{part}_windows": len(windows),
+            f"{part}_split_sentences": split,
+            f"{part}_words": sum(len(sentence.tokens) for sentence in sentences),
+            f"{part}_skipped_words_without_tokens": skipped,
+        }
+        return windows
+
+    def _windows(self, place: int, sentence: Sentence, labels: np.ndarray) -> list[Window]:
+        """The words are joined by spaces; each is read off at its first token."""
+        encoded = self.tokenizer(
+            " ".join(sentence.tokens), return_offsets_mapping=True, split_special_tokens=True, verbose=False
+        )
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        of_text = [position for position, part in enumerate(encoded.sequence_ids(0)) if part == 0]
+        if not of_text:
+            return []
+        before, ids, after = ids[: of_text[0]], ids[of_text[0] : of_text[-1] + 1], ids[of_text[-1] + 1 :]
+        offsets = np.asarray(encoded["offset_mapping"])[of_text[0] : of_text[-1] + 1]
+        lengths = np.asarray([len(token) for token in sentence.tokens])
+        ends = np.cumsum(lengths + 1) - 1
+        first = np.searchsorted(offsets[:, 1], ends - lengths, side="right")
+        has_token = (first < len(ids)) & (offsets[np.minimum(first, len(ids) - 1), 0] < ends)
+
+        room = self.config.max_length - len(before) - len(after)
+        if room <= self.config.stride:
+            raise ConfigError(
+                f"windows of task.max_length={self.config.max_length} tokens hold {max(0, room)} tokens of a sentence; "
+                f"that must be more than task.stride={self.config.stride}, which neighbouring windows share."
+            )
+        begins = np.arange(0, max(1, len(ids) - self.config.stride), room - self.config.stride)
+        lasts = np.minimum(begins + room, len(ids)) - 1
+        around = np.minimum(first[:, None] - begins, lasts - first[:, None])  # tokens shown on a word's poorer side
+        home = np.where(has_token, np.argmax(around, axis=1), -1)
+        windows = []
+        for number, (begin, last) in enumerate(zip(begins, lasts, strict=True)):
+            words = np.flatnonzero(home == number)
+            if len(words):
+                windows.append(
+                    Window(
+                        sentence=place,
+                        ids=np.concatenate([before, ids[begin : last + 1], after]),
+                        words=words,
+                        positions=len(before) + first[words] - begin,
+                        labels=labels[words],
+                    )
+                )
+        return windows
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """What `pad` makes, with ``labels`` (B, T), ignored where no word begins."""
+        windows = self.train_windows if stream is self.train_stream else self.held_out_windows
+        chosen = [windows[index] for index in indices]
+        batch = pad(self.tokenizer, [window.ids for window in chosen])
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        for row, window in enumerate(chosen):
+            batch["labels"][row, torch.from_numpy(window.positions)] = torch.from_numpy(window.labels)
+        return batch
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the tags, summed over the words."""
+        logits = head_logits(self.model, self.head, batch)
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Precision, recall and F1 of whole entities, over all of them, and accuracy of the tags; all in percent.
+
+        As conlleval counts: seqeval's default mode. A word that the tokenizer has no token for is taken for "O".
+        """
+        from accelerate.utils import gather_object
+        from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+        self.eval()
+        sentences = self.held_out_sentences[:limit]
+        if not sentences:
+            return Evaluation(metrics={})
+        wanted = [index for index, window in enumerate(self.held_out_windows) if window.sentence < len(sentences)]
+        found = self._predict([wanted[index] for index in share(len(wanted), accelerator)])
+        if accelerator.num_processes > 1:
+            found = gather_object(found)
+        missing = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
+        predicted = [[missing] * len(sentence.tokens) for sentence in sentences]
+        for sentence, word, label in found:
+            predicted[sentence][word] = self._labels[label]
+        expected = [list(sentence.tags) for sentence in sentences]
+        self._predictions = predicted
+        silent: Any = {"zero_division": 0}
+        metrics = {
+            "f1": f1_score(expected, predicted, **silent),
+            "precision": precision_score(expected, predicted, **silent),
+            "recall": recall_score(expected, predicted, **silent),
+            "accuracy": accuracy_score(expected, predicted),
+        }
+        samples = [
+            {
+                "prompt": " ".join(sentence.tokens),
+                "expected": _entities(sentence.tokens, sentence.tags),
+                "output": _entities(sentence.tokens, tags),
+            }
+            for sentence, tags in zip(sentences[:8], predicted, strict=False)
+        ]
+        counts = {"sentences": len(sentences), "words": sum(map(len, expected))}
+        return Evaluation(
+            metrics={name: 100 * float(value) for name, value in metrics.items()}, counts=counts, samples=samples
+        )
+
+    @torch.no_grad()
+    def _predict(self, indices: Sequence[int], *, batch_size: int = 32) -> list[tuple[int, int, int]]:
+        """(sentence, word, label) of every word of some held-out windows."""
+        device = next(self.model.parameters()).device
+        order = sorted(indices, key=lambda index: -len(self.held_out_windows[index].ids))
+        found = []
+        for begin in range(0, len(order), batch_size):
+            chosen = [self.held_out_windows[index] for index in order[begin : begin + batch_size]]
+            batch = pad(self.tokenizer, [window.ids for window in chosen])
+            logits = head_logits(self.model, self.head, {name: tensor.to(device) for name, tensor in batch.items()})
+            for window, row in zip(chosen, logits.argmax(dim=-1).cpu().numpy(), strict=True):
+                labels = row[window.positions].tolist()
+                found += [(window.sentence, *pair) for pair in zip(window.words.tolist(), labels, strict=True)]
+        return found
+
+    def artifacts(self) -> dict[str, Any]:
+        """The last evaluation's tags."""
+        sentences = [
+            {"tokens": list(sentence.tokens), "expected": list(sentence.tags), "predicted": tags}
+            for sentence, tags in zip(self.held_out_sentences, self._predictions, strict=False)
+        ]
+        return {"predictions.json": {"labels": self._labels, "sentences": sentences}}
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        return paper_figure(method, dataset, metric)
+
+    def data_report(self) -> dict[str, Any]:
+        """Counts of sentences read and kept, of their windows and words, and of words the tokenizer has none for."""
+        return dict(self._counts)
+
+    def fingerprint(self) -> str:
+        """Over the labels, and the token ids and targets of both parts."""
+        digest = hashlib.sha256(repr(self._labels).encode())
+        for window in (*self.train_windows, *self.held_out_windows):
+            for array in (window.ids, window.positions, window.labels):
+                digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def _stream(name: str, windows: list[Window]) -> Stream:
+    return Stream(
+        name=name,
+        lengths=[len(window.ids) for window in windows],
+        counts=[len(window.words) for window in windows],
+    )
+
+
+def _entities(tokens: Sequence[str], tags: Sequence[str]) -> str:
+    """Such as: PER: Ada Lovelace; LOC: London."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found = get_entities(list(tags))
+    return "; ".join(f"{kind}: {' '.join(tokens[begin : end + 1])}" for kind, begin, end in found) or "(none)"
+
+
+def _resolve_labels(given: list[str] | None, training: list[Sentence]) -> list[str]:
+    if given is None and not training:
+        raise ConfigError("without training data the labels must be said: -o task.labels=O,B-PER,I-PER,...")
+    labels = given
+    if labels is None:
+        seen = {tag for sentence in training for tag in sentence.tags}
+        labels = sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))
+    if len(labels) < 2:
+        raise DataError(f"there is only one tag in the training data, {labels[0]!r}: nothing to tell apart.")
+    return labels
+
+
+def _split(
+    config: TokenClassificationConfig, data: str | None, seed: int, *, train: bool, labels: list[str] | None
+) -> tuple[list[Sentence], list[Sentence], dict[str, int]]:
+    """Training and held-out sentences; none is in both, unless the data is given in two parts that share some."""
+    empty = 0
+
+    def read(source: str) -> list[Sentence]:
+        nonlocal empty
+        columns = (config.token_column, config.tag_column)
+        sentences, without = read_sentences(source, columns=columns, fields=config.fields, labels=labels)
+        empty += without
+        return sentences
+
+    if data is None and (train or config.held_out_data is None):
+        raise ConfigError("the task 'ner' has no embedded demo data: --data FILE_OR_HUB_ID.")
+    if config.held_out_data is not None:
+        held_out = read(config.held_out_data)
+        training = read(data) if train and data is not None else []
+    else:
+        assert data is not None
+        sentences = read(data)
+        if len(sentences) < 2:
+            raise DataError(f"{data} holds {len(sentences)} sentence; at least 2 are needed, one of them held out.")
+        count = max(1, int(len(sentences) * config.held_out))
+        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = set(order[:count])
+        held_out = [sentence for index, sentence in enumerate(sentences) if index in chosen]
+        training = [sentence for index, sentence in enumerate(sentences) if index not in chosen]
+    shared = {sentence.tokens for sentence in held_out}
+    both = sum(sentence.tokens in shared for sentence in training)
+    counts = {"read": len(training) + len(held_out) + empty, "skipped_empty": empty}
+    if config.held_out_data is not None:  # the parts of a benchmark stay as they are
+        return training, held_out, {**counts, "train_also_held_out": both}
+    training = [sentence for sentence in training if sentence.tokens not in shared]
+    return training, held_out, {**counts, "train_skipped_also_held_out": both}

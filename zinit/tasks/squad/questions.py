@@ -1,0 +1,258 @@
+"""Questions of extractive question answering: the official SQuAD format and flat records, read strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zinit.data.records import SUFFIXES, describe, read_document
+from zinit.errors import DataError
+
+SKIP = "Correct it, or leave such questions out: -o task.on_bad=skip."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question about one text.
+
+    Attributes:
+        id: unique among all questions.
+        text: the question.
+        context: the text the answer is a part of.
+        answers: the expected answers; none if there is no answer.
+        starts: where each of them begins in the context, in characters.
+    """
+
+    id: str
+    text: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+class _BadQuestionError(DataError):
+    """One question is wrong in a way that leaves the others as they are."""
+
+
+def read_questions(source: str, *, skip_bad: bool = False) -> tuple[list[Question], int]:
+    """The questions of a JSON, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
+
+    Args:
+        source: path, or Hub id such as ``rajpurkar/squad_v2`` (its ``train`` split; ``id:split`` names another).
+        skip_bad: leave out questions whose answers do not stand where the data says, or whose id is another's too,
+            instead of refusing them.
+
+    Returns:
+        The questions, and how many were left out.
+
+    Raises:
+        DataError: naming file, paragraph and question.
+    """
+    document, name = read_document(source)
+    return parse_questions(document, name, skip_bad=skip_bad)
+
+
+def parse_questions(document: Any, name: str, *, skip_bad: bool = False) -> tuple[list[Question], int]:
+    """The questions of a document.
+
+    Args:
+        document: official SQuAD JSON, ``{"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}``, or flat
+            records ``{"id", "context", "question", "answers"}``, bare or under "data".
+        name: of the document, for messages.
+        skip_bad: see `read_questions`.
+
+    Returns:
+        See `read_questions`.
+
+    Raises:
+        DataError: see `read_questions`.
+    """
+    if isinstance(document, dict):
+        document = _field(document, "data", list, name)
+    elif isinstance(document, str) or not hasattr(document, "__iter__"):
+        raise DataError(f"{name}: expected SQuAD's JSON, an object with the list 'data'; got {describe(document)}.")
+    found: list[Question] = []
+    seen: dict[str, str] = {}
+    skipped = number = 0
+    for where, context, record in _records(document, name):
+        identity = _text(record, "id", where)
+        first = seen.setdefault(identity, where.removeprefix(f"{name}, "))
+        repeated = len(seen) == number
+        number = len(seen)
+        where = f"{where}, question {identity!r}"
+        try:
+            if repeated:
+                raise _BadQuestionError(f"{where}: its id is not unique, {first} has it too. {SKIP}")
+            found.append(_question(record, identity, context, where))
+        except _BadQuestionError:
+            if not skip_bad:
+                raise
+            skipped += 1
+    if not found:
+        left_out = f"; {skipped} were left out as bad" if skipped else ""
+        raise DataError(f"{name} holds no questions{left_out}.")
+    return found, skipped
+
+
+def split_questions(questions: Sequence[Question], seed: int, name: str) -> tuple[list[Question], list[Question]]:
+    """About nine tenths to train on and one tenth to hold out: all questions about a context are in the same part.
+
+    Args:
+        questions: all of them.
+        seed: of the choice.
+        name: of the data, for messages.
+
+    Raises:
+        DataError: if there is only one context.
+    """
+    contexts = list(dict.fromkeys(question.context for question in questions))
+    if len(contexts) < 2:
+        raise DataError(
+            f"{name} holds questions about one context only, so none can be held out. Give more data, or held-out "
+            f"data of its own: -o task.held_out_data=FILE."
+        )
+    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {contexts[index] for index in order[: max(1, len(contexts) // 10)]}
+    training = [question for question in questions if question.context not in chosen]
+    return training, [question for question in questions if question.context in chosen]
+
+
+def train_and_dev(folder: str) -> tuple[str, str | None]:
+    """The files of a folder to train on and to hold out: the ones named ``train*`` and ``dev*``.
+
+    Args:
+        folder: if it is none, or holds no such pair, it comes back alone.
+
+    Raises:
+        DataError: if there are several of a kind.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return folder, None
+    found = []
+    for start in ("train", "dev"):
+        files = sorted(file for file in path.iterdir() if file.name.startswith(start) and file.suffix in SUFFIXES)
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise DataError(
+                f"{folder} holds several {start}* files: {names}. Name the ones to use: --data FILE -o "
+                f"task.held_out_data=FILE."
+            )
+        found += map(str, files)
+    return (found[0], found[1]) if len(found) == 2 else (folder, None)
+
+
+def _records(document: Any, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(where, context, record) of every question."""
+    for number, entry in enumerate(document, start=1):
+        where = f"{name}, entry {number}"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: expected an object; got {describe(entry)}.")
+        if "paragraphs" not in entry:
+            where = f"{name}, record {number}"
+            if "context" not in entry:
+                raise DataError(
+                    f"{where}: expected either an article with 'paragraphs' or a question with 'context'; it has "
+                    f"{', '.join(map(str, entry)) or 'nothing'}."
+                )
+            yield where, _context(entry, where), entry
+            continue
+        title = entry.get("title")
+        article = f"{title!r}" if isinstance(title, str) else f"article {number}"
+        for index, paragraph in enumerate(_field(entry, "paragraphs", list, where), start=1):
+            where = f"{name}, paragraph {index} of {article}"
+            if not isinstance(paragraph, dict):
+                raise DataError(f"{where}: expected an object; got {describe(paragraph)}.")
+            context = _context(paragraph, where)
+            for place, record in enumerate(_field(paragraph, "qas", list, where), start=1):
+                if not isinstance(record, dict):
+                    raise DataError(f"{where}, question {place}: expected an object; got {describe(record)}.")
+                yield where, context, record
+
+
+def _question(record: dict[str, Any], identity: str, context: str, where: str) -> Question:
+    text = _text(record, "question", where)
+    answers = list(_answers(record, where))
+    impossible = record.get("is_impossible")
+    if impossible is not None and not isinstance(impossible, bool):
+        raise DataError(f"{where}: 'is_impossible' must be true or false; got {describe(impossible)}.")
+    if impossible and answers:
+        raise _BadQuestionError(f"{where} is marked as impossible, but has the answer {answers[0][0]!r}. {SKIP}")
+    for answer, start in answers:
+        _check(answer, start, context, where)
+    return Question(
+        id=identity,
+        text=text,
+        context=context,
+        answers=tuple(answer for answer, _ in answers),
+        starts=tuple(start for _, start in answers),
+    )
+
+
+def _answers(record: dict[str, Any], where: str) -> Iterator[tuple[str, int]]:
+    """(text, start) of each answer: a list of objects (official), or an object of two lists (flat records)."""
+    answers = record.get("answers")
+    if "answers" not in record and record.get("is_impossible") is True:
+        return
+    if isinstance(answers, dict):
+        texts, starts = _field(answers, "text", list, where), _field(answers, "answer_start", list, where)
+        if len(texts) != len(starts):
+            raise DataError(f"{where} has {len(texts)} answer texts, but {len(starts)} of answer_start.")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list):
+        missing = "answers" not in record
+        got = f"there is no field 'answers'; it has {', '.join(record)}" if missing else f"got {describe(answers)}"
+        raise DataError(f"{where}: expected a list of answers (empty if there is none); {got}.")
+    for answer in answers:
+        if not isinstance(answer, dict):
+            raise DataError(f"{where}: an answer must be an object with text and answer_start; got {describe(answer)}.")
+        start = answer.get("answer_start")
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise DataError(f"{where}: 'answer_start' must be a whole number; got {describe(start)}.")
+        yield _text(answer, "text", where), start
+
+
+def _check(answer: str, start: int, context: str, where: str) -> None:
+    """An answer stands where the data says it does."""
+    if not answer.strip():
+        raise _BadQuestionError(f"{where} has an answer without text ({answer!r}). {SKIP}")
+    if start >= 0 and context.startswith(answer, start):
+        return
+    if 0 <= start < len(context):
+        there = f"{context[start : start + len(answer)]!r} stands there"
+    else:
+        there = f"the context has {len(context)} characters"
+    places = [index for index in range(len(context)) if context.startswith(answer, index)]
+    elsewhere = f"It occurs at {', '.join(map(str, places[:5]))}" if places else "It occurs nowhere in the context"
+    raise _BadQuestionError(
+        f"{where}: the answer {answer!r} does not stand at answer_start {start}: {there}. {elsewhere}. {SKIP}"
+    )
+
+
+def _context(record: dict[str, Any], where: str) -> str:
+    context = _text(record, "context", where)
+    if not context.strip():
+        raise DataError(f"{where}: the context is empty.")
+    return context
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    value = _field(record, field, str, where)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the field {field!r} holds half of a surrogate pair, which is no text.") from error
+    return value
+
+
+def _field(record: dict[str, Any], field: str, kind: type, where: str) -> Any:
+    if field not in record:
+        raise DataError(f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}.")
+    if not isinstance(record[field], kind):
+        expected = {str: "text", list: "a list"}[kind]
+        raise DataError(f"{where}: the field {field!r} must be {expected}; got {describe(record[field])}.")
+    return record[field]

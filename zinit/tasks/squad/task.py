@@ -1,0 +1,327 @@
+"""Extractive question answering, SQuAD v1.1 and v2.0 (pipeline of P-tuning v2, ACL 2022)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.distributed import most_over_processes, share
+from zinit.errors import ConfigError, DataError
+from zinit.metrics import METRICS
+from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
+from zinit.tasks.squad.windows import Window, best_answer, make_windows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.adapter.handle import Handle
+
+NO_ANSWER = "(no answer)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadConfig(JsonConfig):
+    """What the task does with its data. Defaults are P-tuning v2's.
+
+    Args:
+        max_length: tokens of a window, special ones included.
+        stride: tokens that neighbouring windows of one context share. (In BERT's first code this word is the step
+            from window to window.)
+        max_question: tokens that a question is cut to.
+        n_best: how many first and last tokens of a window are tried with one another.
+        max_answer: tokens of the longest answer.
+        null_threshold: v2.0: no answer is given if "no answer" scores higher than the best one by more than this.
+        version: "1.1" has no unanswerable questions and always answers; "2.0" has; "auto" is 2.0 if the data has any.
+        on_bad: what to do with a question whose answer does not stand where the data says, or whose id is another's
+            too: "error" or "skip" (which is counted).
+        held_out_data: a source of the held-out questions. Without it they are the ``dev*`` file of a data folder that
+            has one, else those about a tenth of the contexts.
+    """
+
+    max_length: int = 384
+    stride: int = 128
+    max_question: int = 64
+    n_best: int = 20
+    max_answer: int = 30
+    null_threshold: float = 0.0
+    version: Literal["auto", "1.1", "2.0"] = "auto"
+    on_bad: Literal["error", "skip"] = "error"
+    held_out_data: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.version, float):  # TOML and the command line take 2.0 for a number
+            object.__setattr__(self, "version", str(self.version))
+        self._check_choices()
+        least = {"max_length": 8, "stride": 0, "max_question": 1, "n_best": 1, "max_answer": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ConfigError(f"{name} must be a whole number of at least {smallest}; got {value!r}.")
+        if isinstance(self.null_threshold, bool) or not isinstance(self.null_threshold, int | float):
+            raise ConfigError(f"null_threshold must be a number; got {self.null_threshold!r}.")
+
+
+class Squad(Task):
+    """See the module. Needs an encoder and its fast tokenizer; the head is trained along.
+
+    Args:
+        model: an encoder of transformers, without a head.
+        tokenizer: its fast tokenizer.
+        handle: the adapter on the model, if there is one.
+        config: data handling.
+        data: source of the questions; None is the embedded demo's.
+        seed: of the head and of the held-out split.
+        train: False leaves the training questions unread, for evaluation on ``held_out_data``.
+
+    Attributes:
+        predictions: {question id: answer} of the last evaluation, as the official scripts read them.
+        null_odds: {question id: how much better "no answer" scores than the best answer}.
+    """
+
+    name = "squad"
+    Config = SquadConfig
+    loader = "zinit.models.loading:load_encoder"
+    baseline = "the frozen model with an untrained head"
+    metric = "f1"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        handle: Handle | None,
+        config: SquadConfig,
+        *,
+        data: str | None,
+        seed: int,
+        train: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
+        check_encoder(model, tokenizer, config.max_length)
+        _check_room(config, tokenizer)
+        self.head = make_head(model, 2, seed)
+        self.train_questions, self.held_out_questions, self._counts = _split(config, data, seed, train=train)
+        self.train_windows = self._encode(self.train_questions, "train")
+        self.held_out_windows = self._encode(self.held_out_questions, "held_out")
+        self.train_stream = _stream("train", self.train_windows)
+        self.held_out_stream = _stream("held_out", self.held_out_windows)
+        self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
+        self.predictions: dict[str, str] = {}
+        self.null_odds: dict[str, float] = {}
+
+    def _encode(self, questions: list[Question], part: str) -> list[Window]:
+        windows = make_windows(
+            self.tokenizer,
+            questions,
+            max_length=self.config.max_length,
+            stride=self.config.stride,
+            max_question=self.config.max_question,
+            types=takes_token_types(self.model, self.tokenizer),
+        )
+        self._counts |= {
+            part: len(questions),
+            f"{part}_windows": len(windows.items),
+            f"{part}_truncated_questions": windows.truncated_questions,
+            f"{part}_truncated_answers": windows.unreachable,
+        }
+        return windows.items
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """What `pad` makes, with the positions ``starts`` and ``ends`` (B,) of the answers' first and last tokens."""
+        windows = self.train_windows if stream is self.train_stream else self.held_out_windows
+        chosen = [windows[index] for index in indices]
+        batch = self._pad(chosen)
+        for name in ("start", "end"):
+            batch[f"{name}s"] = torch.tensor([getattr(window, name) for window in chosen])
+        return batch
+
+    def _pad(self, windows: Sequence[Window]) -> Batch:
+        types = [window.types for window in windows if window.types is not None]
+        return pad(self.tokenizer, [window.ids for window in windows], types or None)
+
+    def _scores(self, batch: Batch) -> Tensor:
+        """(B, T, 2): how well each token does as the first and as the last of the answer; -inf at padding."""
+        scores = head_logits(self.model, self.head, batch)
+        return scores.masked_fill(batch["attention_mask"][..., None] == 0, -torch.inf)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the answer's two ends over all positions, halved each, summed over the windows."""
+        scores = self._scores(batch)
+        starts = F.cross_entropy(scores[..., 0], batch["starts"], reduction="sum")
+        return (starts + F.cross_entropy(scores[..., 1], batch["ends"], reduction="sum")) / 2
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Exact match and F1 of the answers, in percent, as the official script of the data's version gives them.
+
+        For v2.0 also what the best threshold would have given: ``best_exact_match``, ``best_f1``. It is chosen on the
+        held-out questions themselves.
+        """
+        from accelerate.utils import gather_object
+
+        self.eval()
+        questions = self.held_out_questions[:limit]
+        if not questions:
+            return Evaluation(metrics={})
+        found = self._answer(share(len(questions), accelerator), accelerator)
+        if accelerator.num_processes > 1:
+            found = gather_object(found)
+        answers = {index: (text, odds) for index, text, odds in found}
+        spans = [answers[index][0] for index in range(len(questions))]
+        odds = [answers[index][1] for index in range(len(questions))]
+        refused = [self.unanswerable and value > self.config.null_threshold for value in odds]
+        given = ["" if no else span for span, no in zip(spans, refused, strict=True)]
+        ids = [question.id for question in questions]
+        self.predictions = dict(zip(ids, given, strict=True))
+        self.null_odds = dict(zip(ids, odds, strict=True))
+        references = [list(question.answers) for question in questions]
+        metric = METRICS.get("squad_v2" if self.unanswerable else "squad")()
+        metrics = metric.compute(predictions=given, references=references)
+        if self.unanswerable:
+            best = metric.compute(predictions=spans, references=references, null_odds=odds)
+            metrics |= {name: value for name, value in best.items() if name.startswith("best_")}
+        samples = [
+            {
+                "prompt": f"{question.text}\n\n{question.context}",
+                "expected": " | ".join(dict.fromkeys(question.answers)) or NO_ANSWER,
+                "output": text or NO_ANSWER,
+            }
+            for question, text in zip(questions[:8], given, strict=False)
+        ]
+        counts = {"questions": len(questions), "unanswerable": sum(not texts for texts in references)}
+        return Evaluation(metrics=metrics, counts={**counts, "refused": sum(refused)}, samples=samples)
+
+    @torch.no_grad()
+    def _answer(
+        self, indices: Iterable[int], accelerator: Accelerator | None = None, *, batch_size: int = 32
+    ) -> list[tuple[int, str, float]]:
+        """(question, best answer, null odds) of held-out questions; windows of like length go together."""
+        device = next(self.model.parameters()).device
+        wanted = set(indices)
+        windows = [window for window in self.held_out_windows if window.question in wanted]
+        order = sorted(range(len(windows)), key=lambda index: -len(windows[index].ids))
+        scores: list[np.ndarray] = [np.empty(0)] * len(windows)
+        turns = math.ceil(len(order) / batch_size)
+        for turn in range(turns if accelerator is None else most_over_processes(accelerator, turns)):
+            part = order[turn * batch_size :][:batch_size] or order[:batch_size]  # once more, to keep step with others
+            batch = self._pad([windows[index] for index in part])
+            rows = self._scores({name: tensor.to(device) for name, tensor in batch.items()}).cpu().numpy()
+            for index, row in zip(part, rows, strict=True):
+                scores[index] = row[: len(windows[index].ids)]
+        of_question: dict[int, list[int]] = defaultdict(list)
+        for index, window in enumerate(windows):
+            of_question[window.question].append(index)
+        found = []
+        for question, places in of_question.items():
+            span = best_answer(
+                self.held_out_questions[question].context,
+                [windows[place] for place in places],
+                [scores[place] for place in places],
+                n_best=self.config.n_best,
+                max_answer=self.config.max_answer,
+            )
+            found.append((question, span.text, span.null_odds))
+        return found
+
+    def artifacts(self) -> dict[str, Any]:
+        """The last evaluation's answers and null odds, as the official scripts read them."""
+        return {"predictions.json": self.predictions, "null_odds.json": self.null_odds}
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        return paper_figure(method, dataset, metric)
+
+    def data_report(self) -> dict[str, Any]:
+        """Counts of questions read, kept and skipped, of their windows, and of what was cut off."""
+        return dict(self._counts)
+
+    def fingerprint(self) -> str:
+        """Over the token ids and targets of both parts."""
+        digest = hashlib.sha256()
+        for window in (*self.train_windows, *self.held_out_windows):
+            digest.update(window.ids.tobytes() + repr((window.start, window.end)).encode())
+        return digest.hexdigest()
+
+
+def _stream(name: str, windows: list[Window]) -> Stream:
+    return Stream(name=name, lengths=[len(window.ids) for window in windows], counts=[1] * len(windows))
+
+
+def _check_room(config: SquadConfig, tokenizer: Any) -> None:
+    """The longest question leaves room for more of the context than windows share."""
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    left = config.max_length - config.max_question - special
+    if left <= config.stride:
+        raise ConfigError(
+            f"windows of task.max_length={config.max_length} tokens hold {max(0, left)} tokens of the context beside "
+            f"a question of task.max_question={config.max_question}; that must be more than task.stride="
+            f"{config.stride}, which neighbouring windows share."
+        )
+
+
+def _split(
+    config: SquadConfig, data: str | None, seed: int, *, train: bool
+) -> tuple[list[Question], list[Question], dict[str, int]]:
+    """Training and held-out questions: no context is in both."""
+    skipped = 0
+
+    def read(source: str) -> list[Question]:
+        nonlocal skipped
+        questions, bad = read_questions(source, skip_bad=config.on_bad == "skip")
+        skipped += bad
+        return questions
+
+    training: list[Question] = []
+    held_out: list[Question] = []
+    train_file, dev_file = (None, None) if data is None else train_and_dev(data)
+    if config.held_out_data is not None:
+        alone, dev = train_and_dev(config.held_out_data)
+        dev_file = dev or alone
+    if train_file is None and (train or dev_file is None):
+        training, held_out = _demo()
+    elif train_file is not None and (train or dev_file is None):
+        training = read(train_file)
+    if dev_file is not None:
+        held_out = read(dev_file)
+    elif train_file is not None:
+        training, held_out = split_questions(training, seed, train_file)
+    if not train:
+        training = []
+    contexts = {question.context for question in held_out}
+    clean = [question for question in training if question.context not in contexts]
+    counts = {
+        "read": len(training) + len(held_out) + skipped,
+        "skipped_bad": skipped,
+        "train_skipped_also_held_out": len(training) - len(clean),
+    }
+    return clean, held_out, counts
+
+
+def _demo() -> tuple[list[Question], list[Question]]:
+    from zinit import demo
+
+    train, dev = demo.questions()
+    return parse_questions(train, "the demo's questions")[0], parse_questions(dev, "the demo's held-out questions")[0]
+
+
+def _has_unanswerable(config: SquadConfig, questions: list[Question]) -> bool:
+    """Whether the data, or its set version, has unanswerable questions."""
+    without = [question for question in questions if not question.answers]
+    if config.version == "1.1" and without:
+        raise DataError(
+            f"task.version is 1.1, but {len(without)} questions have no answer, the first is {without[0].id!r}. "
+            f"Leave them out, or: -o task.version=2.0"
+        )
+    return config.version == "2.0" or (config.version == "auto" and bool(without))

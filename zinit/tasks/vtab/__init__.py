@@ -1,0 +1,1 @@
+"""Image classification by VTAB-1k's protocol."""

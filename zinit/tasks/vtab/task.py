@@ -1,0 +1,380 @@
+"""Image classification in VTAB-1k's protocol (arXiv 1910.04867): 1,000 training pictures, plain resize, linear head."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zinit.config import JsonConfig
+from zinit.data.images import Images, OnBad, normalise
+from zinit.data.labelled.parts import Labelled, Parts, Reading
+from zinit.data.labelled.sources import read_pictures
+from zinit.data.labelled.splits import NAMED, Split, vtab_split
+from zinit.distributed import share
+from zinit.errors import ConfigError, DataError
+from zinit.tasks._linear_probe import solve_head
+from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.adapter.handle import Handle
+
+__all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "summarise", "vpt_grid"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HEAD_STD = 0.02  # ours; timm draws its own classifiers alike
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class VTABConfig(JsonConfig):
+    """What the task does with its data.
+
+    Args:
+        dataset: which task of a folder that holds several (``cifar``), or which embedded data (``digits``, the
+            default, ``textures``, ``counts``).
+        split: "train800val200" trains on everything but the test pictures, which are evaluated. "train800" evaluates
+            on the validation part, for choosing hyper-parameters; test pictures are not touched.
+        held_out_data: a source of its own for what is evaluated: its part for that, or all of it if it has no parts.
+        on_bad: "error" stops at the first picture or line that cannot be used; "skip" leaves it out and counts it.
+        fields: columns of picture and label in CSV, Parquet and Hub data; None tries the usual names.
+        interpolation: of the resize: "bicubic" (FacT) or "bilinear" (VPT).
+        normalisation: "imagenet" (VPT) or the "model"'s own mean and deviation in pretraining; "none" leaves [0, 1].
+        image_size: pixels a side; None is the model's own. Position embeddings are resampled to another.
+        head_init: where the head starts: "normal", N(0, 0.02^2), or "logistic-regression", the classifier that the
+            frozen features give, so that with closed gates training starts at the frozen model with its own best
+            linear head (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
+        head_C: inverse strength of that regression's L2 penalty, on standardised features.
+        drop_path: rate of stochastic depth of the last layer, growing linearly from 0 at the first (FacT: 0.1).
+    """
+
+    dataset: str | None = None
+    split: Split = "train800val200"
+    held_out_data: str | None = None
+    on_bad: OnBad = "error"
+    fields: tuple[str, ...] | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    normalisation: Literal["imagenet", "model", "none"] = "imagenet"
+    image_size: int | None = None
+    head_init: Literal["normal", "logistic-regression"] = "normal"
+    head_C: float = 1.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        size, rate = self.image_size, self.drop_path
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ConfigError(
+                f"image_size must be a whole number of pixels, or none for the model's own; got {size!r}."
+            )
+        if isinstance(self.head_C, bool) or not isinstance(self.head_C, int | float) or not self.head_C > 0:
+            raise ConfigError(f"head_C must be a number above 0; got {self.head_C!r}.")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise ConfigError(f"drop_path must be a rate in [0, 1); got {rate!r}.")
+        fields = self.fields
+        if fields is not None and (len(fields) != 2 or not all(isinstance(f, str) and f for f in fields)):
+            raise ConfigError(f"fields must name the columns of picture and label; got {fields!r}.")
+        for name in ("dataset", "held_out_data"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be text; got {getattr(self, name)!r}.")
+
+
+class VTAB(Task):
+    """See the module. Needs a trunk of timm's without classifier (``num_classes=0``).
+
+    The head is one linear layer on the pooled features, float32; it starts from N(0, 0.02^2) with bias 0 (ours), so the
+    frozen model's accuracy is chance.
+
+    Args:
+        model: maps (B, 3, H, W) to pooled features (B, C).
+        processor: the input the model was pretrained on (``mean``, ``std``, ``input_size``), from `load_model`.
+        handle: the adapter on the model; None for methods without one.
+        config: data handling.
+        data: source of the pictures; None is the embedded demo's.
+        seed: of the head, and of parts that the data lacks.
+        train: False leaves the training pictures unread.
+        labels: names of the classes of a finished run; None takes the data's.
+
+    Attributes:
+        labels: names of the classes, in the head's order; ``classes`` is the same.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        DataError: if the data cannot be used; it names file and line.
+        ConfigError: if the model cannot take the settings.
+    """
+
+    name = "vtab"
+    Config = VTABConfig
+    loader = "zinit.models.timm:load_timm"
+    baseline = "logistic regression on the frozen model's features"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        handle: Handle | None,
+        config: VTABConfig,
+        *,
+        data: str | None,
+        seed: int,
+        train: bool = True,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.processor, self.handle, self.config = model, processor or {}, handle, config
+        self.image_size = _fit_model(model, self.processor, config)
+        self.mean, self.std = self._normalisation()
+        known, training, held_out, self._counts = vtab_split(
+            data, config.held_out_data, self._read, train=train, split=config.split, seed=seed
+        )
+        self.labels = self.classes = known if labels is None else list(labels)
+        self._number = {label: index for index, label in enumerate(self.classes)}
+        self._check_labels([*training, *held_out])
+        self.train_examples, self._train_images = self._decode(training, "train")
+        self.held_out_examples, self._held_out_images = self._decode(held_out, "held_out")
+        if not self.held_out_examples:
+            raise DataError(f"nothing is left to evaluate on: {self.data_report()}.")
+        self.train_stream = self._stream("train", self.train_examples)
+        self.held_out_stream = self._stream("held_out", self.held_out_examples)
+        width = int(getattr(model, "head_hidden_size", None) or model.num_features)  # pyright: ignore
+        self.head = nn.Linear(width, len(self.classes))
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.config.normalisation == "none":
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if self.config.normalisation == "imagenet":
+            return IMAGENET
+        if "mean" not in self.processor or "std" not in self.processor:
+            raise ConfigError("the model does not say how its input was normalised: -o task.normalisation=imagenet")
+        return tuple(self.processor["mean"]), tuple(self.processor["std"])
+
+    def _read(self, source: str | None) -> Parts:
+        from zinit import demo
+
+        config = self.config
+        how = Reading(on_bad=config.on_bad, fields=config.fields, split=config.split, dataset=config.dataset)
+        return read_pictures(source, how, lambda: demo.pictures(config.dataset or "digits"))
+
+    def _check_labels(self, examples: list[Labelled]) -> None:
+        if len(self.classes) < 2:
+            raise DataError(f"at least two classes are needed; the data has {', '.join(self.classes) or 'none'}.")
+        known = set(self.classes)
+        if unknown := sorted({example.label for example in examples} - known):
+            example = next(example for example in examples if example.label == unknown[0])
+            raise DataError(
+                f"{example.where or example.picture}: the class {unknown[0]!r} is none of the {len(known)} that are "
+                f"trained ({', '.join(self.classes[:5])}{', ...' if len(known) > 5 else ''}); unknown in all: "
+                f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+            )
+
+    def _decode(self, examples: list[Labelled], part: str) -> tuple[list[Labelled], Images]:
+        """Reads and resizes every picture; what cannot be read is named, or counted."""
+        height, width = self.image_size
+        resample = Image.Resampling[self.config.interpolation.upper()]
+        done = 0
+
+        def count(position: int) -> None:
+            nonlocal done
+            done = position
+
+        try:
+            images = Images(
+                [example.picture for example in examples],
+                lambda image: image.resize((width, height), resample),
+                on_bad=self.config.on_bad,
+                progress=count,
+            )
+        except DataError as error:
+            where = examples[done].where  # pictures are read in order
+            raise DataError(f"{where}: {error}" if where and where not in str(error) else str(error)) from error
+        reasons = [f"{examples[i].where}: {why}".removeprefix(": ") for i, why in images.skipped.items()]
+        self._counts["reasons"] = (self._counts["reasons"] + reasons)[:NAMED]
+        self._counts |= {part: len(images), f"{part}_skipped": len(reasons)}
+        return [examples[index] for index in images.kept], images
+
+    def _stream(self, name: str, examples: list[Labelled]) -> Stream:
+        grid = getattr(getattr(self.model, "patch_embed", None), "num_patches", None) or 1
+        return Stream(name=name, lengths=[grid] * len(examples), counts=[1] * len(examples))
+
+    def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
+        """``images`` (B, 3, H, W), uint8 (normalised on the device: a quarter of the transfer), ``labels`` (B,)."""
+        train = stream is self.train_stream
+        examples, images = (
+            (self.train_examples, self._train_images) if train else (self.held_out_examples, self._held_out_images)
+        )
+        return {
+            "images": torch.stack([images[index] for index in indices]),
+            "labels": torch.tensor([self._number[examples[index].label] for index in indices]),
+        }
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to the trunk's pooled features (B, C), float32."""
+        dtype = next(self.model.parameters()).dtype
+        return self.model(normalise(images, self.mean, self.std).to(dtype)).float()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        pooled = self._pooled(images)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy, summed over the pictures."""
+        return F.cross_entropy(self._logits(batch["images"]), batch["labels"], reduction="sum")
+
+    def prepare(self) -> None:
+        """Starts the head from the frozen features, if that is asked for."""
+        if self.config.head_init == "logistic-regression" and len(self.train_stream):
+            solve_head(self.head, self.features(self.train_stream), self.train_labels, C=self.config.head_C)
+
+    @contextmanager
+    def frozen_baseline(self) -> Iterator[None]:
+        """With a head that logistic regression makes of the frozen features, while inside."""
+        if not len(self.train_stream):  # only held-out pictures were read
+            yield
+            return
+        untrained = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
+        solve_head(self.head, self.features(self.train_stream), self.train_labels)
+        try:
+            yield
+        finally:
+            self.head.load_state_dict(untrained)
+
+    def baseline_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.head.named_parameters(prefix="head"))
+
+    @torch.no_grad()
+    def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
+        """Top-1 accuracy, 0 to 1."""
+        from accelerate.utils import gather_object
+
+        self.eval()
+        count = len(self.held_out_stream) if limit is None else min(limit, len(self.held_out_stream))
+        mine = share(count, accelerator)
+        predicted: dict[int, int] = {}
+        for start in range(0, len(mine), EVALUATION_BATCH):
+            chosen = mine[start : start + EVALUATION_BATCH]
+            images = self.collate(self.held_out_stream, chosen)["images"].to(self.head.weight.device)
+            predicted |= zip(chosen, self._logits(images).argmax(dim=-1).tolist(), strict=True)
+        if accelerator.num_processes > 1:
+            predicted = dict(gather_object(list(predicted.items())))
+        if not count:
+            return Evaluation(metrics={})
+        names = [self.classes[predicted[index]] for index in range(count)]
+        right = sum(name == example.label for name, example in zip(names, self.held_out_examples, strict=False))
+        shown = sorted({index * count // 8 for index in range(8)})  # spread: lists are often sorted by class
+        samples = [
+            {"prompt": _title(example, index), "expected": example.label, "output": names[index]}
+            for index in shown
+            for example in [self.held_out_examples[index]]
+        ]
+        return Evaluation(metrics={"accuracy": right / count}, counts={"evaluated": count}, samples=samples)
+
+    @torch.no_grad()
+    def features(self, stream: Stream) -> Tensor:
+        """Pooled features of all examples of a stream, in order: (N, C), float32, on the CPU.
+
+        Args:
+            stream: `train_stream` or `held_out_stream`.
+        """
+        self.eval()
+        device = self.head.weight.device
+        found = [
+            self._pooled(
+                self.collate(stream, range(start, min(start + EVALUATION_BATCH, len(stream))))["images"].to(device)
+            )
+            for start in range(0, len(stream), EVALUATION_BATCH)
+        ]
+        return torch.cat(found).cpu() if found else torch.zeros(0, self.head.in_features)
+
+    @classmethod
+    def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Group means and the two means over all, where the data sets are VTAB-1k's."""
+        if not results or not all(name in VTAB_TASKS for name in results):
+            return {}
+        return summarise({name: metrics["accuracy"] for name, metrics in results.items()}).to_dict()
+
+    @classmethod
+    def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
+        row = {"zero-init": "Zero-init", "full": "Full", "bitfit": "Bias", "bottleneck": "Adapter"}.get(method, "")
+        figure = paper_results().get(row, {}).get(dataset) if metric == "accuracy" else None
+        return None if figure is None else figure / 100
+
+    @property
+    def train_labels(self) -> list[int]:
+        """Class numbers of `train_stream`, in order."""
+        return [self._number[example.label] for example in self.train_examples]
+
+    def data_report(self) -> dict[str, Any]:
+        """``read`` = ``train`` + ``held_out`` + ``not_used`` + everything skipped; why, for the first few."""
+        return {**self._counts, "classes": len(self.classes)}
+
+    def fingerprint(self) -> str:
+        """Over pixels, labels and how pixels become the model's input."""
+        digest = hashlib.sha256(repr((self.classes, self.image_size, self.mean, self.std)).encode())
+        for examples, images in (
+            (self.train_examples, self._train_images),
+            (self.held_out_examples, self._held_out_images),
+        ):
+            for example, image in zip(examples, images, strict=True):
+                digest.update(example.label.encode() + b"\0" + image.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _title(example: Labelled, index: int) -> str:
+    if isinstance(example.picture, Path):
+        return "/".join(example.picture.parts[-2:])
+    return example.where or f"picture {index + 1}"
+
+
+def _fit_model(model: Any, processor: dict[str, Any], config: VTABConfig) -> tuple[int, int]:
+    """Brings the model to the picture's size and drop path; (height, width) in pixels."""
+    if getattr(model, "num_classes", None) != 0:
+        raise ConfigError(
+            f"the task vtab needs a model of timm's without classifier: timm.create_model(..., num_classes=0); got "
+            f"{type(model).__name__} with num_classes={getattr(model, 'num_classes', 'none')}."
+        )
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None) or processor.get("input_size", (3, 224, 224))
+    height, width = tuple(own)[-2:]
+    size = config.image_size
+    if size is not None and (size, size) != (height, width):
+        patch = tuple(getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1)))
+        if not hasattr(model, "set_input_size"):
+            raise ConfigError(f"{type(model).__name__} cannot change its picture's size; leave task.image_size out.")
+        if size % math.lcm(*patch):
+            raise ConfigError(f"image_size must be a multiple of the patch's {patch[0]} pixels; got {size}.")
+        with torch.no_grad():
+            model.set_input_size(img_size=(size, size))
+        height = width = size
+    _set_drop_path(model, config.drop_path)
+    return height, width
+
+
+def _set_drop_path(model: Any, rate: float) -> None:
+    from timm.layers import DropPath
+
+    places = {
+        block: [name for name, part in block.named_children() if name in ("drop_path1", "drop_path2", "drop_path")]
+        for block in model.modules()
+    }
+    places = {block: names for block, names in places.items() if names}
+    if rate and not places:
+        raise ConfigError(f"{type(model).__name__} has no drop path; set task.drop_path=0.")
+    for depth, (block, names) in enumerate(places.items()):
+        for name in names:
+            setattr(block, name, DropPath(rate * depth / max(1, len(places) - 1)) if rate else nn.Identity())

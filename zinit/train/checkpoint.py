@@ -1,0 +1,216 @@
+"""Resume checkpoints: what trains, the optimizer's state and the random states; whole or absent.
+
+One folder per checkpoint, ``resume/step-00000120``, built under a temporary name and renamed when every file in it is
+on the disk. It holds safetensors and JSON only, no pickles. The data order and the learning rate are functions of the
+step and need no state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit.distributed import sum_over_processes
+from zinit.errors import CheckpointError
+from zinit.train.strategy import share_of, whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+KEEP = 2
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds: the parameters that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def save(
+    directory: Path,
+    step: int,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    accelerator: Accelerator,
+) -> Path:
+    """Writes a checkpoint; all processes call it.
+
+    Raises:
+        CheckpointError: if it cannot be written. The one before is untouched.
+    """
+    target = directory / "resume" / f"step-{step:08d}"
+    building = target.with_name(f".building-{target.name}")
+    problem = ""
+    tensors = _collect(task, optimizer)  # every process takes part, in case something is sharded
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        _write(building / f"random-{accelerator.process_index}.json", json.dumps(_random_state()).encode())
+        if accelerator.is_main_process:
+            _write(building / STATE, _serialize(tensors))
+    except OSError as error:
+        problem = str(error)
+    failed = sum_over_processes(accelerator, torch.tensor(float(bool(problem)), device=accelerator.device)).item()
+    if accelerator.is_main_process and not failed:
+        try:
+            files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            manifest = {"format_version": 1, "step": step, "identity": identity, "scaler": scaler, "sha256": files}
+            _write(building / MANIFEST, json.dumps(manifest, indent=2).encode())
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(building, target)
+            _sync_folder(target.parent)
+            for old in [*sorted(target.parent.glob("step-*"))[:-KEEP], *target.parent.glob(".building-*")]:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            problem = str(error)
+    accelerator.wait_for_everyone()
+    if problem or failed:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be written to {target}: {problem or 'another process failed'}. "
+            f"The last whole checkpoint is {_name(latest(directory))}. Make room, then go on with --resume."
+        )
+    return target
+
+
+def latest(directory: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    folders = sorted((directory / "resume").glob("step-*"))
+    return folders[-1] if folders else None
+
+
+def load_latest(
+    directory: Path,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    accelerator: Accelerator,
+) -> int:
+    """Restores the last whole checkpoint of a run.
+
+    Returns:
+        Its step, or 0 if there is none: the run starts from its beginning.
+
+    Raises:
+        CheckpointError: if it was saved by another run (naming the field that differs), or is damaged.
+    """
+    folder = latest(directory)
+    if folder is None:
+        return 0
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, sha256 in manifest["sha256"].items():
+            if _sha256(folder / name) != sha256:
+                raise CheckpointError(f"{folder / name} is damaged. Remove {folder} to go on from the one before.")
+        step, saved = manifest["step"], manifest["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}). Remove it to go on from the one before.") from error
+    check_identity(directory, saved, identity)
+    if accelerator.scaler is not None and manifest.get("scaler"):
+        accelerator.scaler.load_state_dict(manifest["scaler"])
+    from safetensors.torch import load_file
+
+    _restore(load_file(folder / STATE), task, optimizer)
+    state = folder / f"random-{accelerator.process_index}.json"
+    if state.exists():  # a run may go on with more processes than it had
+        _set_random_state(json.loads(state.read_text()))
+    return step
+
+
+def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """What decides the result is as it was.
+
+    Raises:
+        CheckpointError: naming the field that differs.
+    """
+    for field in sorted(saved.keys() | now.keys()):
+        if saved.get(field) != now.get(field):
+            raise CheckpointError(
+                f"the run in {directory} cannot go on: {field} was {saved.get(field)!r} when it was saved and is "
+                f"{now.get(field)!r} now. Restore it, or start a new run in another folder."
+            )
+
+
+def _collect(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(task).items():
+        tensors[f"parameter:{name}"] = whole(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer:{key}:{name}"] = whole(torch.as_tensor(value))
+    return tensors
+
+
+def _serialize(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save as to_bytes
+
+    return to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _restore(tensors: dict[str, Tensor], task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    from zinit.files import check_tensors
+
+    parameters = trainable(task)
+    values = {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith("parameter:")}
+    check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(share_of(values[name], parameter))
+    for full_name, value in tensors.items():
+        kind, _, rest = full_name.partition(":")
+        if kind == "optimizer":
+            key, _, name = rest.partition(":")
+            parameter = parameters[name]
+            # Adam keeps its step count on the CPU, the moments beside the parameter.
+            optimizer.state[parameter][key] = value if value.dim() == 0 else share_of(value, parameter)
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state().tolist()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _name(folder: Path | None) -> str:
+    return folder.name if folder else "none"

@@ -1,0 +1,121 @@
+"""Talking to a tuned causal language model: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zinit.errors import ConfigError
+from zinit.runs.directory import read_finished_run
+from zinit.runs.train import load_run
+from zinit.tasks import TASKS
+from zinit.tasks.alpaca.task import encode_prompt, format_conversation, format_prompt
+
+
+class Speaker:
+    """A tuned model, its tokenizer and how to sample from it.
+
+    Args:
+        run_dir: of a finished run.
+        temperature: 0 is greedy. Paper: 0.1.
+        top_p: nucleus sampling. Paper: 0.75.
+        max_new_tokens: longest answer.
+        seed: of the sampling.
+        frozen: switch the adapter off.
+
+    Raises:
+        ConfigError: if the run's task does not generate text.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        frozen: bool = False,
+    ) -> None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or torch.device("cpu")
+        config, _ = read_finished_run(run_dir)
+        if not TASKS.get(config.task).generates:
+            raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
+        _, model, self.tokenizer, self.handle = load_run(run_dir, device)
+        self.model: Any = model.eval()
+        self.device, self.frozen = device, frozen
+        self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+
+    def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
+        """The answer to one instruction; streamed to the standard output as it comes.
+
+        Args:
+            instruction: what to do.
+            input: further context.
+            raw: continue ``instruction`` as it stands, without the template.
+            stream: print while generating.
+        """
+        return self._complete(instruction if raw else format_prompt(instruction, input), stream)
+
+    def converse(self) -> None:
+        """Reads instructions from the standard input and answers each, all earlier turns in view."""
+        turns: list[tuple[str, str]] = []
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print("Ask something. /new starts over, /quit ends.")
+        while True:
+            try:
+                said = input("> " if interactive else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if said == "/quit":
+                break
+            if said == "/new":
+                turns = []
+            elif said.startswith("/"):
+                print("(only /new and /quit are commands)")
+            elif said:
+                try:
+                    turns.append((said, self._complete(format_conversation(turns, said), stream=True)))
+                except ConfigError as error:  # no reason to lose the conversation
+                    print(f"({error} Say /new for a new one.)")
+                except KeyboardInterrupt:
+                    print("\n(stopped; this answer is forgotten)")
+
+    @torch.no_grad()
+    def _complete(self, prompt: str, stream: bool) -> str:
+        from transformers import TextStreamer
+
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError("the prompt is not valid UTF-8 text.") from error
+        ids = encode_prompt(self.tokenizer, prompt)
+        if not ids:
+            raise ConfigError("the prompt is empty; say something.")
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and len(ids) >= room:
+            raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}.")
+        sampling = dict(self.sampling)
+        if room is not None:
+            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], room - len(ids))
+        inputs = torch.tensor([ids], device=self.device)
+        eos = self.tokenizer.eos_token_id
+        with self.handle.disabled() if self.frozen else nullcontext():
+            generated = self.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+                pad_token_id=eos,
+                eos_token_id=eos,
+                **sampling,
+            )
+        return self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()
