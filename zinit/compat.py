@@ -1,0 +1,231 @@
+"""What depends on names that may change: private names of libraries, and old words in old files of zinit's own.
+
+Nothing else in zinit touches a private name of a library. Each function here says why it has to, and since which
+version the name exists; ``tests/test_compat.py`` checks that the installed libraries still have it. No library is
+imported before a function needs it.
+
+Old words: a setting or a key of a file that was renamed is one row of `OLD_SETTINGS` or `OLD_RESULTS`. Readers of
+files pass what they read through `modern_settings` or `modern_results`; new files hold the new words only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from zinit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# --- old words in old files -------------------------------------------------------------------------------------------
+
+# Renamed settings, as options write them: in TOML files, options, `run.json`, checkpoints and plans of benchmarks.
+OLD_SETTINGS = {
+    "train.trunk_cache": "train.activation_cache",
+}
+
+# Renamed keys of `metrics.json` and of the cells and summaries of a benchmark: (place, old key) to new key. A place is
+# the path to the mapping that holds the key; lists on the way are passed through.
+OLD_RESULTS = {
+    "metrics.frozen": "metrics.base",
+    "samples.frozen": "samples.base",
+}
+
+
+def modern_setting(name: str) -> str:
+    """The name that a setting has today.
+
+    Args:
+        name: with its section, as in an option: "train.trunk_cache".
+    """
+    return OLD_SETTINGS.get(name, name)
+
+
+def modern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of any age under the names of today.
+
+    Args:
+        values: nested ({"train": {"trunk_cache": ...}}), or flat with dotted names ({"train.trunk_cache": ...}). Not
+            changed.
+
+    Raises:
+        ConfigError: if a setting is given under its old name and its new one.
+    """
+    return _renamed(values, OLD_SETTINGS)
+
+
+def modern_results(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``metrics.json``, or of a benchmark's cell, of any age under the names of today.
+
+    Args:
+        document: as the file holds it. Not changed.
+
+    Raises:
+        ConfigError: if it holds a result under its old name and its new one.
+    """
+    return _renamed(document, OLD_RESULTS)
+
+
+def _renamed(value: Any, table: Mapping[str, str], place: str = "") -> Any:
+    """A copy in which every key of the table has its new name; the order of keys is kept."""
+    if isinstance(value, list):
+        return [_renamed(item, table, place) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    renamed: dict[str, Any] = {}
+    for key, inner in value.items():
+        old = f"{place}{key}"
+        name = _new_key(old, place, table) if isinstance(key, str) else key
+        if name in renamed or (name != key and name in value):
+            raise ConfigError(f"{old} is the old name of {table[old]}: give one of the two.")
+        renamed[name] = _renamed(inner, table, f"{place}{name}.")
+    return renamed
+
+
+def _new_key(old: str, place: str, table: Mapping[str, str]) -> str:
+    """The last part of a path's new name. A setting never moves to another section here."""
+    return table.get(old, old).removeprefix(place)
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside `torch.compile`'s wrapper; any other module is returned as it is.
+
+    ``_orig_mod`` (torch 2.0) is the only way back to the module: handles and weights belong to it, not to the wrapper.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward.
+
+    ``_forward_hooks`` and ``_forward_pre_hooks`` (torch 1.0, the second since 1.1): torch has no question for it.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def apply_to_own_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replaces a module's own parameters and buffers, those of its children excepted.
+
+    ``Module._apply(..., recurse=False)`` (torch 2.0) is what ``Module.to`` is made of; ``to`` itself cannot leave the
+    children out, and assigning ``parameter.data`` does not serve tensors of quantisation libraries.
+    """
+    module._apply(change, recurse=False)
+
+
+def exclude_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Names parameters and buffers that data parallelism does not broadcast when it starts.
+
+    ``_set_params_and_buffers_to_ignore_for_model`` (torch 1.8) is the only way to exclude them.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+def start_fsdp(module: nn.Module) -> None:
+    """Makes a module the root of its FSDP2 modules now, instead of at its first forward.
+
+    ``fully_shard.state(...)._lazy_init`` (torch 2.6): torch takes the module that is called first for the root, and an
+    evaluation may call a part of the task before the task.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard.state(module)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds only its part of a tensor: FSDP2's kind or DeepSpeed ZeRO-3's.
+
+    ``ds_id`` is what DeepSpeed's own code asks for; torch's ``DTensor`` is asked by name, which imports nothing.
+    """
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
+
+
+# --- accelerate -------------------------------------------------------------------------------------------------------
+
+
+def reset_accelerator_state() -> None:
+    """Forgets the precision and strategy of this process's last run.
+
+    ``AcceleratorState._reset_state`` (accelerate 0.20): Accelerate allows one precision and strategy per process, and
+    a process may make several runs.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+def process_strategy() -> Any:
+    """The `DistributedType` that Accelerate noted for this process; None before the first `Accelerator`.
+
+    ``PartialState._shared_state`` (accelerate 0.18): making a `PartialState` to ask it would already choose one.
+    """
+    from accelerate.state import PartialState
+
+    return PartialState._shared_state.get("distributed_type")
+
+
+def set_process_strategy(strategy: Any) -> None:
+    """Notes a `DistributedType` for this process; states that Accelerate makes later copy it.
+
+    ``PartialState._shared_state`` (accelerate 0.18): Accelerate shards on GPUs and their like only; on CPUs it would
+    run plain data parallelism without a word.
+    """
+    from accelerate.state import PartialState
+
+    PartialState._shared_state["distributed_type"] = strategy
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The name of the attention function a config selects ("sdpa"); None if it selects none.
+
+    ``_attn_implementation`` (transformers 4.36) is what every attention module reads.
+    """
+    return getattr(config, "_attn_implementation", None)
+
+
+def name_or_path(config: Any) -> str | None:
+    """The folder or Hub id a config was read from; None if it was not read, or the model has no config.
+
+    ``_name_or_path`` (transformers 4.0): the public property raises where a config was made by hand.
+    """
+    return getattr(config, "_name_or_path", None) or None
+
+
+def commit_hash(config: Any) -> str | None:
+    """The Hub's commit a config was read at; None for folders, and where transformers does not note it.
+
+    ``_commit_hash`` (transformers 4.21) has no public name. 5.24 no longer sets it, so that it may be missing.
+    """
+    return getattr(config, "_commit_hash", None)
+
+
+def mark_sharded(model: nn.Module) -> None:
+    """Tells transformers that a model's weights are sharded: generating processes wait for the last of them.
+
+    ``_is_fsdp_managed_module`` (transformers 4.39) is what ``is_fsdp_managed_module`` there asks.
+    """
+    model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+def has_window_bias(module: Any) -> bool:
+    """Whether an attention module can give its biases of relative position (BEiT's and Swin's kind)."""
+    return hasattr(module, "_get_rel_pos_bias")
+
+
+def window_bias(module: Any) -> Tensor:
+    """The biases of relative position of an attention module, (1, H, T, T).
+
+    ``_get_rel_pos_bias`` (timm 0.6): the module's forward adds them to the scores, and nothing public gives them.
+    """
+    return module._get_rel_pos_bias()
