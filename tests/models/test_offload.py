@@ -18,7 +18,7 @@ from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import steps
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.models.offload import is_lent, move, weights_in_place
+from zinit.models.offload import is_offloaded, move, weights_in_place
 from zinit.runs.directory import save_trained
 from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import evaluate_run, train_run
@@ -49,7 +49,7 @@ def adapted(case: Case, method: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def gradients(case: Case, model: Any, trained: dict[str, Tensor]) -> dict[str, Any]:
-    with set_checkpoint_early_stop(not is_lent(model)):  # as the engine does
+    with set_checkpoint_early_stop(not is_offloaded(model)):  # as the engine does
         case.output(model, case.batch("left")).square().sum().backward()
     return {name: parameter.grad for name, parameter in trained.items()}
 
@@ -163,7 +163,7 @@ def test_a_run_and_what_is_done_with_it(inputs: dict[str, Any], tmp_path: Path) 
     metrics = [json.loads((run / "metrics.json").read_text())["metrics"] for run in (plain, offloaded)]
     assert metrics[0] == metrics[1] == evaluate_run(offloaded)["metrics"]
     one, other = (Speaker(run, temperature=0, max_new_tokens=6) for run in (plain, offloaded))
-    assert [is_lent(speaker.model) for speaker in (one, other)] == [False, True]
+    assert [is_offloaded(speaker.model) for speaker in (one, other)] == [False, True]
     assert one.answer("Say red", stream=False) == other.answer("Say red", stream=False)
     for file in files:  # cut short, and gone on with without offloading
         (offloaded / file).unlink()

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, found by structure and not by name."""
+"""The repeated blocks of a model, found by structure instead of by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def kinds_of_blocks(module: nn.Module) -> set[str]:
-    """Class names of the blocks that a model is a row of: the outermost lists of several modules of one kind."""
+    """Class names of a model's blocks: the members of its outermost lists of several modules of one class."""
     members = list(module.children())
     several = isinstance(module, nn.ModuleList | nn.Sequential) and len(members) > 1
     if several and len({type(member) for member in members}) == 1 and any(members[0].children()):

@@ -1,4 +1,4 @@
-"""Loading pretrained models, with errors a user can act on. Remote code is never run."""
+"""Loads pretrained models, with errors a user can act on. Remote code is never run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Loading(TypedDict, total=False):
     """How a host is loaded.
 
     Attributes:
-        dtype: of the weights, or of what quantised ones are multiplied in.
+        dtype: of the weights; with quantised weights, of the matrix products.
         revision: on the Hub.
-        device: that the weights are read to, one by one; default: the CPU.
-        quantize: how the weights are held; default: in ``dtype``. See `zinit.models.quantization`.
+        device: the weights are read to it one by one; default: the CPU.
+        quantize: how the weights are stored; default: in ``dtype``. See `zinit.models.quantization`.
     """
 
     dtype: Required[torch.dtype]
@@ -35,16 +35,16 @@ class Loading(TypedDict, total=False):
 
 
 def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer.
+    """Loads a causal language model and its tokenizer.
 
     Args:
         source: a folder in transformers' format, or a Hub id.
-        tokenizer: False loads none (None comes back).
+        tokenizer: False loads no tokenizer and returns None in its place.
         loading: see `Loading`.
 
     Raises:
         BackboneError: if there is no such model.
-        ConfigError: if the package that quantises is missing.
+        ConfigError: if the quantization package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,32 +54,32 @@ def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unp
         if tokenizer:
             loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises many kinds; all mean that this is no model it can load
+    except Exception as error:  # transformers raises many classes; all mean that it cannot load this
         raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
     quantization.keep_differentiable(model)
     return model, loaded
 
 
 def _options(loading: Loading) -> dict[str, Any]:
-    """`Loading` in the words of transformers' ``from_pretrained``."""
+    """`Loading` as the arguments of transformers' ``from_pretrained``."""
     options: dict[str, Any] = {"dtype": loading["dtype"], "revision": loading.get("revision")}
     device, quantize = torch.device(loading.get("device", "cpu")), loading.get("quantize")
     if quantize is not None:
         options["quantization_config"] = quantization.quantization_config(quantize, loading["dtype"])
-    if quantize is not None or device.type != "cpu":  # left to itself, it would quantise on some GPU
+    if quantize is not None or device.type != "cpu":  # by default transformers quantises on some GPU
         options["device_map"] = {"": device}
     return options
 
 
 @dataclass(frozen=True)
 class ClipProcessor:
-    """What turns texts and pictures into a dual encoder's inputs.
+    """Prepares the texts and images a dual encoder takes.
 
     Args:
         tokenizer: of the text tower.
-        mean: of the pixels' channels, in 0..1.
-        std: see ``mean``.
-        padding: of texts: to the longest of them, or to all the room there is where padding is part of the text.
+        mean: (3,), of the pixels' channels, which range over 0..1.
+        std: (3,), see ``mean``.
+        padding: pads texts to the longest one, or to the full context where the model reads the padding too.
     """
 
     tokenizer: Any
@@ -89,60 +89,69 @@ class ClipProcessor:
 
 
 def load_clip(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, ClipProcessor]:
-    """CLIP or another dual encoder of its kind, and its tokenizer and pixel statistics (CLIP's, if it names none).
+    """Loads CLIP or a similar dual encoder, with its tokenizer and pixel statistics (CLIP's, if it names none).
 
     Args:
         source: a folder in transformers' format, or a Hub id.
         loading: see `Loading`.
 
     Raises:
-        ConfigError: if the package that quantises is missing.
-        BackboneError: if there is no such model, or it does not compare pictures with texts.
+        ConfigError: if the quantization package is missing.
+        BackboneError: if there is no such model, or it does not compare images with texts.
     """
     from transformers import AutoModel, AutoTokenizer
-    from transformers.image_processing_base import ImageProcessingMixin
 
     source, revision, quantize = model_source(source), loading.get("revision"), loading.get("quantize")
-    if later := quantize == "torchao-int8":  # transformers does it to models of one input embedding
+    if later := quantize == "torchao-int8":  # transformers only does it for models with one input embedding
         quantization.check_installed(quantize)
     options = _options({"dtype": loading["dtype"], "revision": revision} if later else loading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # as in load_causal_lm
+    except Exception as error:  # see load_causal_lm
         raise BackboneError(
             f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
         ) from error
-    needed = ("get_image_features", "get_text_features", "logit_scale")
-    missing = [name for name in needed if not hasattr(model, name)]
+    _check_dual_encoder(model, source)
+    mean, std = _pixel_statistics(source, revision)
+    if later:
+        quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
+    quantization.keep_differentiable(model)
+    # A tokenizer that returns no mask, such as SigLIP's, belongs to a tower that reads the padding too.
+    padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
+    return model, ClipProcessor(tokenizer, mean, std, padding)
+
+
+def _check_dual_encoder(model: nn.Module, source: str) -> None:
+    missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
     if missing:
         raise BackboneError(
             f"{source} is a {type(model).__name__}, which has no {', '.join(missing)}. "
-            f"Expected a model of pictures and texts such as openai/clip-vit-base-patch16."
+            f"Expected a model of images and texts such as openai/clip-vit-base-patch16."
         )
+
+
+def _pixel_statistics(source: str, revision: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the channels by the model's image processor; CLIP's where it names none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
     except OSError:
         settings = {}
-    if later:
-        quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
-    quantization.keep_differentiable(model)
-    mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
-    # A tokenizer that gives no mask, as SigLIP's, was made for a tower that reads the padding too.
-    padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
-    return model, ClipProcessor(tokenizer, tuple(mean), tuple(std), padding)
+    return tuple(settings.get("image_mean") or CLIP_MEAN), tuple(settings.get("image_std") or CLIP_STD)
 
 
 def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-    """The trunk of an encoder, without a head or pooling layer, and its fast tokenizer.
+    """Loads the backbone of an encoder, without head or pooling layer, and its fast tokenizer.
 
     Args:
         source: a folder in transformers' format, or a Hub id.
         loading: see `Loading`.
 
     Raises:
-        ConfigError: if the package that quantises is missing.
-        BackboneError: if there is no such model, or it lacks some of the weights.
+        ConfigError: if the quantization package is missing.
+        BackboneError: if there is no such model, or some of its weights are missing.
     """
     from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer
 
@@ -165,10 +174,10 @@ def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Mod
 
 
 def load_on_meta(source: str | Path) -> nn.Module:
-    """A model's modules without its weights, from its config alone.
+    """Builds a model's modules without its weights, from its config alone.
 
     Args:
-        source: a folder in transformers' or timm's format, a Hub id, or a name of timm's.
+        source: a folder in transformers' or timm's format, a Hub id, or a timm model name.
 
     Raises:
         BackboneError: if there is no such model.
@@ -193,8 +202,8 @@ def load_on_meta(source: str | Path) -> nn.Module:
 
 
 def _timm_name(source: str) -> str | None:
-    """What timm would call a model; None if it is none of timm's. timm's folders name one architecture."""
-    if (file := Path(source) / "config.json").is_file():
+    """The name under which timm creates a model; None if it is not a timm model."""
+    if (file := Path(source) / "config.json").is_file():  # a timm folder names its architecture
         return f"local-dir:{source}" if "architecture" in json.loads(file.read_text(encoding="utf-8")) else None
     if "/" in source:
         return None
@@ -204,7 +213,7 @@ def _timm_name(source: str) -> str | None:
 
 
 def model_source(source: str | Path) -> str:
-    """A path or Hub id that may be a model.
+    """Checks that a path or Hub id can be a model, and returns it as text.
 
     Raises:
         BackboneError: if it is a path that holds no model.
@@ -221,6 +230,6 @@ def model_source(source: str | Path) -> str:
 
 
 def reason(source: str | Path, error: BaseException) -> str:
-    """Why a model could not be loaded; where no folder has its name, that is said first."""
+    """Why a model could not be loaded; if there is no such folder, the message starts with that."""
     line = first_line(error)
     return line if Path(source).exists() else f"there is no folder of that name, and the Hub did not give it: {line}"

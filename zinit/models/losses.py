@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, without ever holding the logits of all tokens."""
+"""Cross-entropy over a large vocabulary that never stores the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 2**25  # numbers in the logits of one chunk: 128 MiB in float32
+CHUNK_LOGITS = 2**25  # elements in the logits of one chunk: 128 MiB in float32
 
 
-@torch.compiler.disable()  # a loop over as many chunks as there are tokens for: a compiler would unroll it
+@torch.compiler.disable()  # a compiler would unroll the loop over chunks
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk: int | None = None
 ) -> Tensor:
-    """Summed cross-entropy of ``hidden @ weight.T + bias``, made for a chunk of tokens at a time.
+    """Summed cross-entropy of ``hidden @ weight.T + bias``, computed one chunk of tokens at a time.
 
-    With a frozen output embedding the gradient of ``hidden`` is computed together with the loss, so the backward pass
-    costs nothing more and the matrix products are those of the plain formula. With a trained one each chunk is computed
-    again in the backward pass.
+    With a frozen output embedding, the gradient of ``hidden`` is computed together with the loss: the backward pass is
+    free and the matrix products are those of the plain formula. With a trained one, each chunk is recomputed in the
+    backward pass.
 
     Args:
-        hidden: (N, C), the last hidden states of the tokens that have a label.
+        hidden: (N, C), the last hidden states at the supervised positions.
         weight: (V, C), the output embedding.
         bias: (V,) or None.
-        targets: (N,), the token that follows each.
-        chunk: tokens at a time; None takes as many as give a chunk 2**25 logits.
+        targets: (N,), the next token at each of them.
+        chunk: tokens per chunk; None: as many as give 2**25 logits.
 
     Returns:
         A scalar, float32. The softmax runs in float32, the matrix products in the dtype of the model (or autocast's).
@@ -47,7 +47,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The loss and, in the same pass, its gradient by the hidden states: softmax minus one-hot, times the weight."""
+    """The loss and, in the same pass, its gradient for the hidden states: (softmax - one-hot) @ weight."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
@@ -75,41 +75,41 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
-    """A causal language model's trunk and output embedding, where its logits are exactly the one applied to the other.
+    """Splits a causal language model into backbone and output embedding, if its logits are just one after the other.
 
-    Some models scale or cap their logits, or wrap the output embedding. This is tried out, with a few tokens and hidden
-    states large enough that a cap would show, rather than looked up.
+    Some models scale or cap their logits, or wrap the output embedding. So this is tested on a few tokens, with hidden
+    states large enough for a cap to show, instead of looked up.
 
     Args:
         model: of transformers.
 
     Returns:
-        (trunk, output embedding), or None where logits are anything else.
+        (backbone, output embedding), or None if the logits are computed in any other way.
     """
     base: Any = getattr(model, "base_model", None)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
     if base is None or type(head) is not nn.Linear:
         return None
-    # What wraps the model or its head may do nothing yet, and something after the first step of training.
+    # A wrapper of the model or its head may do nothing now, but something after the first training step.
     if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (model, head)):
         return None
     training = model.training
     model.eval()
     try:
-        for trunk in (base, base.get_decoder()):  # some models call their trunk's decoder directly
-            if trunk is not model and _is_plain(model, trunk, head):
-                return trunk, head
+        for backbone in (base, base.get_decoder()):  # some models call their backbone's decoder directly
+            if backbone is not model and _is_plain(model, backbone, head):
+                return backbone, head
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
-        pass  # no trunk that takes tokens and gives hidden states
+        pass  # no backbone that maps tokens to hidden states
     finally:
         model.train(training)
     return None
 
 
 @torch.no_grad()
-def _is_plain(model: Any, trunk: Any, head: nn.Linear) -> bool:
-    """Whether the model's logits are the head's of what the trunk gives for the same tokens."""
+def _is_plain(model: Any, backbone: Any, head: nn.Linear) -> bool:
+    """Whether the model's logits are the head applied to the backbone's output for the same tokens."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
@@ -119,7 +119,7 @@ def _is_plain(model: Any, trunk: Any, head: nn.Linear) -> bool:
         return output
 
     inputs = {"input_ids": torch.arange(1, 5, device=head.weight.device)[None], "use_cache": False}
-    hook = trunk.register_forward_hook(enlarge)
+    hook = backbone.register_forward_hook(enlarge)
     try:
         logits = model(**inputs).logits
     finally:
@@ -127,7 +127,7 @@ def _is_plain(model: Any, trunk: Any, head: nn.Linear) -> bool:
     if len(seen) != 1:
         return False
     hidden, enlarged = seen[0]
-    alone = trunk(**inputs).last_hidden_state
+    alone = backbone(**inputs).last_hidden_state
     return torch.allclose(alone, hidden, rtol=1e-2, atol=1e-3 * float(hidden.abs().max())) and torch.allclose(
         head(enlarged).float(), logits.float(), rtol=1e-2, atol=1e-2
     )

@@ -1,7 +1,7 @@
-"""Frozen hosts whose matrices are held in 8 or 4 bits: through bitsandbytes or torchao, as transformers loads them.
+"""Frozen hosts with matrices in 8 or 4 bits, through bitsandbytes or torchao as transformers loads them.
 
-Prompts, gates and heads stay float32 and train as ever; no quantised weight does. Which packages run where:
-bitsandbytes on GPUs and on CPUs, torchao wherever torch does.
+Prompts, gates and heads stay in float32 and train as usual; quantised weights are never trained. bitsandbytes runs on
+GPUs and CPUs, torchao wherever torch runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantize)
 
 
 def check_installed(quantize: Quantize) -> None:
-    """Raises:
-    ConfigError: if the package that quantises so is missing.
+    """Checks that the package behind a quantization is installed.
+
+    Raises:
+        ConfigError: if it is missing.
     """
     if find_spec(PACKAGES[quantize]) is None:
         raise ConfigError(
@@ -33,13 +35,13 @@ def check_installed(quantize: Quantize) -> None:
 
 
 def quantization_config(quantize: Quantize, dtype: torch.dtype) -> Any:
-    """What transformers calls a quantization config.
+    """The quantization config that transformers takes.
 
     Args:
-        quantize: ``bnb-8bit`` is LLM.int8() (Dettmers et al., NeurIPS 2022), which rounds what goes into a matrix too;
+        quantize: ``bnb-8bit`` is LLM.int8() (Dettmers et al., NeurIPS 2022), which rounds a matrix's inputs too;
             ``bnb-4bit`` QLoRA's NF4 with double quantisation (Dettmers et al., NeurIPS 2023); ``torchao-int8`` int8
             weights with a scale for each row.
-        dtype: that matrices are multiplied in.
+        dtype: of the matrix products.
 
     Raises:
         ConfigError: if the package is missing.
@@ -52,7 +54,7 @@ def quantization_config(quantize: Quantize, dtype: torch.dtype) -> Any:
         return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LLM.int8() warns at every product that it rounds
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LLM.int8() warns about every product it rounds
     if quantize == "bnb-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -61,15 +63,15 @@ def quantization_config(quantize: Quantize, dtype: torch.dtype) -> Any:
 
 
 def quantize_in_place(model: nn.Module, quantize: Quantize, device: torch.device | str) -> None:
-    """Quantises the linear layers of a model that transformers cannot load so, and moves it, a layer at a time.
+    """Quantises the linear layers of a model that transformers cannot load quantised, and moves it, layer by layer.
 
     Args:
         model: in its own dtype, on the CPU.
         quantize: ``torchao-int8``.
-        device: where it goes.
+        device: the model is moved to it.
 
     Raises:
-        ConfigError: if the package is missing, or quantises only what transformers loads.
+        ConfigError: if the package is missing, or only works for models that transformers loads.
     """
     if quantize != "torchao-int8":
         raise ConfigError(f"quantize={quantize} is for models of transformers; timm's take quantize=torchao-int8.")
@@ -81,7 +83,7 @@ def quantize_in_place(model: nn.Module, quantize: Quantize, device: torch.device
 
 
 def quantized_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that are held in fewer bits than they are multiplied in, whoever loaded the model."""
+    """Names of the quantised weights, whoever loaded the model."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -95,9 +97,9 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16 at the first call without gradients.
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16 at the first call without gradients.
 
-    What is packed so has no backward pass: training after an evaluation would go on without a gradient.
+    Repacked weights have no backward pass: training after an evaluation would get no gradients.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""Loading models of timm: by name, from the Hub, from a folder or a file of weights."""
+"""Loads timm models: by name, from the Hub, from a folder or a weights file."""
 
 from __future__ import annotations
 
@@ -22,52 +22,29 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def load_timm(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, dict[str, Any]]:
-    """A trunk of timm without its classifier: pictures in, pooled features out.
+    """Loads a timm model without its classifier: images in, pooled features out.
 
     Args:
-        source: a name of timm's, whose weights come from the Hub (``vit_base_patch16_224.augreg_in21k``); a name with
-            a local file of weights (``vit_base_patch16_224:weights/ViT-B_16.npz``; .npz as first published for JAX,
+        source: a timm model name, whose weights come from the Hub (``vit_base_patch16_224.augreg_in21k``); a name with
+            a local weights file (``vit_base_patch16_224:weights/ViT-B_16.npz``; .npz as first published for JAX,
             .safetensors, .pth, .pt or .bin); a folder in timm's format (config.json and weights); or a Hub id.
-        loading: see `Loading`; of the ways to quantise ``torchao-int8`` alone.
+        loading: see `Loading`; of the quantizations only ``torchao-int8``.
 
     Returns:
         The model, and the input it was pretrained on: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``.
 
     Raises:
-        BackboneError: if there is no such model, or the weights are not its own.
-        ConfigError: if it cannot be quantised so.
+        BackboneError: if there is no such model, or the weights belong to another one.
+        ConfigError: if it cannot be quantised that way.
     """
-    import timm
     from timm.data import resolve_data_config
 
-    text, revision = str(source), loading.get("revision")
-    path = Path(text.removeprefix("local-dir:")).expanduser()
-    name, _, file = text.partition(":")
     try:
-        if path.is_dir() or text.startswith("local-dir:"):
-            model = timm.create_model(f"local-dir:{model_source(path)}", num_classes=0)
-            _load_weights(model, _weights_in(path))
-        elif path.is_file() or (path.suffix in WEIGHTS and not file):
-            raise BackboneError(f"{text} is a file of weights; say of which model: vit_base_patch16_224:{text}")
-        elif name in ("hf-hub", "hf_hub") or ("/" in text and not file):
-            hub_id = file or model_source(text)
-            model = timm.create_model(_on_hub(hub_id, revision), pretrained=True, num_classes=0)
-        elif file and timm.is_model(name):
-            model = timm.create_model(name, num_classes=0)
-            _load_weights(model, Path(file).expanduser())
-        elif timm.is_model(name) and not file:
-            on_hub = text if revision is None else _on_hub(f"timm/{text}", revision)
-            model = timm.create_model(on_hub, pretrained=True, num_classes=0)
-        else:
-            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-            raise BackboneError(
-                f"timm has no model {name!r}, and there is no such folder. {f'Near it: {near}. ' if near else ''}"
-                f"Expected one of timm.list_models(), a folder in timm's format, or a Hub id."
-            )
+        model = _create(str(source), loading.get("revision"))
     except BackboneError:
         raise
-    except Exception as error:  # timm, the Hub and torch raise many kinds; all mean that there is no such model
-        raise BackboneError(f"{text} cannot be loaded as a model of timm's: {first_line(error)}") from error
+    except Exception as error:  # timm, the Hub and torch raise many classes; all mean that there is no such model
+        raise BackboneError(f"{source} cannot be loaded as a model of timm's: {first_line(error)}") from error
     given = resolve_data_config({}, model=model)
     model, device = model.to(loading["dtype"]), loading.get("device", "cpu")
     if (quantize := loading.get("quantize")) is not None:
@@ -75,12 +52,40 @@ def load_timm(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module
     return model.to(device).eval(), {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
+def _create(source: str, revision: str | None) -> Any:
+    """The model with its weights, in the dtype they are stored in."""
+    import timm
+
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    name, _, file = source.partition(":")
+    if path.is_dir() or source.startswith("local-dir:"):
+        model = timm.create_model(f"local-dir:{model_source(path)}", num_classes=0)
+        _load_weights(model, _weights_in(path))
+        return model
+    if path.is_file() or (path.suffix in WEIGHTS and not file):
+        raise BackboneError(f"{source} is a file of weights; say of which model: vit_base_patch16_224:{source}")
+    if name in ("hf-hub", "hf_hub") or ("/" in source and not file):
+        return timm.create_model(_on_hub(file or model_source(source), revision), pretrained=True, num_classes=0)
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        raise BackboneError(
+            f"timm has no model {name!r}, and there is no such folder. {f'Near it: {near}. ' if near else ''}"
+            f"Expected one of timm.list_models(), a folder in timm's format, or a Hub id."
+        )
+    if file:
+        model = timm.create_model(name, num_classes=0)
+        _load_weights(model, Path(file).expanduser())
+        return model
+    on_hub = source if revision is None else _on_hub(f"timm/{source}", revision)
+    return timm.create_model(on_hub, pretrained=True, num_classes=0)
+
+
 def _on_hub(hub_id: str, revision: str | None) -> str:
     return f"hf-hub:{hub_id}@{revision}" if revision else f"hf-hub:{hub_id}"
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file of weights in a folder of timm's; safetensors first."""
+    """The weights file in a folder in timm's format; safetensors first."""
     files = [file for suffix in WEIGHTS for file in sorted(folder.glob(f"*{suffix}"))]
     preferred = [file for file in files if file.stem in ("model", "pytorch_model")] or files
     if not preferred:
@@ -89,50 +94,59 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _load_weights(model: Any, file: Path) -> None:
-    """Loads a local file; a classifier in it is left out. Nothing is ever unpickled but tensors.
+    """Loads a local file without its classifier; nothing but tensors is ever unpickled.
 
-    timm would stretch the patches of one model over those of another and leave surplus layers out; here that is an
-    error. Position embeddings are resampled where the picture's size differs, as intended.
+    timm would stretch one model's patches over another's and ignore surplus layers; here both are errors. Position
+    embeddings are resampled where the image size differs, as intended.
     """
     if not file.is_file():
         raise BackboneError(f"there is no file of weights {file}.")
     if is_lfs_pointer(file):
         raise BackboneError(f"{file} is a Git LFS pointer, not the weights. Fetch the file with 'git lfs pull'.")
-    kind = type(model).__name__
     try:
         if file.suffix == ".npz":
             _load_npz(model, file)
             return
-        state = _read_state(file)
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        patches = state.get("patch_embed.proj.weight")
-        if patches is not None and patches.ndim == 4:
-            _check_patches(model, patches.shape[2:], file)
-        state = convert(state, model) if convert else state
-        classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        own = model.state_dict()
-        state = {k: v for k, v in state.items() if k in own or not k.startswith(tuple(f"{head}." for head in heads))}
-        wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
-        for what, names in (
-            ("lacks", sorted(own.keys() - state.keys())),
-            ("has, beyond the model,", sorted(state.keys() - own.keys())),
-            ("has other shapes of", wrong),
-        ):
-            if names:
-                raise BackboneError(
-                    f"{file} does not hold the weights of this {kind}: it {what} {', '.join(names[:3])}"
-                    f"{' ...' if len(names) > 3 else ''} ({len(names)} in all). Name the model that they are of."
-                )
+        state = _converted(_read_state(file), model, file)
+        _check_state(state, model.state_dict(), type(model).__name__, file)
         model.load_state_dict(state)
     except BackboneError:
         raise
-    except Exception as error:  # damaged files show themselves in many ways
-        raise BackboneError(f"{file} cannot be read as the weights of this {kind}: {first_line(error)}") from error
+    except Exception as error:  # damaged files fail in many ways
+        raise BackboneError(
+            f"{file} cannot be read as the weights of this {type(model).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _converted(state: dict[str, torch.Tensor], model: Any, file: Path) -> dict[str, torch.Tensor]:
+    """The file's tensors under the model's own names, without the classifier's."""
+    patches = state.get("patch_embed.proj.weight")
+    if patches is not None and patches.ndim == 4:
+        _check_patches(model, patches.shape[2:], file)
+    if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
+        state = convert(state, model)
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    own = model.state_dict()
+    return {name: value for name, value in state.items() if name in own or not name.startswith(heads)}
+
+
+def _check_state(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], kind: str, file: Path) -> None:
+    """Names and shapes agree exactly."""
+    for what, names in (
+        ("lacks", own.keys() - state.keys()),
+        ("has, beyond the model,", state.keys() - own.keys()),
+        ("has other shapes of", {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}),
+    ):
+        if names:
+            raise BackboneError(
+                f"{file} does not hold the weights of this {kind}: it {what} {', '.join(sorted(names)[:3])}"
+                f"{' ...' if len(names) > 3 else ''} ({len(names)} in all). Name the model they belong to."
+            )
 
 
 def _read_state(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by name."""
+    """The tensors of a file by name."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -143,7 +157,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(
-            f"{file} holds more than tensors, or is damaged; it was not opened, since a pickle can run any code. "
+            f"{file} holds more than tensors, or is damaged; it was not loaded, since a pickle can run any code. "
             f"Save the state dict alone, best as .safetensors."
         ) from error
     for key in ("state_dict", "model"):
@@ -154,7 +168,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_npz(model: Any, file: Path) -> None:
-    """The original JAX archives, through timm's own reader."""
+    """Loads an original JAX archive with timm's own reader."""
     import numpy as np
 
     if not hasattr(model, "load_pretrained"):
@@ -177,5 +191,5 @@ def _check_patches(model: Any, found: Sequence[int], file: Path) -> None:
     if tuple(found) != expected:
         raise BackboneError(
             f"{file} has patches of {found[0]} x {found[1]} pixels, the model {expected[0]} x {expected[1]}. "
-            f"Name the model that they are of."
+            f"Name the model they belong to."
         )

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
-from zinit.models.offload import is_lent
+from zinit.models.offload import is_offloaded
 from zinit.tasks.base import Batch, Stream, Task
 from zinit.train import activation_cache, checkpoint
 from zinit.train.sharding import is_sharded
@@ -272,7 +272,7 @@ def fit(
     with (
         activation_cache.kept_trunk(task, config, accelerator, on_event) as rows,
         _stop_requests() as stop_requested,
-        set_checkpoint_early_stop(not is_lent(task)),
+        set_checkpoint_early_stop(not is_offloaded(task)),
     ):
         loader = DataLoader(
             _Collated(task, plan.stream, [part for step in ahead for part, _ in step], rows),
