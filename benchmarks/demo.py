@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS
+from zinit.runs.record import versions
 from zinit.runs.settings import resolve
-from zinit.runs.train import train_run, versions
+from zinit.runs.train import train_run
 
 METHODS = {
     "zero-init": (),

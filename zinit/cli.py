@@ -119,7 +119,7 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted."""
-    from zinit.runs.train import evaluate_run
+    from zinit.runs.evaluate import evaluate_run
     from zinit.ui.console import print_json, print_metrics
 
     results = evaluate_run(run_dir, data=data, limit=limit)

@@ -25,8 +25,10 @@ from zinit.bench.plan import make_benchmark
 from zinit.demo import roberta_path
 from zinit.errors import BackboneError, DataError
 from zinit.methods import METHODS
+from zinit.runs.build import build_model, build_task
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
-from zinit.runs.train import build_model, build_task, evaluate_run, train_run
+from zinit.runs.train import train_run
 from zinit.tasks import TASKS
 
 

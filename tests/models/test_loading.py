@@ -16,8 +16,8 @@ from tests.tasks.vit import save_tiny
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.models.loading import load_causal_lm, load_clip, load_encoder
 from zinit.models.timm import load_timm
+from zinit.runs.build import build_model
 from zinit.runs.settings import resolve
-from zinit.runs.train import build_model
 
 META = torch.device("meta")  # any device but the CPU will do
 

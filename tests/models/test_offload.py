@@ -20,8 +20,9 @@ from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.models.offload import is_offloaded, move, weights_in_place
 from zinit.runs.directory import save_trained
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, resolve
-from zinit.runs.train import evaluate_run, train_run
+from zinit.runs.train import train_run
 from zinit.train.loop import _checkpoint_activations
 from zinit.train.strategy import loading_device
 from zinit.ui.chat import Speaker

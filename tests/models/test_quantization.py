@@ -29,8 +29,8 @@ from zinit.models import quantization
 from zinit.models.loading import load_causal_lm, load_clip, load_encoder
 from zinit.models.quantization import QUANTIZATIONS, is_quantized
 from zinit.models.timm import load_timm
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
-from zinit.runs.train import evaluate_run
 from zinit.tasks.base import load_host
 from zinit.train.strategy import make_accelerator, place
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tests.tiny import save_records, save_tiny_llama
 from zinit.errors import CheckpointError, ConfigError
 from zinit.methods import METHODS
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, resolve
-from zinit.runs.train import Interrupted, evaluate_run, train_run
+from zinit.runs.train import Interrupted, train_run
 
 OPTIONS = ("prefix.length=3", "steps=6", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=4",
            "max_new_tokens=4", "learning_rate=0.02", "warmup_steps=0", "evaluate_every=0", "save_every=2")  # fmt: skip

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder, tiny_encoder
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError, DataError
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig
-from zinit.runs.train import evaluate_run, train_run
+from zinit.runs.train import train_run
 from zinit.tasks.ner.sentences import read_sentences
 from zinit.tasks.ner.task import TokenClassification, TokenClassificationConfig
 from zinit.train.loop import make_accelerator

@@ -13,8 +13,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from zinit.runs.directory import read_run, write_json
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
-from zinit.runs.train import evaluate_run, train_run
+from zinit.runs.train import train_run
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import torch
 from tests.tasks.test_squad import document, make, write
 from tests.tiny import save_records, save_tiny_llama
 from zinit.distributed import share
+from zinit.runs.build import build_model, build_task
 from zinit.runs.settings import resolve
-from zinit.runs.train import build_model, build_task
 from zinit.train.loop import held_out_loss
 
 

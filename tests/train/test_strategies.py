@@ -25,8 +25,9 @@ from zinit.adapter.handle import attach
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.directory import read_run
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
-from zinit.runs.train import evaluate_run, train_run
+from zinit.runs.train import train_run
 from zinit.train.sharding import _kept_whole, kinds_of_blocks, use_fsdp2
 from zinit.train.strategy import check_prepared, make_accelerator
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import platform
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinit.adapter.file import AdapterFile
-from zinit.adapter.fingerprint import cosine, fingerprint
+from zinit.adapter.fingerprint import cosine
 from zinit.adapter.handle import Handle
-from zinit.backbones import BACKBONES
-from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError
-from zinit.methods import METHODS
+from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.methods.base import Method
-from zinit.models.offload import move, weights_in_place
-from zinit.registry import import_object
+from zinit.models.offload import weights_in_place
+from zinit.runs.build import build_model, build_task
 from zinit.runs.directory import (
     TRAINED,
     Log,
     check_output,
     launch_id,
-    load_baseline,
-    load_trained,
-    read_finished_run,
     read_results,
     read_run,
     save_baseline,
@@ -38,20 +29,18 @@ from zinit.runs.directory import (
     write_json,
     writing,
 )
-from zinit.runs.settings import SECTIONS, RunConfig, absolute_path
-from zinit.tasks import TASKS
-from zinit.tasks.base import load_host
+from zinit.runs.evaluate import evaluate
+from zinit.runs.record import versions
+from zinit.runs.settings import SECTIONS, RunConfig
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity
-from zinit.train.loop import Event, Interrupted, Plan, fit, held_out_loss
+from zinit.train.loop import Event, Interrupted, Plan, fit
 from zinit.train.strategy import in_words, loading_device, make_accelerator, place
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
-    from zinit.methods.base import Adapted
-    from zinit.tasks.base import Evaluation, Task
+    from zinit.tasks.base import Task
 
 # Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
 # Where model and data lie is indifferent too: what is in them is compared.
@@ -61,117 +50,6 @@ INDIFFERENT = (
     *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
 )
 SAME_MODEL = 0.999  # cosine of two samples of the weights
-PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Built:
-    """A run's parts.
-
-    Attributes:
-        method: how the model is adapted.
-        adapted: the model with what the method added.
-        processor: its tokenizer or the like.
-        key_probe: a sample of the frozen model's weights; None for a model that no backbone knows.
-    """
-
-    method: Method
-    adapted: Adapted
-    processor: Any
-    key_probe: list[float] | None
-
-
-def build_model(
-    config: RunConfig, device: torch.device, *, load_to: torch.device | str | None = None, saved: Path | None = None
-) -> Built:
-    """The model, adapted.
-
-    Args:
-        config: the run's settings.
-        device: that it will run on; decides the dtype "auto".
-        load_to: where its weights are read to; default: ``device``.
-        saved: a finished run's folder to load the prefix from; None attaches a fresh one.
-    """
-    import torch
-
-    method: Method = METHODS.get(config.method)(config.method_options)
-    name = config.dtype
-    low = device.type == "cuda" and not method.trains_host
-    dtype = (torch.bfloat16 if low else torch.float32) if name == "auto" else getattr(torch, name)
-    source = demo_model(config.backbone) if config.model is None else config.model
-    loading = {"dtype": dtype, "revision": config.revision, "device": load_to or device, "quantize": config.quantize}
-    model, processor = load_host(TASKS.get(config.task), source, trains=method.trains_host, **loading)
-    try:
-        key_probe = fingerprint(model, BACKBONES.get(config.backbone).sites(model))["key_probe"]
-    except BackboneError:
-        key_probe = None  # a method without attention sites may still be used
-    adapted = method.apply(model, prefix=config.prefix, backbone=config.backbone, seed=config.seed, saved=saved)
-    return Built(method=method, adapted=adapted, processor=processor, key_probe=key_probe)
-
-
-def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = None, train: bool = True) -> Task:
-    """The task on a built model.
-
-    Args:
-        config: the run's settings.
-        built: see `build_model`.
-        labels: class names of a finished run.
-        train: False leaves the training examples unread.
-    """
-    task_class = TASKS.get(config.task)
-    known = {} if labels is None else {"labels": labels}
-    return task_class(
-        built.adapted.model,
-        built.processor,
-        built.adapted.handle,
-        config.options,
-        data=config.data,
-        seed=config.seed,
-        train=train,
-        **known,
-    )
-
-
-def demo_model(backbone: str) -> Path:
-    """Where the embedded model of a backbone lies.
-
-    Raises:
-        ConfigError: if it has none.
-    """
-    where = BACKBONES.get(backbone).demo_model
-    if not where:
-        raise ConfigError(f"the backbone {backbone!r} has no embedded demo: pass --model and --data.")
-    return import_object(where)()
-
-
-def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:
-    """A finished run's settings, model (where it runs), tokenizer and prefix.
-
-    Raises:
-        CheckpointError: if there is no run, or it has no adapter yet.
-        ConfigError: if its method has no prefix.
-    """
-    config, _ = read_finished_run(directory)
-    if not (Path(directory) / "adapter.json").is_file():
-        raise ConfigError(
-            f"the run in {directory} was made by the method {config.method!r}, which has no prefix. "
-            f"Only runs with a prefix can chat and generate; 'zinit eval' takes any."
-        )
-    built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
-    assert built.adapted.handle is not None
-    move(built.adapted.model, device, offload=config.offload)
-    return config, built.adapted.model, built.processor, built.adapted.handle
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries a result depends on."""
-    import zinit
-
-    return {
-        "zinit": zinit.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
 
 
 def train_run(
@@ -264,7 +142,7 @@ def train_run(
     if "frozen" not in results.get("metrics", {}):
         on_event({"event": "stage", "text": "evaluating the frozen model"})
         with disabled(), task.frozen_baseline():
-            frozen = _evaluate(task, config, accelerator)
+            frozen = evaluate(task, config, accelerator)
             save_baseline(task, output, writes=accelerator.is_main_process)
         results = {"metrics": {"frozen": frozen.metrics}, "baseline": task.baseline, "seed": config.seed}
         results["counts"] = task.data_report()
@@ -307,7 +185,7 @@ def train_run(
     if accelerator.is_main_process and task.handle is not None:
         _save_adapter(task.handle, output, built.key_probe)
     on_event({"event": "stage", "text": "evaluating the adapted model"})
-    adapted = _evaluate(task, config, accelerator)
+    adapted = evaluate(task, config, accelerator)
     results["metrics"]["adapted"] = adapted.metrics
     results["counts"] |= adapted.counts
     for sample, answered in zip(results["samples"], adapted.samples, strict=False):
@@ -323,51 +201,6 @@ def train_run(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
-
-
-def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Frozen and adapted model of a finished run on its held-out examples, or on other data.
-
-    The frozen model is left out where its baseline needs training data that are not read, and the run kept none.
-
-    Args:
-        directory: of the run.
-        data: evaluate on all of this instead.
-        limit: examples an answer is generated for.
-    """
-    config, document = read_finished_run(directory)
-    if data is not None:
-        options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
-        config = dataclasses.replace(config, options=options)
-    accelerator = make_accelerator(config.train)
-    load_to = loading_device(accelerator, offload=config.offload)
-    built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
-    task = build_task(config, built, labels=document.get("labels"), train=data is None)
-    place(task, accelerator, offload=config.offload)
-    metrics = {}
-    kept = load_baseline(task, Path(directory))
-    if known := kept or data is None or not task.baseline_parameters():
-        with built.adapted.disabled(), nullcontext() if kept else task.frozen_baseline():
-            metrics["frozen"] = _evaluate(task, config, accelerator, limit).metrics
-    load_trained(task, Path(directory))  # not before: the frozen model is without them
-    adapted = _evaluate(task, config, accelerator, limit)
-    return {
-        "metrics": metrics | {"adapted": adapted.metrics},
-        "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
-        "counts": {**task.data_report(), **adapted.counts},
-        "seed": config.seed,
-    }
-
-
-def _evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
-    with weights_in_place(task):
-        loss, count = held_out_loss(task, config.train, accelerator)
-    with accelerator.autocast(), weights_in_place(task):
-        evaluation = task.evaluate(accelerator, limit=limit)
-    of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
-    evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
-    evaluation.counts = {"held_out_units": count, **evaluation.counts}
-    return evaluation
 
 
 def _identity(config: RunConfig, task: Task) -> dict[str, Any]:

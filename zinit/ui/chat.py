@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from zinit.errors import ConfigError
+from zinit.runs.build import load_run
 from zinit.runs.directory import read_finished_run
-from zinit.runs.train import load_run
 from zinit.tasks import TASKS
 from zinit.tasks.alpaca.task import encode_prompt, format_conversation, format_prompt
 

@@ -19,8 +19,9 @@ from zinit.backbones import BACKBONES, find_backbone
 from zinit.config import PrefixConfig
 from zinit.errors import ZinitError
 from zinit.models.loading import load_on_meta
+from zinit.runs.build import build_model, build_task, demo_model
+from zinit.runs.record import versions
 from zinit.runs.settings import parse_value, resolve
-from zinit.runs.train import build_model, build_task, demo_model, versions
 
 
 def inspect_model(source: str, *, backbone: str | None = None, options: Iterable[str] = ()) -> dict[str, Any]:

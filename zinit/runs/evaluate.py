@@ -1,0 +1,67 @@
+"""Evaluates a run: the base and the adapted model on the held-out examples, or on other data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zinit.models.offload import weights_in_place
+from zinit.runs.build import build_model, build_task
+from zinit.runs.directory import load_baseline, load_trained, read_finished_run
+from zinit.runs.settings import RunConfig, absolute_path
+from zinit.train.loop import held_out_loss
+from zinit.train.strategy import loading_device, make_accelerator, place
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from zinit.tasks.base import Evaluation, Task
+
+
+def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int | None = None) -> dict[str, Any]:
+    """Frozen and adapted model of a finished run on its held-out examples, or on other data.
+
+    The frozen model is left out where its baseline needs training data that are not read, and the run kept none.
+
+    Args:
+        directory: of the run.
+        data: evaluate on all of this instead.
+        limit: examples an answer is generated for.
+    """
+    config, document = read_finished_run(directory)
+    if data is not None:
+        options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
+        config = dataclasses.replace(config, options=options)
+    accelerator = make_accelerator(config.train)
+    load_to = loading_device(accelerator, offload=config.offload)
+    built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
+    task = build_task(config, built, labels=document.get("labels"), train=data is None)
+    place(task, accelerator, offload=config.offload)
+    metrics = {}
+    kept = load_baseline(task, Path(directory))
+    if known := kept or data is None or not task.baseline_parameters():
+        with built.adapted.disabled(), nullcontext() if kept else task.frozen_baseline():
+            metrics["frozen"] = evaluate(task, config, accelerator, limit).metrics
+    load_trained(task, Path(directory))  # not before: the frozen model is without them
+    adapted = evaluate(task, config, accelerator, limit)
+    return {
+        "metrics": metrics | {"adapted": adapted.metrics},
+        "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
+        "counts": {**task.data_report(), **adapted.counts},
+        "seed": config.seed,
+    }
+
+
+def evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
+    """The task as it stands now: its held-out loss, then everything else it reports."""
+    with weights_in_place(task):
+        loss, count = held_out_loss(task, config.train, accelerator)
+    with accelerator.autocast(), weights_in_place(task):
+        evaluation = task.evaluate(accelerator, limit=limit)
+    of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
+    evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
+    evaluation.counts = {"held_out_units": count, **evaluation.counts}
+    return evaluation
