@@ -31,7 +31,8 @@ def imported_by(code: str) -> set[str]:
         "import zinit; zinit.register_task('mine', 'torch:nn')",
         "import zinit; zinit.register_method('mine', 'torch:nn')",
         "from zinit.ui.listing import list_kind\n"
-        "for kind in ('backbones', 'tasks', 'methods', 'metrics', 'presets', 'benchmarks'): assert list_kind(kind)",
+        "for kind in ('backbones', 'tasks', 'methods', 'metrics', 'formats', 'presets', 'benchmarks'):\n"
+        "    assert list_kind(kind)",
         "import sys, zinit.cli\nsys.argv = ['zinit', 'train', '--backbone', 'lama', '--output', 'nowhere']\n"
         "try: zinit.cli.main()\nexcept SystemExit as end: assert end.code == 2",
     ],

@@ -14,10 +14,9 @@ from tests.tiny import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
 from zinit.methods import METHODS
-from zinit.metrics import METRICS
-from zinit.registry import Registry, did_you_mean
+from zinit.registry import Entry, Registry, did_you_mean
 from zinit.tasks import TASKS
-from zinit.ui.listing import list_kind
+from zinit.ui.listing import REGISTRIES, list_kind
 
 
 @pytest.fixture
@@ -204,14 +203,56 @@ def test_the_command_line_knows_installed_entries_and_its_help_reads_none(tmp_pa
         assert f'"mine-{group}": "the {group[:-1]} ' in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["backbones", "methods", "metrics", "tasks"])
-def test_what_is_listed_unimported_is_what_the_imported_entry_says(kind: str) -> None:
-    registry = {"backbones": BACKBONES, "methods": METHODS, "metrics": METRICS, "tasks": TASKS}[kind]
+# --- descriptions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(REGISTRIES))
+def test_every_shipped_entry_is_described_in_one_line_of_its_own(kind: str) -> None:
     listed = list_kind(kind)
-    assert list(listed) == list(registry)
+    assert list(listed) == list(REGISTRIES[kind])
+    assert len(set(listed.values())) == len(listed)
     for name, text in listed.items():
-        own = registry.get(name) if kind == "methods" else sys.modules[registry.get(name).__module__]
-        if kind == "backbones":  # objects, each alone in its module
-            own = sys.modules[registry.where(name).partition(":")[0]]
-        assert text
-        assert text == (own.__doc__ or "").strip().split("\n")[0], name
+        assert REGISTRIES[kind]._about[name] == text, f"{name} would be imported to be listed"
+        assert text == text.strip() != ""
+        assert "\n" not in text
+        assert len(text) <= 100
+        assert text[0].isupper() or name == "vit"  # timm's own spelling
+        assert text.endswith(".")
+
+
+def test_a_description_costs_no_import_and_a_docstring_serves_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = '"""Of the module.\n\nMore."""\nclass A:\n    """Of the class.\n\n    More."""\n'
+    code += "class B: pass\nTHING, BARE = A(), B()\n"
+    (tmp_path / "described.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "described", raising=False)
+    registry = Registry("thing", {"told": Entry("described:A", "As told."), "class": "described:A"})
+    registry.register("later", "described:B", "Told later.")
+    assert (registry.about("told"), registry.about("later")) == ("As told.", "Told later.")
+    assert "described" not in sys.modules
+    assert registry.about("class") == "Of the class."
+    for name, expected in {"B": "Of the module.", "THING": "Of the module.", "BARE": "Of the module."}.items():
+        registry.register(name, f"described:{name}")
+        assert registry.about(name) == expected
+    with pytest.raises(ConfigError, match="no thing named 'tol'"):
+        registry.about("tol")
+    registry.register("gone", "no_such_module:X")
+    with pytest.raises(ConfigError, match="'gone' cannot be loaded"):
+        registry.about("gone")
+
+
+def test_a_module_without_docstring_leaves_an_instance_the_one_of_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "undescribed.py").write_text('class A:\n    """Of the class."""\nTHING = A()\nclass B: pass\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("thing", {"mine": "undescribed:THING", "bare": "undescribed:B"})
+    assert registry.about("mine") == "Of the class."
+    assert registry.about("bare") == ""
+
+
+def test_unknown_lists_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no list of 'task'. Did you mean 'tasks'\? Known: backbones, benchmarks,"):
+        list_kind("task")

@@ -271,7 +271,7 @@ def inspect(
 
 @app.command(name="ls")
 def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, presets, benchmarks or metrics.")],
+    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, metrics, formats, presets or benchmarks.")],
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from."""

@@ -1,12 +1,13 @@
-"""One small lazy registry, used for backbones, tasks, methods and metrics."""
+"""One small lazy registry, used for backbones, tasks, methods, metrics and adapter formats."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from zinit.errors import ConfigError
 
@@ -25,38 +26,53 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def import_object(where: str) -> Any:
-    """What lies at an address, ``"package.module:OBJECT"``."""
+    """The object at an address, ``"package.module:OBJECT"``."""
     module, _, attribute = where.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+class Entry(NamedTuple):
+    """A name's address and what ``zinit ls`` says of it.
+
+    Attributes:
+        where: ``"package.module:OBJECT"``.
+        about: one line; empty takes the object's docstring.
+    """
+
+    where: str
+    about: str = ""
 
 
 class Registry:
     """Names to ``"module:object"`` addresses, imported on first use, so that listing costs nothing.
 
-    Installed packages add theirs through entry points of a group; they are looked up once, when a list or an unknown
+    Installed packages add theirs through entry points of a group; these are looked up once, when a list or an unknown
     name is first asked for. One that cannot be used (its name is taken) is left out with a warning.
 
     Args:
         kind: what the entries are, for messages ("backbone", "task").
-        entries: the names zinit ships.
+        entries: the names zinit ships, each with its address or an `Entry`.
         group: of the entry points ("zinit.backbones"); None has none.
 
     Attributes:
         shipped: the names zinit ships.
     """
 
-    def __init__(self, kind: str, entries: dict[str, str], *, group: str | None = None) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, str | Entry], *, group: str | None = None) -> None:
+        described = {name: Entry(entry) if isinstance(entry, str) else entry for name, entry in entries.items()}
         self.kind = kind
         self.shipped = frozenset(entries)
-        self._where: dict[str, str] = dict(entries)
+        self._where: dict[str, str] = {name: entry.where for name, entry in described.items()}
+        self._about: dict[str, str] = {name: entry.about for name, entry in described.items()}
         self._unread = group
 
-    def register(self, name: str, where: str) -> None:
+    def register(self, name: str, where: str, about: str = "") -> None:
         """Adds an entry.
 
         Args:
             name: how users will call it.
             where: ``"package.module:OBJECT"``; imported when first asked for.
+            about: one line for ``zinit ls``; empty takes the object's docstring.
 
         Raises:
             ConfigError: if the name is taken by something else, or the address is not of that form.
@@ -64,17 +80,19 @@ class Registry:
         module, _, attribute = where.partition(":")
         if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
             raise ConfigError(f"the {self.kind} {name!r} needs an address like 'package.module:OBJECT', got {where!r}.")
-        there = self._all().get(name, where)
-        if there != where:
-            raise ConfigError(f"a {self.kind} named {name!r} exists already ({there}). Choose another name.")
+        taken_by = self._all().get(name, where)
+        if taken_by != where:
+            raise ConfigError(f"a {self.kind} named {name!r} exists already ({taken_by}). Choose another name.")
         self._where[name] = where
+        if about:
+            self._about[name] = about
 
     def get(self, name: str) -> Any:
         """The object behind a name.
 
         Raises:
-            ConfigError: if the name is unknown (with the nearest known one), its address cannot be imported, or what
-                lies there calls itself by another name: what it saves could not find it again.
+            ConfigError: if the name is unknown (with the nearest known one), its address cannot be imported, or the
+                object there calls itself by another name: files it saves could not find it again.
         """
         where = self.where(name)
         try:
@@ -99,6 +117,17 @@ class Registry:
             raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self)}")
         return self._where[name]
 
+    def about(self, name: str) -> str:
+        """One line about an entry. Entries that came with a line are not imported for it.
+
+        Raises:
+            ConfigError: if the name is unknown, or an entry without a line cannot be imported.
+        """
+        where = self.where(name)
+        if about := self._about.get(name):
+            return about
+        return _first_docstring(self.get(name), where.partition(":")[0])
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._all()))
 
@@ -118,3 +147,12 @@ class Registry:
                     owner = getattr(entry.dist, "name", "unknown")
                     warnings.warn(f"an entry point of the package {owner!r} is left out: {error}", stacklevel=2)
         return self._where
+
+
+def _first_docstring(found: Any, module: str) -> str:
+    """The first line of an object's own docstring, or of its module's; of an instance the module's comes first."""
+    docstrings = [found.__doc__, importlib.import_module(module).__doc__]
+    if not inspect.isclass(found) and not inspect.isroutine(found):
+        docstrings.reverse()
+    text = next(filter(None, docstrings), "")
+    return text.strip().split("\n")[0]

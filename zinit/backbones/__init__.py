@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from zinit.errors import BackboneError, ConfigError
-from zinit.registry import Registry
+from zinit.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,11 +20,25 @@ DISCOVERY = "transformers"
 BACKBONES = Registry(
     "backbone",
     {
-        "clip": "zinit.backbones.clip:CLIP",
-        "llama": "zinit.backbones.llama:LLAMA",
-        "roberta": "zinit.backbones.roberta:ROBERTA",
-        "vit": "zinit.backbones.vit:VIT",
-        DISCOVERY: "zinit.backbones._discover:TRANSFORMERS",
+        "clip": Entry(
+            "zinit.backbones.clip:CLIP",
+            "CLIP: a text tower and a vision tower, each with its own layers; towers=[...] chooses.",
+        ),
+        "llama": Entry(
+            "zinit.backbones.llama:LLAMA",
+            "LLaMA and decoders laid out like it (Mistral, Qwen2): rotated keys without a norm.",
+        ),
+        "roberta": Entry(
+            "zinit.backbones.roberta:ROBERTA",
+            "RoBERTa and encoders laid out like it (BERT, CamemBERT, ELECTRA, XLM-RoBERTa).",
+        ),
+        "vit": Entry(
+            "zinit.backbones.vit:VIT", "timm's Vision Transformers, EVA, BEiT, Swin and others that attend as they do."
+        ),
+        DISCOVERY: Entry(
+            "zinit.backbones._discover:TRANSFORMERS",
+            "Any other model of transformers whose keys and values zinit can verify numerically.",
+        ),
     },
     group="zinit.backbones",
 )
