@@ -1,0 +1,167 @@
+"""A training step and ``model.generate`` with two checkouts of zinit: the ratio of new to old, with its interval.
+
+    python -m benchmarks.old_new --old ../before --new .
+    python -m benchmarks.old_new --old ../before --new . --works step generate train --pairs 60
+
+Each checkout has one living process, with one thread and pinned to the same core; the processes take rounds in turn,
+and the order within a pair alternates. Reported are the median over pairs of new / old and its bootstrap 95 % interval.
+Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
+can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import save
+from benchmarks.old_new_worker import WORKS
+
+WORKER = Path(__file__).with_name("old_new_worker.py")
+SHAPE = {"width": 256, "layers": 8, "heads": 4, "vocabulary": 2000, "prefix_length": 10, "batch": 4, "length": 64,
+         "tokens": 48, "steps": 12}  # fmt: skip
+PAIRS = {"new_over_old": ("old", "new"), "new_over_new": ("new", "new again")}
+RESAMPLES = 10_000
+
+
+class Worker:
+    """A living process that times the works of one checkout.
+
+    Args:
+        checkout: root of the repository.
+        cpu: the core it may run on; -1 leaves that to the system.
+        shape: of the model and its inputs.
+    """
+
+    def __init__(self, checkout: Path, cpu: int, shape: dict[str, int]) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.checkout, self.log = checkout, tempfile.TemporaryFile()  # noqa: SIM115
+        # -P: the folder of the script is not searched, so that every import comes from the checkout.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), str(checkout), str(cpu), json.dumps(shape)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
+            cwd=checkout, env=environment,
+        )  # fmt: skip
+
+    def time(self, work: str) -> dict[str, float]:
+        """Seconds of one round, by clock."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(work + "\n")
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            said = self.log.read().decode(errors="replace")[-2000:]
+            raise SystemExit(f"the process of {self.checkout} failed in {work!r}, {self.process.wait()}:\n{said}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def rounds(workers: dict[str, Worker], work: str, pairs: int, warm_up: int) -> dict[str, list[dict[str, Any]]]:
+    """Seconds of both sides of every pair, ``{comparison: [{"under": ..., "over": ...}]}``."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in PAIRS}
+    for number in range(warm_up + pairs):
+        for name, (under, over) in PAIRS.items():
+            order = ("under", "over") if number % 2 else ("over", "under")
+            sides = {"under": workers[under], "over": workers[over]}
+            pair = {side: sides[side].time(work) for side in order}
+            if number >= warm_up:
+                measured[name].append(pair)
+    return measured
+
+
+def interval(ratios: Sequence[float], seed: int = 0) -> list[float]:
+    """The bootstrap 95 % interval of the median."""
+    rng = random.Random(seed)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return [medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]]
+
+
+def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Median ratio, its interval and the median seconds, by comparison and clock."""
+    figures: dict[str, Any] = {}
+    for name, pairs in measured.items():
+        for clock in pairs[0]["under"]:
+            ratios = [pair["over"][clock] / pair["under"][clock] for pair in pairs]
+            figures.setdefault(name, {})[clock] = {
+                "median_ratio": round(statistics.median(ratios), 4),
+                "interval_95": [round(bound, 4) for bound in interval(ratios)],
+                "median_seconds": {
+                    side: round(statistics.median(pair[side][clock] for pair in pairs), 5) for side in ("under", "over")
+                },
+                "pairs": len(ratios),
+            }
+    return figures
+
+
+def show(work: str, figures: dict[str, Any]) -> None:
+    """One line for each comparison and clock."""
+    for name, clocks in figures.items():
+        for clock, found in clocks.items():
+            low, high = found["interval_95"]
+            title = name.replace("_", " ")
+            print(f"{work:9} {title:13} {clock:4} {found['median_ratio']:.4f}  [{low:.4f}, {high:.4f}]", flush=True)
+
+
+def revision(checkout: Path) -> str:
+    """The commit that is checked out; with a plus if files differ from it."""
+    git = ["git", "-C", str(checkout)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return f"{commit}{'+' if changed else ''}" or "no repository"
+
+
+def parse() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    options.add_argument("--old", type=Path, required=True, help="checkout to compare with")
+    options.add_argument("--new", type=Path, required=True, help="checkout to judge")
+    options.add_argument("--works", nargs="+", choices=list(WORKS), default=["step", "generate"])
+    options.add_argument("--pairs", type=int, default=40, help="of each comparison; 30 at least for a figure to report")
+    options.add_argument("--warm-up", type=int, default=3, help="pairs that are not counted")
+    options.add_argument("--cpu", type=int, default=0, help="core of all processes; -1: not pinned")
+    options.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/old_new-cpu.json")
+    for name, value in SHAPE.items():
+        options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    return options.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    shape = {name: getattr(options, name) for name in SHAPE}
+    checkouts = {"old": options.old.resolve(), "new": options.new.resolve(), "new again": options.new.resolve()}
+    workers = {name: Worker(checkout, options.cpu, shape) for name, checkout in checkouts.items()}
+    figures: dict[str, Any] = {}
+    try:
+        for work in options.works:
+            figures[work] = summarize(rounds(workers, work, options.pairs, options.warm_up))
+            show(work, figures[work])
+    finally:
+        for worker in workers.values():
+            worker.close()
+    options.old, options.new = revision(options.old), revision(options.new)  # commits say more than folders
+    options.device = "cpu"
+    save("old_new", options, figures)
+
+
+if __name__ == "__main__":
+    main()
