@@ -1,4 +1,4 @@
-"""Reading other people's files safely, and telling by the names of their tensors whose they are."""
+"""Reads other implementations' files safely, and recognizes them by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from zinit.files import is_lfs_pointer
 
 
 def read_pickle(path: Path, *, allow: tuple[type, ...] = ()) -> Any:
-    """What ``torch.save`` wrote, rebuilt from tensors and plain values only; no code in the file is run.
+    """Loads what ``torch.save`` wrote: tensors and plain values only; code in the file is never run.
 
     Args:
         path: the file.
-        allow: harmless classes that such files hold besides.
+        allow: further harmless classes that such files hold.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or asks for anything else to be built.
+        CheckpointError: if the file is missing, damaged, or asks for any other class.
     """
     _check_file(path)
     try:
         with torch.serialization.safe_globals(list(allow)):
-            # Mapped, not read: a full training checkpoint is 13 GB of which the adapter is 5 MB.
+            # Memory-mapped: a full training checkpoint has 13 GB, of which the adapter is 5 MB.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         asks_for = re.search(r"GLOBAL\s+([\w.]+)", str(error))
         if asks_for:
             raise CheckpointError(
                 f"{path} was not loaded: besides tensors it asks for {asks_for[1]}, which could run code on this "
-                f"machine. If you trust where it came from, save its tensors alone and import those."
+                f"machine. If you trust its origin, save only its tensors and import those."
             ) from error
         raise CheckpointError(
             f"{path} is damaged, or not a file that torch.save wrote ({path.stat().st_size:,} bytes). Download or copy "
@@ -70,7 +70,7 @@ def tensors_in(content: Any, path: Path, *, unwrap: str | None = None) -> dict[s
     Args:
         content: what `read_pickle` returned.
         path: for messages.
-        unwrap: the entry that may hold them instead of the top level.
+        unwrap: an entry that may hold them in place of the top level.
 
     Raises:
         CheckpointError: if there are none.
@@ -86,7 +86,7 @@ def tensors_in(content: Any, path: Path, *, unwrap: str | None = None) -> dict[s
 
 
 def pickled(content: Any) -> bytes:
-    """``torch.save`` to memory, so that the file can be written whole or not at all."""
+    """``torch.save`` to memory, so that the file can be written atomically."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -94,8 +94,8 @@ def pickled(content: Any) -> bytes:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}. Expected an adapter's file.")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {found}. Expected an adapter's file.")
     try:
         pointer = is_lfs_pointer(path)
     except OSError as error:
@@ -109,13 +109,13 @@ def _check_file(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that can be told by its tensors' names.
+    """A kind of file, recognized by the names of its tensors.
 
     Args:
         title: what it is.
-        formats: the names under which zinit imports it, if it does.
+        formats: the names under which zinit imports it; empty if it does not.
         why_not: if it does not, what the file holds that a prefix cannot express.
-        has: whether one name betrays the kind.
+        has: whether a tensor of this name marks the kind.
     """
 
     title: str
@@ -124,7 +124,7 @@ class Kind:
     has: Callable[[str], bool]
 
 
-KINDS = (  # the first that fits; see how each is written in the modules of this package
+KINDS = (  # the first match counts; the modules of this package describe each
     Kind(
         "an official ImageBind-LLM adapter",
         (),
@@ -171,15 +171,15 @@ KINDS = (  # the first that fits; see how each is written in the modules of this
 
 
 def check_kind(names: Collection[str], path: Path, format: str) -> None:
-    """The file is of the format that was asked for.
+    """Checks that the file is of the requested format.
 
     Args:
         names: of its tensors.
         path: for messages.
-        format: the name under which the user imports it.
+        format: the requested format.
 
     Raises:
-        CheckpointError: saying what the file is instead, and under which name it can be imported or why it cannot.
+        CheckpointError: naming what the file is instead, and how it is imported or why it cannot be.
     """
     kind = next((kind for kind in KINDS if any(kind.has(name) for name in names)), None)
     if kind is None:

@@ -1,4 +1,4 @@
-"""What all formats share: prompts and gates by layer on their side, a `PrefixConfig` and named tensors on ours."""
+"""What all formats share: they hold prompts and gates by layer; zinit a `PrefixConfig` and named tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def sites_of(model: nn.Module) -> list[AttentionSite]:
-    """All attention modules that can take a prefix, lowest layer first; the model may have adapters already."""
+    """All attention modules that can take a prefix, lowest layer first; works on models that have adapters already."""
     model = getattr(model, "_orig_mod", model)
     attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
     return list(attachment.sites.values()) if attachment else find_backbone(model).sites(model)
@@ -36,18 +36,18 @@ def to_prefix(
     gate_per: Literal["head", "layer"],
     path: Path,
 ) -> Imported:
-    """Prompts and gates by absolute layer, checked against the model and named as zinit names them.
+    """Checks prompts and gates by absolute layer against the model, and names them as zinit does.
 
     Args:
         prompts: {layer: (K, C)}.
-        gates: {layer: gate of any shape that holds H numbers, or one}; layers without prompts are ignored.
+        gates: {layer: any shape that holds H numbers, or one}; layers without prompts are ignored.
         sites: of the model.
         gate: how the stored gates are squashed.
         gate_per: "head" for H numbers, "layer" for one.
         path: for messages.
 
     Raises:
-        CheckpointError: naming what was got and what was expected.
+        CheckpointError: naming what was found and what was expected.
     """
     depth, lengths = max(prompts) + 1, {prompt.shape[0] for prompt in prompts.values()}
     if depth != len(sites):
@@ -60,19 +60,9 @@ def to_prefix(
     tensors: dict[str, Tensor] = {}
     for layer, prompt in sorted(prompts.items()):
         site = sites[layer]
-        if prompt.dim() != 2 or prompt.shape[1] != site.width:
-            raise CheckpointError(
-                f"{path} has prompts of shape {tuple(prompt.shape)} in layer {layer}, but this model takes "
-                f"(K, {site.width}): the adapter was made for another width."
-            )
-        if layer not in gates:
-            raise CheckpointError(f"{path} has prompts but no gate for layer {layer}.")
-        stored, count = gates[layer], site.num_heads if gate_per == "head" else 1
-        if stored.numel() != count or (stored.dim() and max(stored.shape) != count):
-            raise CheckpointError(
-                f"{path} has a gate of shape {tuple(stored.shape)} in layer {layer}. Expected {count} number(s): "
-                f"this model has {site.num_heads} heads."
-            )
+        count = site.num_heads if gate_per == "head" else 1
+        _check_prompt(prompt, layer, site, path)
+        stored = _check_gate(gates.get(layer), layer, site, count, path)
         tensors[f"{site.name}.prompt.weight"] = _clean(prompt, path)
         tensors[f"{site.name}.gate"] = _clean(stored.reshape(count), path)
     layers = tuple(sorted(prompts))
@@ -85,10 +75,30 @@ def to_prefix(
     return config, tensors
 
 
+def _check_prompt(prompt: Tensor, layer: int, site: AttentionSite, path: Path) -> None:
+    if prompt.dim() != 2 or prompt.shape[1] != site.width:
+        raise CheckpointError(
+            f"{path} has prompts of shape {tuple(prompt.shape)} in layer {layer}, but this model takes "
+            f"(K, {site.width}): the adapter was made for another width."
+        )
+
+
+def _check_gate(gate: Tensor | None, layer: int, site: AttentionSite, count: int, path: Path) -> Tensor:
+    """The gate, which must hold ``count`` numbers along one axis."""
+    if gate is None:
+        raise CheckpointError(f"{path} has prompts but no gate for layer {layer}.")
+    if gate.numel() != count or (gate.dim() and max(gate.shape) != count):
+        raise CheckpointError(
+            f"{path} has a gate of shape {tuple(gate.shape)} in layer {layer}. Expected {count} number(s): "
+            f"this model has {site.num_heads} heads."
+        )
+    return gate
+
+
 def _clean(tensor: Tensor, path: Path) -> Tensor:
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{path} holds {tensor.dtype} where numbers with a fraction are expected.")
-    tensor = tensor.to(torch.float32, copy=True)  # off the mapped file
+        raise CheckpointError(f"{path} holds {tensor.dtype} where a floating dtype is expected.")
+    tensor = tensor.to(torch.float32, copy=True)  # the file is memory-mapped
     if not tensor.isfinite().all():
         raise CheckpointError(f"{path} holds numbers that are not finite: the run that made it diverged.")
     return tensor
@@ -96,9 +106,9 @@ def _clean(tensor: Tensor, path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerOfPrompts:
-    """One adapted layer on its way out: ``prompt`` (K, C), ``gate`` (H,) as stored and ``effective`` after squashing.
+    """One adapted layer to export: ``prompt`` (K, C), ``gate`` (H,) as stored, and ``effective`` (H,) after squashing.
 
-    Without gating both are ones.
+    Without gating both gates are ones.
     """
 
     site: AttentionSite
@@ -108,17 +118,17 @@ class LayerOfPrompts:
 
 
 def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
-    """The adapter as formats without a layer list hold it: prompts and gates of the topmost layers, lowest first.
+    """Prompts and gates of the topmost layers, lowest first: for formats that have no list of layers.
 
     Raises:
-        CheckpointError: if it is not of that form; the message says why.
+        CheckpointError: if the adapter has another form; the message says why.
     """
     config, every = handle.config, list(handle.attachment.sites.values())
     if config.parametrization != "prompt":
-        raise cannot(format, "it learns keys and values themselves, and the format holds prompts")
+        raise cannot(format, "it learns keys and values directly, and the format holds prompts")
     if not config.separate_softmax:
         raise cannot(
-            format, "its prompts share one softmax with the words, and the format's have a softmax of their own"
+            format, "its prompts share one softmax with the words, and the format's prompts have a softmax of their own"
         )
     if handle.sites != every[-len(handle.sites) :]:
         raise cannot(
@@ -139,10 +149,10 @@ def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
 
 
 def model_type(handle: Handle) -> str:
-    """What the model calls its family: other implementations read a file for certain families only."""
+    """The name of the model's family: other implementations support certain families only."""
     return getattr(getattr(handle.model, "config", None), "model_type", type(handle.model).__name__)
 
 
 def cannot(format: str, reason: str) -> CheckpointError:
-    """The error that says why a format cannot express an adapter."""
+    """The error for an adapter that a format cannot express."""
     return CheckpointError(f"this adapter cannot be written as {format}: {reason}. Save it in zinit's own format.")

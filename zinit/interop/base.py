@@ -1,4 +1,4 @@
-"""What a format must answer: how its files are read, and how an adapter is written, if it can be."""
+"""What a format implements: reading its files and, where possible, writing an adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from zinit.registry import did_you_mean
 
 Gate = Literal["tanh", "identity"]
 Imported = tuple[PrefixConfig, dict[str, Tensor]]
-"""How the prefixes are built, and {parameter name: tensor}: what `zinit.attach` and ``load_state_dict`` take."""
+"""The settings of the prefixes and {parameter name: tensor}, for `zinit.attach` and ``load_state_dict``."""
 
 
 class Reader(Protocol):
-    """Reads a file of one format. It may look at the model, but does not touch it."""
+    """Reads a file of one format. It may inspect the model but must not change it."""
 
     def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported: ...
 
@@ -37,10 +37,10 @@ class Format:
     """Another implementation's checkpoint format.
 
     Args:
-        title: whose it is.
+        title: implementation and kind of adapter, for listings.
         read: the importer.
         write: the exporter, if there is one; it may take options of its own.
-        needs_weights: whether importing needs the model's weights; elsewhere its shape is enough.
+        needs_weights: whether importing needs the model's weights; otherwise its shape is enough.
     """
 
     title: str

@@ -32,45 +32,33 @@ def convert(
     force: bool = False,
     **options: Any,
 ) -> Handle:
-    """Reads an adapter in one format and writes it in another; "zinit" is a format as well.
+    """Reads an adapter in one format and writes it in another; "zinit" is a format too.
 
-    Every conversion needs to know the model: which layers it has, and whether the other side means the same by it. Its
-    config is enough, except for LitGPT's newer files, whose keys and values are made with its weights. (Given an id, no
-    weights are read unless they are needed; zinit's own file then holds no sample of them to check a model by.)
+    A conversion needs the model: its layers, and whether the target's reader computes the same with it. The config is
+    enough, except for LitGPT's newer files, whose keys and values are computed with the weights. Given a folder or id,
+    weights are read only if they are needed; a file in zinit's own format then holds no sample to recognize them by.
 
     Args:
         source: the file or folder to read.
         destination: the file or folder to write.
         source_format: a format of `FORMATS`, or "zinit".
         target_format: "zinit", "official-v1" or "peft".
-        model: the model, or a folder or Hub id of one. Default: the one named in a source of zinit's.
+        model: the model, or a folder or Hub id of one. Default: the one that a source in zinit's format names.
         length: see `import_adapter`.
         gate: see `import_adapter`.
-        force: write although the destination exists.
+        force: overwrite an existing destination.
         options: see `zinit.interop.base.Format.export`.
 
     Returns:
-        What was converted, off the model again: look at its ``num_trainable`` and ``prefixes``.
+        The converted adapter, detached again: look at its ``num_trainable`` and ``prefixes``.
 
     Raises:
         CheckpointError: if the source cannot be read, or the target format cannot express it.
-        ConfigError: if a setting is impossible, the model cannot be had, or the destination exists.
+        ConfigError: if a setting is impossible, the model is unknown, or the destination exists.
     """
-    for chosen in (source_format, target_format):
-        if chosen != OWN and chosen not in FORMATS:
-            raise ConfigError(f"no adapter format named {chosen!r}.{did_you_mean(chosen, [OWN, *FORMATS])}")
-    if Path(destination).exists() and not force:
-        raise ConfigError(f"{destination} exists already. Choose another destination, or pass force to overwrite it.")
-    file = None
-    if source_format == OWN:
-        file = AdapterFile.read(source)
-        model = file.fingerprint.get("name_or_path") or None if model is None else model
-    if model is None:
-        raise ConfigError(
-            f"converting from {source_format!r} needs the model that the adapter was made for: pass its folder or id."
-        )
-    if isinstance(model, str | Path):
-        model = _causal_lm(str(model), weights=source_format != OWN and FORMATS.get(source_format).needs_weights)
+    _check_arguments(source_format, target_format, destination, force=force)
+    file = AdapterFile.read(source) if source_format == OWN else None
+    model = _find_model(model, file, source_format)
     with _unused_name(model) as name:
         if file is None:
             handle = import_adapter(model, source, format=source_format, length=length, gate=gate, name=name)
@@ -84,9 +72,30 @@ def convert(
     return handle
 
 
+def _check_arguments(source_format: str, target_format: str, destination: str | Path, *, force: bool) -> None:
+    for chosen in (source_format, target_format):
+        if chosen != OWN and chosen not in FORMATS:
+            raise ConfigError(f"no adapter format named {chosen!r}.{did_you_mean(chosen, [OWN, *FORMATS])}")
+    if Path(destination).exists() and not force:
+        raise ConfigError(f"{destination} exists already. Choose another destination, or pass force to overwrite it.")
+
+
+def _find_model(model: nn.Module | str | Path | None, file: AdapterFile | None, source_format: str) -> nn.Module:
+    """The model itself, loaded if only its name is known; a source in zinit's own format may hold the name."""
+    if model is None and file is not None:
+        model = file.fingerprint.get("name_or_path") or None
+    if model is None:
+        raise ConfigError(
+            f"converting from {source_format!r} needs the model that the adapter was made for: pass its folder or id."
+        )
+    if isinstance(model, nn.Module):
+        return model
+    return _causal_lm(str(model), weights=source_format != OWN and FORMATS.get(source_format).needs_weights)
+
+
 @contextmanager
 def _unused_name(model: nn.Module) -> Iterator[str]:
-    """A name for an adapter that is on the model only while inside; afterwards the model is as before."""
+    """An unused adapter name; on leaving, an adapter of that name is detached and the active one restored."""
     before = active_handle(model)
     name = "converted"
     while name in handles_on(model):
@@ -101,7 +110,7 @@ def _unused_name(model: nn.Module) -> Iterator[str]:
 
 
 def _causal_lm(source: str, *, weights: bool) -> nn.Module:
-    """A language model, with its weights or as a shape without storage."""
+    """A language model, with its weights or on the meta device."""
     import torch
 
     from zinit.models.loading import load_causal_lm, load_on_meta

@@ -28,9 +28,9 @@ def import_adapter(
     Args:
         model: the model it was made for.
         path: the file ("official-v1", "litgpt", "litgpt-legacy") or folder ("peft").
-        format: whose it is. LitGPT's files are "litgpt" since its version 0.5.5 and "litgpt-legacy" before; a file
-            cannot tell which.
-        length: K. Only "official-v1" needs it: its file holds K x L rows and neither factor.
+        format: the implementation. LitGPT's files are "litgpt" from its version 0.5.5 on and "litgpt-legacy" before;
+            the file does not say which.
+        length: K. Only "official-v1" needs it: its file holds one table of K x L prompts and neither factor.
         gate: how the gates are squashed. Only "official-v1" needs it: "tanh" as its trainer does, "identity" as its
             released inference script does. Its oldest files, with one gate per layer, are always read as "identity".
         name: of the adapter on this model.
@@ -58,7 +58,7 @@ def attach_tensors(
     model: nn.Module, config: PrefixConfig, tensors: dict[str, Tensor], *, name: str, backbone: str | None = None
 ) -> Handle:
     """Attaches an adapter of known tensors; on any error the model is as before."""
-    # Beside each host's weights; where those have no storage (a model made of its config alone) on the CPU.
+    # On the devices of the host's weights; on the CPU if they have no storage (a model built from its config alone).
     device = "cpu" if next(model.parameters()).is_meta else None
     before = active_handle(model)
     handle = attach(model, config, name=name, backbone=backbone, device=device)
@@ -79,5 +79,5 @@ def handles_on(model: nn.Module) -> dict[str, Handle]:
 
 
 def active_handle(model: nn.Module) -> Handle | None:
-    """The adapter that a model uses now."""
+    """The adapter that is on."""
     return next((handle for handle in handles_on(model).values() if handle.active), None)

@@ -5,8 +5,8 @@
 (1, H, 1, 1) before, one number in the first weeks.
 
 Version 0.5.5 reordered the fused query-key-value projection from one block per group to all queries, all keys, all
-values, but its prompt branch still cuts it up by group. So what it trains against are not the host's keys and values
-(most of them are queries). A file does not tell which version made it: the user must.
+values, but its prompt branch still splits it by group. So it trains against tensors that are not the host's keys and
+values (most of them are queries). A file does not say which version made it: the user must.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _LAYER = re.compile(r"transformer\.h\.(\d+)")
 
 
 def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
-    """A file of a version before 0.5.5. ``length`` and ``gate`` are not asked: the file and LitGPT say them.
+    """Reads a file of a version before 0.5.5. ``length`` and ``gate`` are unused: the file and LitGPT fix them.
 
     Raises:
-        CheckpointError: if the file is damaged, something else (adapter_v2, say), or does not fit the model.
+        CheckpointError: if the file is damaged, of another kind (such as adapter_v2), or does not fit the model.
     """
     return _read(path, sites_of(model), "litgpt-legacy")
 
 
 def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
-    """A file of version 0.5.5 or later, as learned keys and values: those its prompts had where it was trained.
+    """Reads a file of version 0.5.5 or later as learned keys and values: those its prompts had in training.
 
     Raises:
-        CheckpointError: as `read_legacy`; also if the model's weights are not at hand, or not to be had by row.
+        CheckpointError: as `read_legacy`; also if the weights of the model's projections are not available.
     """
     sites = sites_of(model)
     config, tensors = _read(path, sites, "litgpt")
@@ -72,17 +72,17 @@ def _read(path: Path, sites: list[AttentionSite], format: str) -> Imported:
 
 @torch.no_grad()
 def fused_rows(site: AttentionSite, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """What LitGPT 0.5.5 and later takes for a prompt's keys and values, each (G, K, D).
+    """The keys and values that LitGPT 0.5.5 and later computes for a prompt, each (G, K, D).
 
-    The fused projection has H + 2G blocks of D rows, q_1 .. q_H, k_1 .. k_G, v_1 .. v_G; read as if it were stored by
-    group, each with its H/G queries, one key and one value, group g's key is block g (H/G + 2) + H/G and its value the
-    block after that.
+    The fused projection has H + 2G blocks of D rows, q_1 .. q_H, k_1 .. k_G, v_1 .. v_G. LitGPT reads it as if it were
+    stored by group, each with H/G queries, one key and one value: group g's key is block g (H/G + 2) + H/G and its
+    value the block after that.
     """
     weight = next(site.module.parameters())
     if site.project_query is None or weight.is_meta:
         raise CheckpointError(
             "importing LitGPT's format needs the weights of the model's query, key and value projections, and they are "
-            "not to be had here. Load the model with its weights."
+            "not available here. Load the model with its weights."
         )
     tokens = prompt.to(weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype())
     key, value = site.project_kv(site.module, tokens)

@@ -2,11 +2,11 @@
 
 One dictionary written by ``torch.save``: a table of all prompts, ``adapter_query.weight`` (L x K, C), the lowest
 adapted layer first, and ``layers.{i}.attention.gate`` for every layer i of the model. Only the topmost L gates are
-used. Neither K nor L is in the file, only their product. A full training checkpoint holds the same names, among
-LLaMA's own, under ``model``, beside the trainer's arguments.
+used. The file holds neither K nor L, only their product. A full training checkpoint holds the same names, among
+LLaMA's own, under ``model``, next to the trainer's arguments.
 
 A gate is (1, H, 1, 1), one number per head, which the project's trainer squashes with tanh and its released inference
-script does not (issue 39 there); or (1,), from the first release, which knew no tanh.
+script does not (issue 39 there); or (1,), from the first release, which had no tanh.
 """
 
 from __future__ import annotations
@@ -20,41 +20,34 @@ import torch
 from torch import Tensor, nn
 
 from zinit.adapter.handle import Handle
+from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import write_atomically
 from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
 from zinit.interop._layers import cannot, model_type, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
+FORMAT = "official-v1"
 TABLE, GATE = "adapter_query.weight", "layers.{}.attention.gate"
 
 
 def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
-    """A V1 adapter, or the adapter in a full training checkpoint.
+    """Reads a V1 adapter, or the adapter in a full training checkpoint.
 
     Args:
         path: the file.
         model: a LLaMA in transformers' layout (prompts and gates are the same in both layouts).
         length: K.
         gate: "tanh" for the model that was trained, "identity" for what the released inference script computes. A
-            file with one gate per layer is read with "identity": no trainer for it was ever published.
+            file with one gate per layer is always read as "identity": no trainer for it was ever published.
 
     Raises:
-        CheckpointError: if the file is damaged, something else, or does not fit ``length`` or the model.
+        CheckpointError: if the file is damaged, of another kind, or does not fit ``length`` or the model.
     """
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
-    check_kind(tensors, path, "official-v1")
+    check_kind(tensors, path, FORMAT)
     sites, table = sites_of(model), tensors[TABLE]
-    if table.dim() != 2 or table.shape[0] % length or not 0 < table.shape[0] // length <= len(sites):
-        raise CheckpointError(
-            f"{path} has a prompt table of shape {tuple(table.shape)}, which is not {length} prompts for each of at "
-            f"most {len(sites)} layers. Pass length=K; the file's name may tell it ('len10' is 10)."
-        )
-    if any(site.num_kv_heads != site.num_heads for site in sites):
-        raise CheckpointError(
-            f"this model shares {sites[-1].num_kv_heads} key/value heads among {sites[-1].num_heads} query heads; "
-            f"official V1 adapters are made for the first LLaMA, which shares none. {path} belongs to another model."
-        )
+    _check_table(table, length, sites, path)
     gates = {int(found[1]): value for name, value in tensors.items() if (found := _GATE.fullmatch(name))}
     first = len(sites) - table.shape[0] // length
     if gates and max(gates) + 1 != len(sites):
@@ -66,21 +59,35 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
             f"trained gate as well. Pass a smaller length (its table has {table.shape[0]} rows)."
         )
     scalar = any(value.numel() == 1 and (value.dim() == 1 or sites[0].num_heads > 1) for value in gates.values())
-    prompts = {first + block: rows for block, rows in enumerate(table.split(length))}
+    prompts = {first + index: prompt for index, prompt in enumerate(table.split(length))}
     if scalar:
         return to_prefix(prompts, gates, sites, gate="identity", gate_per="layer", path=path)
     return to_prefix(prompts, gates, sites, gate=gate, gate_per="head", path=path)
 
 
+def _check_table(table: Tensor, length: int, sites: list[AttentionSite], path: Path) -> None:
+    """The table of prompts splits over the model's layers, and the model is of the kind that took such tables."""
+    if table.dim() != 2 or table.shape[0] % length or not 0 < table.shape[0] // length <= len(sites):
+        raise CheckpointError(
+            f"{path} has a prompt table of shape {tuple(table.shape)}, which is not {length} prompts for each of at "
+            f"most {len(sites)} layers. Pass length=K; the file's name may tell it ('len10' is 10)."
+        )
+    if any(site.num_kv_heads != site.num_heads for site in sites):
+        raise CheckpointError(
+            f"this model shares {sites[-1].num_kv_heads} key/value heads among {sites[-1].num_heads} query heads; "
+            f"official V1 adapters are made for the first LLaMA, which shares none. {path} belongs to another model."
+        )
+
+
 def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"] = "training") -> None:
-    """A V1 adapter of the topmost layers. Gates of the other layers, which nothing reads, are left out.
+    """Writes a V1 adapter of the topmost layers. Gates of the other layers, which nothing reads, are left out.
 
     Args:
         handle: the adapter.
         path: the file.
-        reader: who will read it. "training": the project's trainer (and `zinit.import_adapter` as it is by default),
-            which squashes the stored gate with tanh. "inference": the released inference script, which takes it as it
-            is. An adapter without gating is written as gates of 1.
+        reader: what the file is for. "training": the project's trainer (and `zinit.import_adapter` by default), which
+            squashes the stored gate with tanh. "inference": the released inference script, which takes it as it is.
+            An adapter without gating is written as gates of 1.
 
     Raises:
         CheckpointError: if the format cannot express the adapter.
@@ -88,30 +95,33 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
     """
     if reader not in ("training", "inference"):
         raise ConfigError(f"reader must be 'training' or 'inference'; got {reader!r}.")
-    layers, format = topmost_layers(handle, "official-v1"), "official-v1"
-    _check_base(handle, format)
-    depth = len(handle.attachment.sites)
+    layers = topmost_layers(handle, FORMAT)
+    _check_base(handle, FORMAT)
+    squashed = handle.config.gating and handle.config.gate == "tanh"
     tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
-    for index, layer in enumerate(layers, start=depth - len(layers)):
-        gate = layer.effective
-        if reader == "training":
-            if handle.config.gating and handle.config.gate == "tanh":
-                gate = layer.gate
-            elif not layer.effective.abs().max() < 1:
-                raise cannot(
-                    f"{format} for the trainer",
-                    f"its reader takes the tanh of what is stored, and no tanh gives the gate "
-                    f"{layer.effective[layer.effective.abs().argmax()]:.4g} of layer {index} (reader='inference' can)",
-                )
-            else:
-                gate = layer.effective.double().atanh().float()
+    for index, layer in enumerate(layers, start=len(handle.attachment.sites) - len(layers)):
+        if reader == "inference":
+            gate = layer.effective
+        else:
+            gate = layer.gate if squashed else _before_tanh(layer.effective, index)
         tensors[GATE.format(index)] = gate.view(1, -1, 1, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, pickled(tensors))
 
 
+def _before_tanh(effective: Tensor, index: int) -> Tensor:
+    """The numbers whose tanh are the gates of layer ``index``."""
+    if not effective.abs().max() < 1:
+        raise cannot(
+            f"{FORMAT} for the trainer",
+            f"its reader takes the tanh of what is stored, and no tanh gives the gate "
+            f"{effective[effective.abs().argmax()]:.4g} of layer {index} (reader='inference' can)",
+        )
+    return effective.double().atanh().float()
+
+
 def _check_base(handle: Handle, format: str) -> None:
-    """The project's code runs the first LLaMA: no shared key/value heads, no biases."""
+    """The project's code only runs the first LLaMA: no shared key/value heads, no biases."""
     if model_type(handle) != "llama":
         raise cannot(
             format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type(handle)!r}"

@@ -1,17 +1,18 @@
 """Hugging Face PEFT, ``AdaptionPrompt``.
 
-A folder: ``adapter_config.json`` says K (``adapter_len``) and L (``adapter_layers``, from the top);
+A folder: ``adapter_config.json`` says K (``adapter_len``) and L (``adapter_layers``, counted from the top);
 ``adapter_model.safetensors`` (older: ``.bin``) holds ``base_model.model.{module}.adaption_prompt`` (1, K, C) and
 ``.adaption_gate`` (1,) for every adapted attention module. The gate is one number per layer, not squashed.
 
 PEFT passes its branch through the attention's ``o_proj`` on its own and adds the result to the attention's. That is
-our sum, unless ``o_proj`` has a bias, which then counts twice even while every gate is closed. In GPT-2 its branch
-does not pass the output projection at all, which is another function.
+zinit's sum, unless ``o_proj`` has a bias, which then counts twice even while every gate is closed. In GPT-2 its branch
+skips the output projection, which is another function.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
 from zinit.files import write_atomically
 from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
-from zinit.interop._layers import cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import LayerOfPrompts, cannot, model_type, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
+FORMAT = "peft"
 CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT, GATE = "base_model.model.", ".adaption_prompt", ".adaption_gate"
 MODEL_TYPES = ("llama", "mistral")
@@ -32,32 +34,17 @@ MODEL_TYPES = ("llama", "mistral")
 
 
 def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
-    """An AdaptionPrompt of a LLaMA or Mistral. ``length`` and ``gate`` are not asked: the folder and PEFT say them.
+    """Reads an AdaptionPrompt of a LLaMA or Mistral. ``length`` and ``gate`` are unused: the folder and PEFT fix them.
 
     Raises:
-        CheckpointError: if files are missing or damaged, of another method, do not fit the model, or mean a function
-            that a prefix is not.
+        CheckpointError: if files are missing, damaged, of another method, do not fit the model, or mean a function that
+            a prefix cannot express.
     """
-    config = _read_config(path / CONFIG)
-    if (path / TENSORS).is_file():
-        tensors = read_safetensors(path / TENSORS)
-    elif (path / LEGACY_TENSORS).is_file():
-        tensors = tensors_in(read_pickle(path / LEGACY_TENSORS), path / LEGACY_TENSORS)
-    else:
-        raise CheckpointError(f"{path} holds neither {TENSORS} nor {LEGACY_TENSORS}.")
-    check_kind(tensors, path, "peft")
+    config, tensors = _read_config(path / CONFIG), _read_tensors(path)
+    check_kind(tensors, path, FORMAT)
     modules = {name.removesuffix(PROMPT): value for name, value in tensors.items() if name.endswith(PROMPT)}
-    if any(module.endswith(".attn") for module in modules):
-        raise CheckpointError(
-            f"{path} is an AdaptionPrompt of GPT-2, which zinit does not import: PEFT adds its branch after the output "
-            f"projection without passing it through, so it is another function than a gated prefix."
-        )
     sites = sites_of(model)
-    if any(_output_bias(site) for site in sites):
-        raise CheckpointError(
-            f"{path} cannot be imported onto this model: its output projection has a bias, which PEFT adds a second "
-            f"time in every adapted layer. The imported adapter would not be the one that was trained."
-        )
+    _check_same_function(modules, sites, path)
     prompts, gates = {}, {}
     for module, prompt in modules.items():
         layer = _layer(module.removeprefix(PREFIX), sites, path)
@@ -77,8 +64,30 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
     return to_prefix(prompts, gates, sites, gate="identity", gate_per="layer", path=path)
 
 
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / TENSORS).is_file():
+        return read_safetensors(folder / TENSORS)
+    if (folder / LEGACY_TENSORS).is_file():
+        return tensors_in(read_pickle(folder / LEGACY_TENSORS), folder / LEGACY_TENSORS)
+    raise CheckpointError(f"{folder} holds neither {TENSORS} nor {LEGACY_TENSORS}.")
+
+
+def _check_same_function(modules: Collection[str], sites: list[AttentionSite], path: Path) -> None:
+    """PEFT computes what a gated prefix computes in these modules."""
+    if any(module.endswith(".attn") for module in modules):
+        raise CheckpointError(
+            f"{path} is an AdaptionPrompt of GPT-2, which zinit does not import: PEFT adds its branch after the output "
+            f"projection without passing it through, so it is another function than a gated prefix."
+        )
+    if any(_output_bias(site) for site in sites):
+        raise CheckpointError(
+            f"{path} cannot be imported onto this model: its output projection has a bias, which PEFT adds a second "
+            f"time in every adapted layer. The imported adapter would not be the one that was trained."
+        )
+
+
 def write(handle: Handle, path: Path) -> None:
-    """A folder for ``peft.PeftModel.from_pretrained``. An adapter without gating is written as gates of 1.
+    """Writes a folder for ``peft.PeftModel.from_pretrained``. An adapter without gating is written as gates of 1.
 
     Args:
         handle: the adapter; its gates must be equal over the heads of each layer.
@@ -89,20 +98,27 @@ def write(handle: Handle, path: Path) -> None:
     """
     from safetensors.torch import save
 
-    layers, format = topmost_layers(handle, "peft"), "peft"
-    _check_base(handle, format)
+    layers = topmost_layers(handle, FORMAT)
+    _check_base(handle, FORMAT)
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         if not (layer.effective == layer.effective[0]).all():
             raise cannot(
-                format,
+                FORMAT,
                 f"it has one gate per layer, and those of {layer.site.name} differ from head to head (from "
                 f"{layer.effective.min():.4g} to {layer.effective.max():.4g}). Train with gate_per='layer' for PEFT",
             )
         tensors[f"{PREFIX}{layer.site.name}{PROMPT}"] = layer.prompt[None].contiguous()
         tensors[f"{PREFIX}{layer.site.name}{GATE}"] = layer.effective[:1].clone()
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / TENSORS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG, json.dumps(_config(handle, layers), indent=2).encode() + b"\n")
+
+
+def _config(handle: Handle, layers: list[LayerOfPrompts]) -> dict[str, Any]:
+    """PEFT's ``AdaptionPromptConfig``."""
     base: Any = getattr(handle.model, "config", None)
-    config = {
+    return {
         "adapter_layers": len(layers),
         "adapter_len": handle.config.length,
         "auto_mapping": None,
@@ -113,9 +129,6 @@ def write(handle: Handle, path: Path) -> None:
         "target_modules": layers[0].site.name.rpartition(".")[2],
         "task_type": "CAUSAL_LM" if callable(getattr(handle.model, "generate", None)) else None,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / TENSORS, save(tensors, metadata={"format": "pt"}))
-    write_atomically(path / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -135,7 +148,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _layer(module: str, sites: list[AttentionSite], path: Path) -> int:
-    """The site that a file calls ``module``; what stands in front of "layers" follows the class PEFT had wrapped."""
+    """Index of the site that a file calls ``module``; the part before "layers" depends on the class PEFT wrapped."""
     found = [
         index
         for index, site in enumerate(sites)
@@ -153,7 +166,7 @@ def _output_bias(site: AttentionSite) -> bool:
 
 
 def _check_base(handle: Handle, format: str) -> None:
-    """PEFT can attach to the model, and means the same by it."""
+    """PEFT can attach to the model, and computes the same on it."""
     if model_type(handle) not in MODEL_TYPES:
         known = " and ".join(MODEL_TYPES)
         raise cannot(
