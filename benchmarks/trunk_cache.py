@@ -30,8 +30,8 @@ from zinit.train.activation_cache import KEY, kept_trunk
 from zinit.train.loop import make_accelerator
 
 
-def pictures(folder: Path, count: int, size: int) -> Path:
-    """Random pictures of two classes in their folders."""
+def images(folder: Path, count: int, size: int) -> Path:
+    """Random images of two classes in their folders."""
     draw = np.random.default_rng(0)
     for number in range(count):
         (folder / f"class_{number % 2}").mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def main() -> None:
     options.add_argument("--image", type=int, default=224, help="pixels a side")
     options.add_argument("--patch", type=int, default=16)
     options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--examples", type=int, default=64, help="pictures, a fifth of which is held out")
+    options.add_argument("--examples", type=int, default=64, help="images, a fifth of which is held out")
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -72,7 +72,7 @@ def main() -> None:
     options = options.parse_args()
     prepare(options)
     with tempfile.TemporaryDirectory() as folder:
-        task = task_of(options, pictures(Path(folder) / "data", options.examples, options.image))
+        task = task_of(options, images(Path(folder) / "data", options.examples, options.image))
         config = TrainConfig(micro_batch_size=options.batch, trunk_cache=str(Path(folder) / "cache"))
         accelerator = make_accelerator(config)
         optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)

@@ -1,10 +1,10 @@
-"""Writes docs/backbones.md: which families of the installed transformers and timm take a prefix, by trying each.
+"""Writes docs/backbones.md: which families of the installed transformers and timm take a prefix, found by trying each.
 
     python -m scripts.make_backbones [--jobs 2] [--log FILE] [--only NAME ...] [--output docs/backbones.md]
 
-For every family a tiny random model is built and run; a prefix is attached to all its sites; then these must hold:
-a closed gate changes no bit, an open one changes the output, gradients reach the gates, and the prompts once the gates
-are open, and detaching restores the output and the names of the state. Each family runs in a process of its own.
+For every family a tiny random model is built and run, and a prefix attached to all its sites. Then a closed gate
+must change no bit, an open one must change the output, gradients must reach the gates (and the prompts once the gates
+are open), and detaching must restore the output and the names of the state. Each family runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Result = dict[str, Any]
 
 
 def check(model: nn.Module, call: Any) -> Result:
-    """Attaches to every site and holds the model to the contract. ``call()`` gives its output's floating tensors.
+    """Attaches to every site and checks the contract. ``call()`` returns the floating tensors of the output.
 
     Raises:
         AssertionError: naming what does not hold.
         BackboneError: if the model is refused.
     """
     model.requires_grad_(False)  # torch's own modules choose other kernels for frozen weights
-    frozen, names = call(), list(model.state_dict())
+    base, names = call(), list(model.state_dict())
     handle = zinit.attach(model, zinit.PrefixConfig(length=3), seed=0)
     elsewhere: list[str] = []
 
@@ -58,7 +58,7 @@ def check(model: nn.Module, call: Any) -> Result:
         return look
 
     hooks = [s.module.register_forward_pre_hook(watch(s.name), with_kwargs=True) for s in handle.sites]
-    same(call(), frozen, "a closed gate changes the output")
+    same(call(), base, "a closed gate changes the output")
     for hook in hooks:
         hook.remove()
     assert not elsewhere, f"an adapted module attends elsewhere: {elsewhere[0]}"
@@ -72,14 +72,14 @@ def check(model: nn.Module, call: Any) -> Result:
         for prefix in handle.prefixes.values():
             prefix.gate.fill_(0.5)
     opened = call()
-    assert any(not torch.equal(a, b) for a, b in zip(opened, frozen, strict=True)), "an open gate changes nothing"
+    assert any(not torch.equal(a, b) for a, b in zip(opened, base, strict=True)), "an open gate changes nothing"
     backward(call)
     flows = [n for n in reached if (g := handle.prefixes[n].prompt.weight.grad) is not None and g.abs().max() > 0]
     assert flows == reached, f"{len(reached) - len(flows)} prompts get no gradient"
     sites = [{"class": type(site.module).__name__, "tower": site.tower, **site.shape()} for site in handle.sites]
     backbone = handle.backbone
     get_handle(model).detach()
-    same(call(), frozen, "detaching does not restore the output")
+    same(call(), base, "detaching does not restore the output")
     assert list(model.state_dict()) == names, "detaching does not restore the state"
     return {"backbone": backbone, "sites": sites, "reached": len(reached)}
 
@@ -91,7 +91,7 @@ def same(now: list[Tensor], before: list[Tensor], complaint: str) -> None:
 
 
 def backward(call: Any) -> None:
-    """Gradients of some number made of the whole output."""
+    """Gradients of one number computed from the whole output."""
     with torch.enable_grad():
         total = sum(
             (tensor * torch.linspace(-1, 1, tensor.numel()).view_as(tensor)).sum()
@@ -103,7 +103,7 @@ def backward(call: Any) -> None:
 
 
 def caller(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """Runs the model always alike."""
+    """A function that runs the model on the same inputs and random numbers."""
 
     def call(grad: bool = False) -> list[Tensor]:
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ def caller(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
 
 
 class Alone(nn.Module):
-    """The attention modules of a model that we have no inputs for, run one by one on random hidden states."""
+    """Runs the attention modules one by one on random hidden states: for models whose inputs are unknown."""
 
     def __init__(self, model: nn.Module, sites: list[Any]) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def in_child(library: str, name: str, pipe: Connection) -> None:
     except BackboneError as error:
         result = {"status": "refused", "reason": str(error)}
     except AssertionError as error:
-        unseen = str(error) in UNSEEN  # no site lies between the trial's input and its output's numbers
+        unseen = str(error) in UNSEEN  # no site is between the trial's input and its output
         result = {"status": "inconclusive" if unseen else "broken", "reason": str(error)}
     except Exception as error:
         result = {"status": "not built", "reason": f"{type(error).__name__}: {error}"}
@@ -231,7 +231,7 @@ def in_child(library: str, name: str, pipe: Connection) -> None:
 
 
 def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tuple[str, str], Result]:
-    """Runs (library, family) pairs, so many at a time; those that the log knows already are not run again."""
+    """Runs (library, family) pairs, ``jobs`` at a time; those in the log are not run again."""
     context = multiprocessing.get_context("fork")
     lines = log.read_text().splitlines() if log is not None and log.exists() else []
     known = {(library, name): result for library, name, result in map(json.loads, lines)}
@@ -270,7 +270,7 @@ def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tu
 
 
 def shape_of(sites: list[dict[str, Any]]) -> str:
-    """The kinds of attention modules in a few words."""
+    """The classes of attention modules, described for a table cell."""
     parts: list[str] = []
     for (kind, heads, shared, values), count in Counter(
         (s["class"], s["num_heads"], s["num_kv_heads"], s.get("value_dim")) for s in sites
@@ -284,7 +284,7 @@ def shape_of(sites: list[dict[str, Any]]) -> str:
 def short(reason: str) -> str:
     """A reason without the advice after it, in one table cell."""
     reason = re.sub(r" (Attach to a part|Describe the model|Set it to).*", "", reason.split("\n")[0])
-    reason = re.sub(r" from '/.*", "", reason)  # where this machine keeps its packages is nobody's business
+    reason = re.sub(r" from '/.*", "", reason)  # a path of this machine
     return reason.replace("|", "\\|")[:260]
 
 

@@ -1,8 +1,8 @@
-"""Writes the tables of docs/scaling.md: what memory and traffic a run needs, computed from the shapes of LLaMA.
+"""Writes the tables of docs/scaling.md: memory and traffic of a run, computed from the shapes of LLaMA.
 
     python -m scripts.make_scaling
 
-Arithmetic only: nothing here was measured on a GPU. The test of it compares the counts with real modules.
+Arithmetic only: nothing here was measured on a GPU. Its test compares the counts with real modules.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ class Shape:
 
     @property
     def adapter(self) -> int:
-        """What trains: K prompts and H gates in each of L layers."""
+        """Trained parameters: K prompts and H gates in each of L layers."""
         return self.adapted * (LENGTH * self.width + self.heads)
 
     @property
     def per_token_and_layer(self) -> int:
-        """Bytes that one adapted bfloat16 layer keeps of one token for the backward pass.
+        """Bytes per token that one adapted bfloat16 layer keeps for the backward pass.
 
         The input of either norm in float32 (2 x 4C); query, key, value and the attention's two outputs (5 x 2C); in the
-        MLP the gate before and after its activation, and what it multiplies (3 x 2F). Frozen linear layers keep
+        MLP the gate before and after its activation, and its factor (3 x 2F). Frozen linear layers keep
         nothing, since their weights get no gradient.
         """
         return 2 * 4 * self.width + 5 * 2 * self.width + 3 * 2 * self.mlp
 
     @property
     def activations(self) -> int:
-        """Bytes of one token kept without checkpointing: layers below the first adapted one keep nothing."""
+        """Bytes kept per token without checkpointing: layers below the first adapted one keep nothing."""
         return self.adapted * self.per_token_and_layer
 
     @property
     def checkpointed(self) -> int:
-        """Bytes of one token with checkpointing: every layer's bfloat16 input, and one layer while it is redone."""
+        """Bytes per token with checkpointing: every layer's bfloat16 input, and one layer while it is recomputed."""
         return self.layers * 2 * self.width + self.per_token_and_layer
 
     def weights(self, bits: int) -> float:
-        """Bytes of the whole host whose matrices in the blocks are held in so many bits, and the rest in bfloat16.
+        """Bytes of the host with the matrices of its blocks in ``bits`` bits, and the rest in bfloat16.
 
         8: LLM.int8(), a float32 scale for each row. 4: NF4 in blocks of 64 with double quantisation, that is an 8-bit
         scale for each block and a float32 for each 256 of these.
@@ -87,7 +87,7 @@ class Shape:
 
     @property
     def rounded_inputs(self) -> int:
-        """Bytes of one token that LLM.int8() keeps beside: what goes into the matrices, checkpointing or not."""
+        """Further bytes per token that LLM.int8() keeps, with checkpointing or without: the inputs of the matrices."""
         return self.adapted * 2 * (3 * self.width + self.mlp)
 
     def on_device(self, weights: float, tokens: int = 4096, *, beside: int = 0) -> float:
@@ -96,14 +96,14 @@ class Shape:
 
     @property
     def staying(self) -> float:
-        """Bytes of weights on the GPU when blocks are offloaded: what lies outside, and the block that is redone."""
+        """Bytes of weights on the GPU with offloading: all but the blocks, and the block being recomputed."""
         return 2 * (self.outside + self.blocks / self.layers)
 
     @property
-    def lent(self) -> float:
-        """Bytes that come to the GPU per micro-batch: the blocks' matrices forward, the adapted ones again backward.
+    def offloaded(self) -> float:
+        """Bytes copied to the GPU per micro-batch: the blocks' matrices forward, the adapted ones again backward.
 
-        In each adapted layer the key and value projections come twice a pass, for the words and for the prompts.
+        In each adapted layer the key and value projections are copied twice a pass, for the words and for the prompts.
         """
         once = 2 * self.blocks * (1 + self.adapted / self.layers)
         return once + 2 * self.adapted * 2 * 2 * self.width**2
@@ -127,7 +127,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def memory() -> str:
-    """The host's weights, and what trains."""
+    """The host's weights, and the trained parameters."""
     head = ["Model", "Parameters", "bfloat16", "8 bits", "4 bits", "Adapter", "x 16 bytes"]
     rows = []
     for shape in SHAPES:
@@ -138,7 +138,7 @@ def memory() -> str:
 
 
 def one_gpu() -> str:
-    """What a GPU holds while it trains on micro-batches of 4,096 tokens, and what offloading moves."""
+    """Memory of a GPU that trains on micro-batches of 4,096 tokens, and the bytes that offloading copies."""
     head = ["Model", "bfloat16", "bnb-8bit", "torchao-int8", "bnb-4bit", "offload", "moved per micro-batch"]
     rows = []
     for shape in SHAPES:
@@ -146,17 +146,17 @@ def one_gpu() -> str:
         held = [
             shape.on_device(shape.weights(16)),
             shape.on_device(eight, beside=shape.rounded_inputs),
-            shape.on_device(eight + 2 * shape.blocks / shape.layers),  # bfloat16 copies of the block that is redone
+            shape.on_device(eight + 2 * shape.blocks / shape.layers),  # bfloat16 copies of the block being recomputed
             shape.on_device(shape.weights(4)),
             shape.on_device(shape.staying),
-            shape.lent,
+            shape.offloaded,
         ]
         rows.append([shape.name, *(f"{number / GB:.1f} GB" for number in held)])
     return _table(head, rows)
 
 
 def activations() -> str:
-    """Per token."""
+    """Activations per token."""
     head = ["Model", "kept per token", "with checkpointing", "of 4,096 tokens", "with checkpointing"]
     rows = [
         [
@@ -172,14 +172,14 @@ def activations() -> str:
 
 
 def sharded() -> str:
-    """Weights on each process under FSDP2: a share of the blocks, two whole ones, and all the rest."""
+    """Weights on each process under FSDP2: its shard of the blocks, two gathered blocks, and everything else."""
     head = ["Model", "DDP", "FSDP2 over 8", "over 32", "received per micro-batch (8)"]
     rows = []
     for shape in SHAPES:
         each = [2 * (shape.blocks / world + 2 * shape.blocks / shape.layers + shape.outside) / GB for world in (8, 32)]
-        whole = 2 * (shape.blocks + shape.outside) / GB
+        full = 2 * (shape.blocks + shape.outside) / GB
         rows.append(
-            [shape.name, f"{whole:.1f} GB", *(f"{share:.1f} GB" for share in each), f"{shape.gathered(8) / GB:.1f} GB"]
+            [shape.name, f"{full:.1f} GB", *(f"{shard:.1f} GB" for shard in each), f"{shape.gathered(8) / GB:.1f} GB"]
         )
     return _table(head, rows)
 
@@ -203,7 +203,7 @@ TABLES = {"memory": memory, "one-gpu": one_gpu, "activations": activations, "sha
 
 
 def render(text: str) -> str:
-    """The document with its tables made anew."""
+    """The document with its tables rewritten."""
     for name, table in TABLES.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)

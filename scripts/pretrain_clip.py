@@ -1,6 +1,6 @@
 """Pretrain the demo's CLIP: ``python -m scripts.pretrain_clip --output DIR``.
 
-It trains a byte-level BPE tokenizer and a tiny CLIP from scratch on pictures of :mod:`zinit.demo.scenes` and their
+It trains a byte-level BPE tokenizer and a tiny CLIP from scratch on images of :mod:`zinit.demo.scenes` and their
 captions, none of which it sees twice, and writes them in transformers' format. The files in ``zinit/demo/clip`` were
 made by this script with its defaults. It is seeded and computes in one thread: the same processor and library versions
 give the same files, however many cores there are.
@@ -30,14 +30,14 @@ BOS_ID, EOS_ID = range(2)  # the tokenizer's trainer numbers special tokens firs
 
 
 def pairs(seed: int) -> Iterator[tuple[str, scenes.Scene, scenes.Pixels]]:
-    """Endless pictures with a caption each."""
+    """Endless images, each with a caption."""
     rng = scenes.stream("captions", seed)
-    for scene, picture in scenes.scenes(seed, plain=0.8):
-        yield scenes.caption(scene, rng), scene, picture
+    for scene, image in scenes.scenes(seed, plain=0.8):
+        yield scenes.caption(scene, rng), scene, image
 
 
 def train_tokenizer(captions: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of lower-cased text, between BOS and EOS as CLIP's."""
+    """A byte-level BPE of lower-cased text, between BOS and EOS as in CLIP."""
     tokenizer = train_bpe(
         captions, vocabulary=VOCABULARY, special=[BOS, EOS], space=True, normalizer=normalizers.Lowercase()
     )
@@ -79,29 +79,29 @@ def losses(
     source: Iterator[tuple[str, scenes.Scene, scenes.Pixels]],
     size: int,
 ) -> Iterator[Tensor]:
-    """CLIP's contrastive loss of one batch of pairs after the other."""
+    """CLIP's contrastive loss, batch after batch."""
     while True:
-        texts, _, pictures = zip(*islice(source, size), strict=True)
+        texts, _, images = zip(*islice(source, size), strict=True)
         words = tokenizer(list(texts), padding=True, return_tensors="pt")
-        yield model(**words, pixel_values=pixels(pictures), return_loss=True).loss
+        yield model(**words, pixel_values=pixels(images), return_loss=True).loss
 
 
-def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (32, 32, 3) as CLIP takes them, (B, 3, 32, 32)."""
-    return normalized(list(pictures), tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+def pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """Images (32, 32, 3) as CLIP takes them, (B, 3, 32, 32)."""
+    return normalized(list(images), tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
 
 @torch.inference_mode()
 def zero_shot_accuracy(
-    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, names: Sequence[str], pictures: Tensor, labels: Tensor
+    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, names: Sequence[str], images: Tensor, labels: Tensor
 ) -> float:
-    """The share of ``pictures`` whose caption "a photo of a ..." with its own class's name fits best."""
+    """The fraction of ``images`` for which "a photo of a ..." with their own class's name scores highest."""
     words = tokenizer([f"a photo of a {name}." for name in names], padding=True, return_tensors="pt")
-    return (model(**words, pixel_values=pictures).logits_per_image.argmax(-1) == labels).float().mean().item()
+    return (model(**words, pixel_values=images).logits_per_image.argmax(-1) == labels).float().mean().item()
 
 
 def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> CLIPModel:
-    """Train tokenizer and model, write both to ``output`` and report what the model tells apart."""
+    """Train tokenizer and model, write both to ``output`` and report the zero-shot accuracy."""
     seed_everything(seed)
     tokenizer = train_tokenizer(text for text, _, _ in islice(pairs(seed), 5000))
     model = make_model(len(tokenizer))
@@ -115,18 +115,18 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
     CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(output)
 
     model.float()
-    _, shown, pictures = zip(*islice(pairs(seed + 2), 1000), strict=True)
+    _, shown, images = zip(*islice(pairs(seed + 2), 1000), strict=True)
     names = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
     labels = torch.tensor([names.index(f"{scene.colour} {scene.shape}") for scene in shown])
-    share = zero_shot_accuracy(model, tokenizer, names, pixels(pictures), labels)
-    console.print(f"zero-shot accuracy on new pictures, {len(names)} classes: {share:.3f}")
+    fraction = zero_shot_accuracy(model, tokenizer, names, pixels(images), labels)
+    console.print(f"zero-shot accuracy on new images, {len(names)} classes: {fraction:.3f}")
     return model
 
 
 if __name__ == "__main__":
     command(
         pretrain,
-        "Pretrain the demo's CLIP on procedural pictures and captions.",
+        "Pretrain the demo's CLIP on procedural images and captions.",
         steps=2600,
         batch_size=64,
         peak=1.5e-3,

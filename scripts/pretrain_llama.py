@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A LLaMA in miniature (0.9 M parameters), with grouped-query attention like its big relatives."""
+    """A LLaMA in miniature (0.9 M parameters), with grouped-query attention."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -65,8 +65,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: int) -> Iterator[Tensor]:
-    """The documents, each from BOS to EOS, end to end and cut into rows of ``length`` tokens."""
+def sequences(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: int) -> Iterator[Tensor]:
+    """The documents, each from BOS to EOS, concatenated and cut into sequences of ``length`` tokens."""
     stream: list[int] = []
     while True:
         for ids in tokenizer(list(islice(documents, 1000)))["input_ids"]:
@@ -76,16 +76,16 @@ def rows(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], length: i
         stream = stream[full:]
 
 
-def losses(model: LlamaForCausalLM, rows: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """The loss of plain next-token prediction, of one batch of rows after the other."""
+def losses(model: LlamaForCausalLM, sequences: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """The loss of plain next-token prediction, batch after batch."""
     while True:
-        batch = torch.stack(list(islice(rows, size)))
+        batch = torch.stack(list(islice(sequences, size)))
         yield model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
 @torch.inference_mode()
 def cloze_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[tuple[str, str]]) -> float:
-    """The share of statements whose cut-off end the model continues with exactly, token by token."""
+    """The fraction of statements whose cut-off end the model predicts exactly, token by token."""
     right = 0
     for beginning, ending in items:
         known = tokenizer(beginning, return_tensors="pt")["input_ids"]
@@ -96,13 +96,13 @@ def cloze_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> LlamaForCausalLM:
-    """Train tokenizer and model, write both to ``output`` and report what the model knows."""
+    """Train tokenizer and model, write both to ``output`` and report how many facts the model knows."""
     seed_everything(seed)
     here = world.build()
     tokenizer = train_tokenizer(islice(world.texts(here, seed=seed), 20_000))
     model = make_model(tokenizer)
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    stream = rows(tokenizer, world.texts(here, seed=seed + 1), CONTEXT)
+    stream = sequences(tokenizer, world.texts(here, seed=seed + 1), CONTEXT)
     fit(model, losses(model, stream, batch_size), steps, peak, warmup=60, beta2=0.95, decay=0.1)
 
     model.half()

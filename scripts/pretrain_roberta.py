@@ -4,8 +4,8 @@ It trains a byte-level BPE tokenizer and a tiny RoBERTa from scratch, and writes
 in ``zinit/demo/roberta`` were made by this script with its defaults. It is seeded and computes in one thread: the same
 processor and library versions give the same files, however many cores there are.
 
-The model fills gaps in texts of :mod:`zinit.demo.world`, in worlds whose facts are drawn anew all the time, so that
-there is nothing to learn by heart. Most documents are pairs of a passage and questions on it *with their answers*:
+The model fills gaps in texts of :mod:`zinit.demo.world`, in worlds whose facts are redrawn all the time, so that
+nothing can be memorized. Most documents are pairs of a passage and questions on it *with their answers*:
 what is masked on one side can be read on the other. Questions without an answer, the task's format, do not occur.
 """
 
@@ -36,7 +36,7 @@ VOCABULARY = 2048  # at most; the texts may not hold enough frequent pairs
 CONTEXT = 256
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4; RoBERTa has its mask at the end
 UNKNOWN = "unknown"
-"""The answer to what a passage does not tell."""
+"""The answer to a question whose answer the passage does not state."""
 
 Document = tuple[str, str | None]
 """One text, or a pair."""
@@ -46,7 +46,7 @@ Document = tuple[str, str | None]
 
 
 def documents(here: World, seed: int) -> Iterator[Document]:
-    """An endless stream: a plain text of some world in ten, else a passage with questions and answers beside it."""
+    """An endless stream: one plain text in ten, else a passage paired with questions and answers."""
     rng = Random(f"roberta {seed}")
     while True:
         if rng.random() < 1 / 10:
@@ -104,7 +104,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 class Masker:
-    """Hides whole words and whole names, mostly such as occur twice, and never all occurrences of one."""
+    """Hides whole words and names, mostly those that occur twice, and never all occurrences of one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, here: World, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -116,8 +116,8 @@ class Masker:
         self.units = re.compile(rf"\b(?:{'|'.join(names)})\b|\w+|[^\w\s]")
 
     def __call__(self, documents: list[Document]) -> dict[str, Tensor]:
-        """One batch: ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is asked), each (B, T)."""
-        rows: list[tuple[list[int], list[int]]] = []
+        """One batch: ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is hidden), each (B, T)."""
+        sequences: list[tuple[list[int], list[int]]] = []
         for first, second in documents:
             encoding = self.tokenizer(first, second, truncation=True, max_length=CONTEXT, return_offsets_mapping=True)
             ids = list(encoding["input_ids"])
@@ -130,17 +130,17 @@ class Masker:
                         ids[token] = self.tokenizer.mask_token_id
                     elif roll < 0.9:
                         ids[token] = self.rng.randrange(len(SPECIAL), len(self.tokenizer))
-            rows.append((ids, labels))
-        length = max(len(ids) for ids, _ in rows)
+            sequences.append((ids, labels))
+        length = max(len(ids) for ids, _ in sequences)
         pad: int = self.tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]
-        ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
-        labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
+        ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in sequences])
+        labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in sequences])
         return {"input_ids": ids, "attention_mask": ids.ne(pad).long(), "labels": labels}
 
     def _hidden(
         self, segments: list[str], sides: list[int | None], offsets: list[tuple[int, int]]
     ) -> Iterator[list[int]]:
-        """The tokens of each word that is to be hidden."""
+        """The tokens of each word to hide."""
         at: dict[tuple[int, int], list[int]] = defaultdict(list)
         for token, (side, (start, end)) in enumerate(zip(sides, offsets, strict=True)):
             if side is not None and start < end:
@@ -152,13 +152,13 @@ class Masker:
                     places[match.group()].append(tokens)
         for name, occurrences in places.items():
             if name == UNKNOWN:
-                share = 0.5
+                fraction = 0.5
             elif name in self.values and len(occurrences) > 1:
                 occurrences.pop(self.rng.randrange(len(occurrences)))
-                share = 0.8
+                fraction = 0.8
             else:
-                share = 0.08 if name in self.names else 0.3
-            yield from (tokens for tokens in occurrences if self.rng.random() < share)
+                fraction = 0.08 if name in self.names else 0.3
+            yield from (tokens for tokens in occurrences if self.rng.random() < fraction)
 
 
 def batches(stream: Iterator[Document], masker: Masker, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -206,7 +206,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> RobertaForMaskedLM:
 
 
 def losses(model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]]) -> Iterator[Tensor]:
-    """The loss on what is masked, of one batch after the other."""
+    """The loss on the masked tokens, batch after batch."""
     for batch in batches:
         labels = batch.pop("labels")
         hidden = model.roberta(**batch).last_hidden_state[labels != -100]
@@ -215,7 +215,7 @@ def losses(model: RobertaForMaskedLM, batches: Iterator[dict[str, Tensor]]) -> I
 
 @torch.inference_mode()
 def cloze_accuracy(model: RobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]) -> float:
-    """The share of a SQuAD document's answerable questions whose masked answer the model reads off the context."""
+    """The fraction of answerable questions whose masked answer the model reads off the context."""
     right: list[bool] = []
     for paragraph in (paragraph for article in document["data"] for paragraph in article["paragraphs"]):
         for question in paragraph["qas"]:
@@ -241,7 +241,7 @@ def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) 
     model = make_model(tokenizer)
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     masked = batches(documents(here, seed + 1), Masker(tokenizer, here, seed), batch_size, seed)
-    # The cosine is cut short: the rate does not come to zero.
+    # The cosine ends early, so the rate does not reach zero.
     fit(model, losses(model, masked), steps, peak, warmup=100, horizon=2.5 * steps, decay=0.01)
     model.half()
     model.save_pretrained(output)

@@ -1,7 +1,7 @@
 """Pretrain the demo's Vision Transformer: ``python -m scripts.pretrain_vit --output DIR``.
 
-It trains a tiny ViT from scratch to name shape, colour, pattern, size, background and count of the pictures of
-:func:`zinit.demo.scenes.scenes`, none of which it sees twice, and writes the trunk in timm's format. The files in
+It trains a tiny ViT from scratch to name shape, colour, pattern, size, background and count of the images of
+:func:`zinit.demo.scenes.scenes`, none of which it sees twice, and writes the backbone in timm's format. The files in
 ``zinit/demo/vit`` were made by this script with its defaults. It is seeded and computes in one thread: the same
 processor and library versions give the same files, however many cores there are.
 """
@@ -36,37 +36,37 @@ ARGS: dict[str, Any] = {
 CLASSES = [len(names) for names in scenes.ATTRIBUTES.values()]
 
 
-def normalized(pictures: list[np.ndarray], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
-    """Pictures (32, 32, 3) of whole numbers as (B, 3, 32, 32)."""
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+def normalized(images: list[np.ndarray], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """uint8 images (32, 32, 3) as a float batch (B, 3, 32, 32)."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def batches(size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless pictures (B, 3, 32, 32) and their labels (B, attributes)."""
+    """Endless images (B, 3, 32, 32) and their labels (B, attributes)."""
     source = scenes.scenes(seed)
     while True:
-        shown, pictures = zip(*islice(source, size), strict=True)
-        yield normalized(list(pictures)), torch.tensor([scene.labels() for scene in shown])
+        shown, images = zip(*islice(source, size), strict=True)
+        yield normalized(list(images)), torch.tensor([scene.labels() for scene in shown])
 
 
 @torch.inference_mode()
-def accuracy(trunk: nn.Module, heads: nn.Module, pictures: Tensor, labels: Tensor) -> dict[str, float]:
-    """The share of pictures named rightly, by attribute."""
-    parts = heads(trunk(pictures)).split(CLASSES, dim=-1)
+def accuracy(backbone: nn.Module, heads: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The fraction of images named correctly, by attribute."""
+    parts = heads(backbone(images)).split(CLASSES, dim=-1)
     right = [(part.argmax(-1) == labels[:, i]).float().mean().item() for i, part in enumerate(parts)]
     return dict(zip(scenes.ATTRIBUTES, right, strict=True))
 
 
-def save(trunk: VisionTransformer, output: Path) -> None:
-    """The trunk in float16, and the configuration that ``timm.create_model("local-dir:...")`` reads."""
+def save(backbone: VisionTransformer, output: Path) -> None:
+    """The backbone in float16, and the configuration that ``timm.create_model("local-dir:...")`` reads."""
     output.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.half().contiguous() for name, weight in trunk.state_dict().items()}
+    weights = {name: weight.half().contiguous() for name, weight in backbone.state_dict().items()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architecture": "vit_tiny_patch16_224",  # every size of it is given anew
+        "architecture": "vit_tiny_patch16_224",  # model_args override all of its sizes
         "num_classes": 0,
-        "num_features": trunk.num_features,
+        "num_features": backbone.num_features,
         "global_pool": "token",
         "model_args": ARGS,
         "pretrained_cfg": {
@@ -88,25 +88,25 @@ def save(trunk: VisionTransformer, output: Path) -> None:
 
 
 def pretrain(output: Path, steps: int, batch_size: int, peak: float, seed: int) -> VisionTransformer:
-    """Train the trunk with one linear head for each attribute, write it to ``output``, report what it tells apart."""
+    """Train the backbone with a linear head for each attribute, write it to ``output``, report its accuracy."""
     seed_everything(seed)
-    trunk = VisionTransformer(**ARGS)
-    heads = nn.Linear(trunk.num_features, sum(CLASSES))
-    console.print(f"{sum(p.numel() for p in trunk.parameters()):,} parameters")
+    backbone = VisionTransformer(**ARGS)
+    heads = nn.Linear(backbone.num_features, sum(CLASSES))
+    console.print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters")
 
     def losses() -> Iterator[Tensor]:
-        for pictures, labels in batches(batch_size, seed):
-            parts = heads(trunk(pictures)).split(CLASSES, dim=-1)
+        for images, labels in batches(batch_size, seed):
+            parts = heads(backbone(images)).split(CLASSES, dim=-1)
             yield torch.stack([F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)]).sum()
 
-    fit(nn.ModuleList([trunk, heads]), losses(), steps, peak, warmup=steps / 20)
-    save(trunk, output)
-    for name, share in accuracy(trunk, heads, *next(batches(1000, seed + 1))).items():
-        console.print(f"accuracy on new pictures, {name}: {share:.3f}")
-    return trunk
+    fit(nn.ModuleList([backbone, heads]), losses(), steps, peak, warmup=steps / 20)
+    save(backbone, output)
+    for name, fraction in accuracy(backbone, heads, *next(batches(1000, seed + 1))).items():
+        console.print(f"accuracy on new images, {name}: {fraction:.3f}")
+    return backbone
 
 
 if __name__ == "__main__":
     command(
-        pretrain, "Pretrain the demo's Vision Transformer on procedural pictures.", steps=2400, batch_size=64, peak=2e-3
+        pretrain, "Pretrain the demo's Vision Transformer on procedural images.", steps=2400, batch_size=64, peak=2e-3
     )

@@ -25,11 +25,11 @@ def train_bpe(
 
     Args:
         texts: to learn from.
-        vocabulary: tokens at most; the texts may not hold enough frequent pairs.
-        special: tokens that get the first ids, in order.
+        vocabulary: the most tokens; the texts may not hold enough frequent pairs.
+        special: tokens with the first ids, in order.
         space: whether a text starts like a word, with a space in front.
-        least: occurrences of a pair that becomes a token.
-        parts: further parts of the tokenizer by name, in place before it learns (a normalizer).
+        least: how often a pair must occur to become a token.
+        parts: further parts of the tokenizer by name, set before it learns (such as a normalizer).
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if "<unk>" in special else None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
@@ -48,7 +48,7 @@ def train_bpe(
 
 
 def seed_everything(seed: int) -> None:
-    """The same numbers at every run: so small a model gains little from more threads, and sums stay in one order."""
+    """Makes runs repeatable. One thread: so small a model gains little from more, and sums keep their order."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -68,14 +68,14 @@ def fit(
     """AdamW on a stream of losses: linear warm-up, then half a cosine to zero.
 
     Args:
-        modules: what is trained.
+        modules: to train.
         losses: one per step.
         steps: how many.
         peak: learning rate.
-        warmup: steps until then.
-        horizon: the step at which the cosine ends; None is the last one.
+        warmup: steps until the peak.
+        horizon: the step at which the cosine ends; None: the last one.
         beta2: of AdamW.
-        decay: of the weights.
+        decay: AdamW's weight decay.
     """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, beta2), weight_decay=decay)
     end = horizon or steps
@@ -104,9 +104,9 @@ def command(
     """The command line of a script: ``pretrain(output, steps, batch_size, peak, seed)``.
 
     Args:
-        pretrain: does it.
-        about: in a sentence.
-        steps: default; the shipped weights' own, as the others.
+        pretrain: trains and writes the model.
+        about: one sentence for --help.
+        steps: default; the defaults are those of the shipped weights.
         batch_size: default.
         peak: default learning rate.
     """

@@ -122,7 +122,7 @@ def tiny_transformer(model_type: str) -> tuple[nn.Module, dict[str, Tensor] | No
     if runs is not None:
         return runs
     if built is None:
-        reason = (str(last).splitlines() or [""])[0].partition(" from '")[0]  # not where it lies on this machine
+        reason = (str(last).splitlines() or [""])[0].partition(" from '")[0]  # without a path of this machine
         raise RuntimeError(f"{type(last).__name__}: {reason[:120]}")
     return built, None
 

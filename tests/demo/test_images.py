@@ -66,7 +66,7 @@ def test_hash_randomisation_does_not_reach_the_pictures() -> None:
 
 def test_importing_the_demo_loads_no_torch() -> None:
     code = (
-        "import sys; from zinit import demo; demo.pictures('textures'); demo.base_to_novel();"
+        "import sys; from zinit import demo; demo.labelled_images('textures'); demo.base_to_novel();"
         "demo.vit_path(), demo.clip_path(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -76,7 +76,7 @@ def test_importing_the_demo_loads_no_torch() -> None:
     ("dataset", "classes", "total"), [("digits", 10, 1797), ("textures", 12, 1800), ("counts", 6, 1800)]
 )
 def test_a_task_has_the_splits_of_vtab(dataset: str, classes: int, total: int) -> None:
-    names, splits = demo.pictures(dataset)
+    names, splits = demo.labelled_images(dataset)
     assert len(names) == len(set(names)) == classes
     assert {split: len(pairs) for split, pairs in splits.items()} == {
         "train800": 800,
@@ -93,7 +93,7 @@ def test_a_task_has_the_splits_of_vtab(dataset: str, classes: int, total: int) -
         share = Counter(label for _, label in pairs)
         assert sorted(share) == list(range(classes))
         assert max(share.values()) < 2.5 * min(share.values())
-    assert digest(splits["val200"]) == digest(demo.pictures(dataset)[1]["val200"])
+    assert digest(splits["val200"]) == digest(demo.labelled_images(dataset)[1]["val200"])
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -104,7 +104,7 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
         tuple((values * 255 / 16).round().astype(int)): label
         for values, label in zip(originals.data, originals.target, strict=True)
     }
-    for picture, label in demo.pictures("digits")[1]["val200"][:50]:
+    for picture, label in demo.labelled_images("digits")[1]["val200"][:50]:
         grey = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=int).ravel()
         nearest = min(known, key=lambda values: np.abs(np.array(values) - grey).sum())
         assert known[nearest] == label
@@ -112,7 +112,7 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"digts.*digits"):
-        demo.pictures("digts")
+        demo.labelled_images("digts")
 
 
 def test_counts_shows_as_many_objects_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_base_to_novel_is_balanced_and_split() -> None:
 
 def test_the_module_writes_the_layout_of_vtab(tmp_path: Path) -> None:
     images.write_vtab(tmp_path, "digits")
-    _, splits = demo.pictures("digits")
+    _, splits = demo.labelled_images("digits")
     splits["train800val200"] = splits["train800"] + splits["val200"]
     assert {file.stem for file in (tmp_path / "digits").glob("*.txt")} == set(splits)
     for split, pairs in splits.items():

@@ -212,14 +212,14 @@ def test_csv_without_what_is_needed(tmp_path: Path) -> None:
 
 
 def embedded(dataset: str) -> tuple[list[str], dict[str, list[tuple[Image.Image, int]]]]:
-    """What `zinit.demo.pictures` promises."""
+    """What `zinit.demo.labelled_images` promises."""
     names = [f"{dataset} {i}" for i in range(4)]
     sizes = {"train800": 16, "val200": 8, "test": 12}
     return names, {part: [(picture(i % 4, i), i % 4) for i in range(n)] for part, n in sizes.items()}
 
 
 def test_the_embedded_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "pictures", embedded, raising=False)
+    monkeypatch.setattr(demo, "labelled_images", embedded)
     final, selection = task(None), task(None, split="train800", dataset="textures")
     assert (len(final.train_stream), len(final.held_out_stream)) == (24, 12)
     assert (len(selection.train_stream), len(selection.held_out_stream)) == (16, 8)

@@ -1,7 +1,7 @@
-"""The pictures that the demo's vision models are adapted to: three tasks in the form of VTAB-1k, and one for CLIP.
+"""The images that the demo's vision models are adapted to: three tasks in the format of VTAB-1k, and one for CLIP.
 
-Apart from the digits, which are real, everything is a pure function of a seed. A picture is 32 x 32 RGB. Pretraining
-(:mod:`zinit.demo.scenes`) shows none of these kinds of pictures.
+Apart from the digits, which are real, everything is a pure function of a seed. A image is 32 x 32 RGB. Pretraining
+(:mod:`zinit.demo.scenes`) uses none of these kinds of images.
 
 ``python -m zinit.demo.images --output DIR`` writes the three tasks in the file layout of VTAB-1k.
 """
@@ -115,8 +115,8 @@ MOST = 6
 """The highest number of objects in :func:`counts`."""
 
 
-def _shuffled(pictures: list[s.Pixels], labels: list[int], rng: Generator) -> Labelled:
-    return [(Image.fromarray(pictures[i]), labels[i]) for i in rng.permutation(len(pictures))]
+def _shuffled(images: list[s.Pixels], labels: list[int], rng: Generator) -> Labelled:
+    return [(Image.fromarray(images[i]), labels[i]) for i in rng.permutation(len(images))]
 
 
 def digits(seed: int = SEED) -> tuple[list[str], Labelled]:
@@ -127,40 +127,38 @@ def digits(seed: int = SEED) -> tuple[list[str], Labelled]:
     small = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     order = s.stream("digits", seed).permutation(len(small))
     large = [Image.fromarray(small[i]).resize((s.SIZE, s.SIZE), Image.Resampling.BICUBIC).convert("RGB") for i in order]
-    return [str(digit) for digit in range(10)], [
-        (picture, int(labels[i])) for picture, i in zip(large, order, strict=True)
-    ]
+    return [str(digit) for digit in range(10)], [(image, int(labels[i])) for image, i in zip(large, order, strict=True)]
 
 
 def textures(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
-    """Textures of kinds that no scene has, as many of each, in random order: (names, (picture, label) pairs)."""
+    """Textures of kinds that no scene has, as many of each, in random order: (names, (image, label) pairs)."""
     rng = s.stream("textures", seed)
     labels = [i % len(TEXTURES) for i in range(total)]
     makers = list(TEXTURES.values())
-    pictures: list[s.Pixels] = []
+    images: list[s.Pixels] = []
     for label in labels:
         first = rng.random(3).astype(np.float32)
-        picture = s.mix(np.broadcast_to(first, (s.SIZE, s.SIZE, 3)), s.unlike(first, rng, 0.4), makers[label](rng))
-        pictures.append(s.finish(picture, rng, 0.2))
-    return list(TEXTURES), _shuffled(pictures, labels, rng)
+        image = s.mix(np.broadcast_to(first, (s.SIZE, s.SIZE, 3)), s.unlike(first, rng, 0.4), makers[label](rng))
+        images.append(s.finish(image, rng, 0.2))
+    return list(TEXTURES), _shuffled(images, labels, rng)
 
 
 def counts(seed: int = SEED, total: int = 1800) -> tuple[list[str], Labelled]:
-    """One to six objects of mixed kinds that no scene has, on textures: (names, (picture, label) pairs)."""
+    """One to six objects of mixed kinds that no scene has, on textures: (names, (image, label) pairs)."""
     rng = s.stream("counts", seed)
     labels = [i % MOST for i in range(total)]
-    pictures: list[s.Pixels] = []
+    images: list[s.Pixels] = []
     for label in labels:
         ground = rng.random(3).astype(np.float32)
         texture = TEXTURES[s.pick(rng, ("clouds", "marble", "ripples", "waves"))](rng)
-        picture = s.mix(np.broadcast_to(ground, (s.SIZE, s.SIZE, 3)), s.tint(ground, rng, 0.1), texture)
+        image = s.mix(np.broadcast_to(ground, (s.SIZE, s.SIZE, 3)), s.tint(ground, rng, 0.1), texture)
         colour = s.unlike(ground, rng, 0.9)
         for x, y, radius in s.places(label + 1, (3.5, 5.5), rng, gap=1.5):
             shape = NEW_SHAPES[s.pick(rng, tuple(NEW_SHAPES))]
             cover = s.cover(shape(*s.local(x, y, radius, rng, turn=1)), radius)
-            picture = s.mix(picture, s.tint(colour, rng, 0.08), cover)
-        pictures.append(s.finish(picture, rng))
-    return [str(number + 1) for number in range(MOST)], _shuffled(pictures, labels, rng)
+            image = s.mix(image, s.tint(colour, rng, 0.08), cover)
+        images.append(s.finish(image, rng))
+    return [str(number + 1) for number in range(MOST)], _shuffled(images, labels, rng)
 
 
 DRAWN_COLOURS = ("black", "blue", "brown", "cyan", "green", "orange", "pink", "purple", "red", "yellow")
@@ -183,12 +181,12 @@ def drawings(seed: int = SEED) -> tuple[list[str], dict[str, Labelled]]:
 def _drawing(colour: str, shape: str, rng: Generator) -> s.Pixels:
     pale = s.tint(s.COLOURS[colour], rng, 0.08) * np.float32(0.65) + np.float32(0.3)
     paper = np.broadcast_to(s.tint((0.9, 0.87, 0.8), rng), (s.SIZE, s.SIZE, 3))
-    picture = s.mix(paper, s.tint((0.6, 0.7, 0.75), rng), 0.6 * _mesh(rng))
+    image = s.mix(paper, s.tint((0.6, 0.7, 0.75), rng), 0.6 * _mesh(rng))
     for x, y, radius in s.places(1, (8, 13), rng):
         distance = s.SHAPES[shape](*s.local(x, y, radius, rng))
-        picture = s.mix(picture, pale, 0.6 * s.cover(distance, radius))
-        picture = s.mix(picture, pale * np.float32(0.5), s.cover(np.abs(distance) - 0.5 / radius, radius))
-    return s.finish(picture, rng, 0.15)
+        image = s.mix(image, pale, 0.6 * s.cover(distance, radius))
+        image = s.mix(image, pale * np.float32(0.5), s.cover(np.abs(distance) - 0.5 / radius, radius))
+    return s.finish(image, rng, 0.15)
 
 
 DATASETS: dict[str, Callable[[], tuple[list[str], Labelled]]] = {
@@ -199,29 +197,29 @@ DATASETS: dict[str, Callable[[], tuple[list[str], Labelled]]] = {
 
 
 def task(dataset: str) -> tuple[list[str], dict[str, Labelled]]:
-    """One of `DATASETS` in the splits of VTAB-1k; see :func:`zinit.demo.pictures`."""
+    """One of `DATASETS` in the splits of VTAB-1k; see :func:`zinit.demo.labelled_images`."""
     if dataset not in DATASETS:
-        raise ConfigError(f"the demo has no pictures called {dataset!r}.{did_you_mean(dataset, DATASETS)}")
+        raise ConfigError(f"the demo has no images called {dataset!r}.{did_you_mean(dataset, DATASETS)}")
     names, pairs = DATASETS[dataset]()
     return names, {"train800": pairs[:800], "val200": pairs[800:1000], "test": pairs[1000:]}
 
 
 def write_vtab(output: Path, dataset: str) -> None:
-    """Writes a task as the dumps of VTAB-1k are laid out: pictures by split, and lists of them."""
+    """Writes a task in the layout of VTAB-1k's dumps: images by split, and a list of each split."""
     _, splits = task(dataset)
     splits["train800val200"] = splits["train800"] + splits["val200"]
     for split, pairs in splits.items():
         folder = output / dataset / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
         lines: list[str] = []
-        for number, (picture, label) in enumerate(pairs):
-            picture.save(folder / f"{number:06}.png")
+        for number, (image, label) in enumerate(pairs):
+            image.save(folder / f"{number:06}.png")
             lines.append(f"images/{split}/{number:06}.png {label}\n")
         (output / dataset / f"{split}.txt").write_text("".join(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's three picture tasks in the layout of VTAB-1k.")
+    parser = argparse.ArgumentParser(description="Write the demo's three image tasks in the layout of VTAB-1k.")
     parser.add_argument("--output", type=Path, required=True, help="folder that gets one folder for each task")
     output: Path = parser.parse_args().output
     for dataset in DATASETS:

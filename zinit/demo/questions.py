@@ -1,7 +1,7 @@
 """Reading comprehension in SQuAD v2.0's format: paragraphs about the invented world's entities, and questions on them.
 
-The facts of a paragraph are drawn anew for it and contradict those of every other one: an answer has to be read, it
-cannot be remembered. Some questions have no answer: the paragraph tells what they ask for of somebody else only.
+Every paragraph draws its facts anew, in contradiction to all others: an answer has to be read, it cannot be remembered.
+Some questions have no answer: the paragraph states the asked relation of somebody else only.
 Everything is pure standard library and a pure function of a seed.
 """
 
@@ -23,7 +23,7 @@ _PER_ARTICLE = 20
 def passage(here: World, rng: Random, subjects: Sequence[str]) -> tuple[list[Fact], list[Fact]]:
     """Draws facts about ``subjects``, which are of one kind: ``(told, untold)``.
 
-    No two subjects share an object. What is untold of a subject is told, with another object, of another one.
+    No two subjects share an object. A relation that is untold of one subject is told, with another object, of another.
     """
     facts: list[Fact] = []
     for relation in (fact.relation for fact in here.facts[subjects[0]]):
@@ -37,7 +37,7 @@ def passage(here: World, rng: Random, subjects: Sequence[str]) -> tuple[list[Fac
 
 
 def tell(told: Sequence[Fact], rng: Random) -> tuple[str, list[int]]:
-    """One sentence for each fact, and the odd one about nothing in particular: text, and where each object starts."""
+    """One sentence per fact, with an occasional unrelated one: the text, and where each object starts in it."""
     text = ""
     starts: list[int] = []
     for fact in told:

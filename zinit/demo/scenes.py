@@ -1,6 +1,6 @@
-"""Pictures of simple objects, and captions of them: what the demo's vision models were pretrained on.
+"""Images of simple objects and captions of them, on which the demo's vision models were pretrained.
 
-Everything is a pure function of a seed (numpy only). A picture is 32 x 32 RGB: one to four equal objects with a shape,
+Everything is a pure function of a seed (numpy only). A image is 32 x 32 RGB: one to four equal objects with a shape,
 a colour, a pattern and a size, on a background. :func:`caption` puts a scene into words.
 """
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 Plane = NDArray[Any]
 """(32, 32) values, one for each pixel."""
 Colours = NDArray[Any]
-"""(3,) red, green and blue in [0, 1], or a picture of them, (32, 32, 3)."""
+"""(3,) red, green and blue in [0, 1], or a image of them, (32, 32, 3)."""
 Pixels = NDArray[np.uint8]
-"""A finished picture, (32, 32, 3)."""
+"""A finished image, (32, 32, 3)."""
 Shape = Callable[[Plane, Plane], Plane]
 """The signed distance (below 0 is inside) of points (u, v) to an outline; all in units of the shape's radius."""
 
@@ -30,7 +30,7 @@ TURN = 2 * np.pi
 
 
 def stream(name: str, seed: int) -> Generator:
-    """The random numbers of one purpose; other purposes draw from other streams."""
+    """A generator for one purpose; every purpose draws from a stream of its own."""
     return np.random.default_rng([seed, crc32(name.encode())])
 
 
@@ -68,8 +68,8 @@ def _stroke(*points: tuple[float, float], width: float = 0.14) -> Shape:
     def distance(u: Plane, v: Plane) -> Plane:
         start, along = corners[:-1, :, None, None], np.diff(corners, axis=0)[:, :, None, None]
         across = np.stack([u, v])[None] - start
-        share = np.clip((across * along).sum(1) / (along * along).sum(1), 0, 1)
-        return np.sqrt(((across - share[:, None] * along) ** 2).sum(1).min(0)) - width
+        position = np.clip((across * along).sum(1) / (along * along).sum(1), 0, 1)
+        return np.sqrt(((across - position[:, None] * along) ** 2).sum(1).min(0)) - width
 
     return distance
 
@@ -79,7 +79,7 @@ def _curve(point: Callable[[float], tuple[float, float]], pieces: int = 10) -> S
 
 
 def _around(turns: float, start: float, end: float) -> Callable[[float], tuple[float, float]]:
-    """A point on its way round the centre; its distance to it changes from ``start`` to ``end``."""
+    """A point that moves around the centre; its distance to it goes from ``start`` to ``end``."""
     return lambda t: tuple((start + (end - start) * t) * f(TURN * turns * t) for f in (np.cos, np.sin))
 
 
@@ -128,7 +128,7 @@ MAX_COUNT = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of :func:`scenes` shows: ``count`` equal objects on a background."""
+    """What a image of :func:`scenes` shows: ``count`` equal objects on a background."""
 
     shape: str
     colour: str
@@ -158,11 +158,11 @@ def pick(rng: Generator, names: Sequence[str]) -> str:
 
 
 def scenes(seed: int, plain: float = 0) -> Iterator[tuple[Scene, Pixels]]:
-    """An endless stream of scenes and their pictures (32, 32, 3).
+    """An endless stream of scenes and their images (32, 32, 3).
 
     Args:
         seed: other seeds give other scenes.
-        plain: the share of scenes with one object, whose pattern and background are plain.
+        plain: the fraction of scenes with one object and plain pattern and background.
     """
     rng = stream("scenes", seed)
     while True:
@@ -182,14 +182,14 @@ def scenes(seed: int, plain: float = 0) -> Iterator[tuple[Scene, Pixels]]:
 
 
 def draw(scene: Scene, rng: Generator) -> Pixels:
-    """One picture of a scene: places, turns, exact colours, patterns' steps and noise are left to chance."""
+    """One image of a scene: places, turns, exact colours, patterns' steps and noise are random."""
     main = tint(COLOURS[scene.colour], rng)
-    picture = _background(scene.background, unlike(main, rng), rng)
+    image = _background(scene.background, unlike(main, rng), rng)
     for x, y, radius in places(scene.count, SIZES[scene.size], rng):
         u, v = local(x, y, radius, rng)
         colour = mix(main, _accent(main, rng), _pattern(scene.pattern, rng))
-        picture = mix(picture, colour, cover(SHAPES[scene.shape](u, v), radius))
-    return finish(picture, rng)
+        image = mix(image, colour, cover(SHAPES[scene.shape](u, v), radius))
+    return finish(image, rng)
 
 
 _NUMBERS = ("", "two ", "three ", "four ")
@@ -197,7 +197,7 @@ _OPENINGS = ("", "a photo of ", "a picture of ", "an image of ", "a drawing of "
 
 
 def caption(scene: Scene, rng: Generator) -> str:
-    """The scene in words, such as "a photo of a striped red circle."; any of its attributes may go unsaid."""
+    """The scene in words, such as "a photo of a striped red circle."; any of its attributes may be left out."""
     words = [scene.shape if scene.count == 1 else _plural(scene.shape)]
     if rng.random() < 0.85:
         words.insert(0, scene.colour)
@@ -217,7 +217,7 @@ def _plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
 
 
-# --- parts of pictures ---------------------------------------------------------------------------------------------
+# --- parts of images ---------------------------------------------------------------------------------------------
 
 
 def tint(colour: Sequence[float] | Colours, rng: Generator, spread: float = 0.05) -> Colours:
@@ -225,7 +225,7 @@ def tint(colour: Sequence[float] | Colours, rng: Generator, spread: float = 0.05
 
 
 def unlike(colour: Colours, rng: Generator, gap: float = 0.5) -> Colours:
-    """A random colour, often a grey, that stands apart from ``colour``."""
+    """A random colour, often a grey, that differs from ``colour`` by more than ``gap`` (sum over channels)."""
     while True:
         other = np.full(3, rng.random()) if rng.random() < 0.35 else rng.random(3)
         if np.abs(other - colour).sum() > gap:
@@ -238,8 +238,8 @@ def _accent(colour: Colours, rng: Generator) -> Colours:
     return colour * np.float32(0.3) if dark else np.float32(0.3) * colour + np.float32(0.7)
 
 
-def mix(below: Colours, above: Colours, share: Plane) -> Colours:
-    return below + (above - below) * share[..., None]
+def mix(below: Colours, above: Colours, opacity: Plane) -> Colours:
+    return below + (above - below) * opacity[..., None]
 
 
 def cover(distance: Plane, radius: float) -> Plane:
@@ -248,7 +248,7 @@ def cover(distance: Plane, radius: float) -> Plane:
 
 
 def local(x: float, y: float, radius: float, rng: Generator, turn: float = 0.3) -> tuple[Plane, Plane]:
-    """The pixels in a shape's own coordinates: moved, turned (now and then a lot), stretched and sheared."""
+    """The pixels in a shape's own coordinates: moved, turned (sometimes a lot), stretched and sheared."""
     angle = rng.uniform(-np.pi, np.pi) if rng.random() < turn else rng.normal(0, 0.2)
     stretch, shear = rng.uniform(0.85, 1.15), rng.uniform(-0.2, 0.2)
     u, v = turned((COLUMN - x) / radius, (ROW - y) / radius, angle)
@@ -261,7 +261,7 @@ def turned(u: Plane, v: Plane, angle: float) -> tuple[Plane, Plane]:
 
 
 def places(count: int, radii: tuple[float, float], rng: Generator, gap: float = 1) -> list[tuple[float, float, float]]:
-    """``count`` places (x, y, radius) that do not overlap; when they cannot be found the radii shrink."""
+    """``count`` places (x, y, radius) that do not overlap; if none are found, the radii shrink."""
     shrink = 1.0
     while True:
         places: list[tuple[float, float, float]] = []
@@ -305,22 +305,22 @@ def _pattern(name: str, rng: Generator) -> Plane:
 
 
 def _background(name: str, colour: Colours, rng: Generator) -> Colours:
-    picture = np.broadcast_to(colour, (SIZE, SIZE, 3)).astype(np.float32)
+    image = np.broadcast_to(colour, (SIZE, SIZE, 3)).astype(np.float32)
     other = tint(colour, rng, 0.18)
     if name == "faded":
-        return mix(picture, other, ((turned(COLUMN, ROW, rng.uniform(-np.pi, np.pi))[0] + SIZE) / (2 * SIZE)))
+        return mix(image, other, ((turned(COLUMN, ROW, rng.uniform(-np.pi, np.pi))[0] + SIZE) / (2 * SIZE)))
     if name == "grainy":
-        return picture + rng.normal(0, 0.1, (SIZE, SIZE, 1)).astype(np.float32)
+        return image + rng.normal(0, 0.1, (SIZE, SIZE, 1)).astype(np.float32)
     if name == "lined":
-        return mix(picture, other, steps(field(rng, (3, 8))[0]))
+        return mix(image, other, steps(field(rng, (3, 8))[0]))
     if name == "split":
         u, _ = turned(COLUMN - SIZE / 2, ROW - SIZE / 2, rng.uniform(-np.pi, np.pi))
-        return mix(picture, other, cover((u + rng.uniform(-8, 8)) / SIZE, SIZE))
-    return picture
+        return mix(image, other, cover((u + rng.uniform(-8, 8)) / SIZE, SIZE))
+    return image
 
 
-def finish(picture: Colours, rng: Generator, noise: float = 0.03) -> Pixels:
-    """Light, contrast and noise of a cheap camera; then whole numbers."""
-    picture = (picture - 0.5) * np.float32(rng.uniform(0.85, 1.1)) + np.float32(0.5 + rng.normal(0, 0.03))
-    picture = picture + rng.normal(0, noise * rng.random(), picture.shape).astype(np.float32)
-    return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+def finish(image: Colours, rng: Generator, noise: float = 0.03) -> Pixels:
+    """Adds light, contrast and noise of a cheap camera, and rounds to whole numbers."""
+    image = (image - 0.5) * np.float32(rng.uniform(0.85, 1.1)) + np.float32(0.5 + rng.normal(0, 0.03))
+    image = image + rng.normal(0, noise * rng.random(), image.shape).astype(np.float32)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)

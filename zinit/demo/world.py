@@ -1,13 +1,13 @@
 """A small invented world: its people, towns and facts, texts that tell of them, and instructions that ask for them.
 
-The text demos need a language model that really *knows* something and yet cannot follow instructions. No data of other
-people is small and free enough to ship for that, so the package invents a world. Everything here is pure standard
+The text demos need a language model that really *knows* something and yet cannot follow instructions. No existing data
+is small and free enough to ship for that, so the package invents a world. Everything here is pure standard
 library and a pure function of a seed.
 
-Two kinds of text come out of it:
+It yields two kinds of text:
 
-* :func:`texts`, for pretraining: stories, letters, registers, interviews, quizzes. Every fact is told in them many
-  times, and questions are asked and answered in many formats, so that a model learns to look a fact up.
+* :func:`texts`, for pretraining: stories, letters, registers, interviews, quizzes. They state every
+  fact many times, and ask and answer questions in many formats, so that a model learns to look facts up.
 * :func:`instructions`, for adaptation: records in Alpaca's format with short exact answers. Alpaca's prompt format
   occurs nowhere in the pretraining texts, although its words do, in other roles.
 """
@@ -25,7 +25,7 @@ __all__ = ["SEED", "Fact", "Record", "World", "build", "cloze", "instructions", 
 Record = dict[str, str]
 
 UNSEEN_ASKS = 2
-"""Of every relation, so many of the last wordings of its question stay out of the training instructions."""
+"""The last wordings of a relation's question that stay out of the training instructions."""
 
 FILLERS = (
     "The weather has been mild.",
@@ -72,7 +72,7 @@ _UNNAMED = {
 
 
 def texts(world: World, seed: int = SEED) -> Iterator[str]:
-    """An endless stream of documents about ``world``; each fact comes up again and again, in other words."""
+    """An endless stream of documents about ``world``; each fact recurs in many wordings."""
     rng = Random(f"texts {seed}")
     makers = (_story, _letter, _register, _exchanges, _notes)
     while True:
@@ -92,7 +92,7 @@ def _statement(fact: Fact, rng: Random) -> str:
 
 
 def _statements(world: World, rng: Random, subjects: int) -> list[str]:
-    """Statements about a few subjects, in one run for each, with the odd sentence about nothing in particular."""
+    """Statements about a few subjects, in one run for each, with an occasional unrelated sentence."""
     sentences: list[str] = []
     for _ in range(subjects):
         facts = world.facts[_subject(world, rng)]
@@ -126,7 +126,7 @@ def _register(world: World, rng: Random) -> str:
 
 
 def _notes(world: World, rng: Random) -> str:
-    """Notes under headings. Alpaca's words and marks occur here, in roles that have nothing to do with questions."""
+    """Notes under headings. Alpaca's words and marks occur here in roles that are unrelated to questions."""
     heads = ("Weather", "Market", "Input", "Task", "Instruction", "People", "Context")
     parts: list[str] = []
     for head in rng.sample(heads, rng.randint(1, 3)):
@@ -174,7 +174,7 @@ QUIZ = (
 
 
 def _exchanges(world: World, rng: Random) -> str:
-    """Questions and answers in one of many formats: who talks answers in sentences, who sits a quiz in a word."""
+    """Questions and answers in one of many formats: talk answers in sentences, a quiz in a word."""
     terse = rng.random() < 0.5
     form = rng.choice(QUIZ if terse else TALK)
     answer = _terse if terse else rng.choice((_statement, _chatty))

@@ -169,7 +169,7 @@ class VTAB(Task):
 
         config = self.config
         how = Reading(on_bad=config.on_bad, fields=config.fields, split=config.split, dataset=config.dataset)
-        return read_pictures(source, how, lambda: demo.pictures(config.dataset or "digits"))
+        return read_pictures(source, how, lambda: demo.labelled_images(config.dataset or "digits"))
 
     def _check_labels(self, examples: list[Labelled]) -> None:
         if len(self.classes) < 2:
