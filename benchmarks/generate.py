@@ -1,4 +1,4 @@
-"""Time of ``model.generate``: adapted against unadapted, and PEFT's AdaptionPrompt.
+"""Time of ``model.generate``: with an adapter against the base, and PEFT's AdaptionPrompt.
 
     python -m benchmarks.generate
     python -m benchmarks.generate --width 4096 --layers 32 --heads 32 --kv-heads 32 --vocabulary 32000

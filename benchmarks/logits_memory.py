@@ -8,8 +8,10 @@ One training step of the same adapted model on the same ragged batch, of which a
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -18,17 +20,12 @@ from benchmarks.common import interleaved, parser, prepare, ratio, save, with_zi
 from benchmarks.train_step import peak_bytes
 from zinit.models.losses import chunked_cross_entropy
 
+Loss = Callable[[], torch.Tensor]
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    options.set_defaults(vocabulary=128_000, width=256, layers=4, heads=4, kv_heads=4, rounds=3)
-    options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--length", type=int, default=256, help="tokens of the longest example")
-    options = options.parse_args()
-    prepare(options)
+
+def loss_functions(model: Any, options: argparse.Namespace) -> tuple[dict[str, Loss], int]:
+    """The summed loss of one ragged batch, computed in three ways; and the number of supervised tokens."""
     device, batch, length = options.device, options.batch, options.length
-    model = with_zinit(options).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = torch.randint(0, options.vocabulary, (batch, length), device=device)
     ends = torch.linspace(length // 2, length, batch, device=device).long()[:, None]  # uneven, as real examples are
     column = torch.arange(length, device=device)
@@ -50,26 +47,39 @@ def main() -> None:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[supervised]
         return chunked_cross_entropy(hidden, model.lm_head.weight, model.lm_head.bias, targets)
 
+    return {"full": full, "kept": union, "chunked": chunked}, len(targets)
+
+
+def main() -> None:
+    options = parser(str(__doc__).splitlines()[0])
+    options.set_defaults(vocabulary=128_000, width=256, layers=4, heads=4, kv_heads=4, rounds=3)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--length", type=int, default=256, help="tokens of the longest example")
+    options = options.parse_args()
+    prepare(options)
+    model = with_zinit(options).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    functions, count = loss_functions(model, options)
     gradients: dict[str, list[torch.Tensor]] = {}
     losses: dict[str, float] = {}
 
-    def step_of(name: str, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def step_of(name: str, loss: Loss) -> Callable[[], None]:
         def step() -> None:
             total = loss()
             total.backward()
             losses[name] = total.item()
-            gradients[name] = [parameter.grad / len(targets) for parameter in trained if parameter.grad is not None]
+            gradients[name] = [parameter.grad / count for parameter in trained if parameter.grad is not None]
             model.zero_grad(set_to_none=True)
 
         return step
 
-    steps = {name: step_of(name, loss) for name, loss in (("full", full), ("kept", union), ("chunked", chunked))}
-    seconds = interleaved(steps, rounds=options.rounds, device=device)
+    steps = {name: step_of(name, loss) for name, loss in functions.items()}
+    seconds = interleaved(steps, rounds=options.rounds, device=options.device)
     memory = {name: peak_bytes(step) for name, step in steps.items()}
     difference = max((a - b).abs().max().item() for a, b in zip(gradients["chunked"], gradients["full"], strict=True))
     figures = {
-        "tokens": batch * length,
-        "supervised_tokens": len(targets),
+        "tokens": options.batch * options.length,
+        "supervised_tokens": count,
         "step_peak_bytes": memory,
         "full_memory_over_chunked": round(memory["full"] / memory["chunked"], 2),
         "kept_memory_over_chunked": round(memory["kept"] / memory["chunked"], 2),

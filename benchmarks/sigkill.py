@@ -79,7 +79,30 @@ def losses(output: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events if event.get("event") == "step"}
 
 
-def main() -> None:
+def kill_once(output: Path, arguments: list[str], number: int, given: argparse.Namespace, chance: random.Random) -> Any:
+    """Starts or resumes the run, kills it at a random step or (every fourth time) at a random moment; says when."""
+    resumes = (output / "run.json").exists()
+    if output.exists() and not resumes:
+        shutil.rmtree(output)  # killed before the run had begun: there is nothing to resume
+    before = last_step(output)
+    process = subprocess.Popen(
+        command([*(["--resume"] if resumes else arguments), "--output", str(output)], given.processes),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ},
+    )  # fmt: skip
+    early = number % 4 == 3
+    due = time.monotonic() + chance.uniform(0, 8)
+    left = given.kills - number
+    target = before + chance.randint(1, max(1, 2 * (given.steps - before) // (left + 1) - 1))
+    while process.poll() is None and (time.monotonic() < due if early else last_step(output) < target):
+        time.sleep(0.002)
+    if process.poll() is not None:
+        raise SystemExit(f"the run ended before it could be killed: status {process.returncode}, {output.parent}")
+    time.sleep(chance.uniform(0, 0.05))
+    killed = kill(process, alone=given.processes > 1 and chance.random() < 0.5, chance=chance)
+    return {"after_step": last_step(output), "killed": killed, "at": "random time" if early else "random step"}
+
+
+def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--processes", type=int, default=1)
@@ -89,7 +112,11 @@ def main() -> None:
     options.add_argument(
         "--output", type=Path, default=None, help="default: benchmarks/results/sigkill-<processes>.json"
     )
-    given = options.parse_args()
+    return options.parse_args()
+
+
+def main() -> None:
+    given = parse()
     chance = random.Random(given.seed)
     folder = Path(tempfile.mkdtemp(prefix="sigkill-"))
     settings = {"steps": given.steps, "save_every": given.save_every, "evaluate_every": 0, "batch_size": 8,
@@ -100,37 +127,16 @@ def main() -> None:
     subprocess.run(command([*arguments, "--output", str(quiet)], given.processes), check=True, capture_output=True)
     moments: list[dict[str, Any]] = []
     while len(moments) < given.kills:
-        go_on = ["--resume"] if (output / "run.json").exists() else arguments
-        if output.exists() and go_on is arguments:
-            shutil.rmtree(output)  # killed before the run had begun: there is nothing to resume
-        before = last_step(output)
-        process = subprocess.Popen(
-            command([*go_on, "--output", str(output)], given.processes),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ},
-        )  # fmt: skip
-        early = len(moments) % 4 == 3
-        due = time.monotonic() + chance.uniform(0, 8)
-        left = given.kills - len(moments)
-        target = before + chance.randint(1, max(1, 2 * (given.steps - before) // (left + 1) - 1))
-        while process.poll() is None and (time.monotonic() < due if early else last_step(output) < target):
-            time.sleep(0.002)
-        if process.poll() is not None:
-            raise SystemExit(f"the run ended before it could be killed: status {process.returncode}, {folder}")
-        time.sleep(chance.uniform(0, 0.05))
-        who = kill(process, alone=given.processes > 1 and chance.random() < 0.5, chance=chance)
-        moments.append(
-            {"after_step": last_step(output), "killed": who, "at": "random time" if early else "random step"}
-        )
+        moments.append(kill_once(output, arguments, len(moments), given, chance))
         print(moments[-1], flush=True)
     subprocess.run(command(["--resume", "--output", str(output)], given.processes), check=True, capture_output=True)
-    same_losses = losses(output) == losses(quiet)
+    same = {"adapter_bit_equal": digest(output) == digest(quiet), "losses_bit_equal": losses(output) == losses(quiet)}
     result = {
         "kills": moments,
         "processes": given.processes,
         "steps": given.steps,
         "save_every": given.save_every,
-        "adapter_bit_equal": digest(output) == digest(quiet),
-        "losses_bit_equal": same_losses,
+        **same,
         "seconds": round(time.monotonic() - started, 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -139,7 +145,7 @@ def main() -> None:
     path = given.output or RESULTS / f"sigkill-{given.processes}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "kills"}, indent=2))
-    if not (result["adapter_bit_equal"] and same_losses):
+    if not all(same.values()):
         raise SystemExit(f"the run differs from the quiet one: {folder}")
     shutil.rmtree(folder)
 

@@ -34,7 +34,7 @@ def step_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """What a step allocates at its peak beyond what lies there already."""
+    """The peak of what a step allocates, beyond what is allocated before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,11 +1,11 @@
 """Time of one training step with and without stored outputs of the frozen lower blocks, on a random ViT.
 
-    python -m benchmarks.trunk_cache
-    python -m benchmarks.trunk_cache --width 768 --heads 12 --image 224
+    python -m benchmarks.activation_cache
+    python -m benchmarks.activation_cache --width 768 --heads 12 --image 224
 
-Both sides are the engine's own parts: the task's batches, the stored rows read from their files, the task's forward,
+Both sides are the engine's own parts: the task's batches, the stored tensors read from their files, the task's forward,
 backward, the optimizer's step. They run in one process, interleaved; the figure is the median of the ratios within a
-round. Filling (with the trial and the hash of the weights) is what is paid once.
+round. Filling (with the trial and the hash of the weights) is paid once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,45 @@ def task_of(options: argparse.Namespace, data: Path) -> VTAB:
     return VTAB(model, None, handle, VTABConfig(), data=str(data), seed=0).to(options.device)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def step_of(options: argparse.Namespace, task: VTAB, stored: Any = None) -> Callable[[], None]:
+    """A training step on the next examples; with ``stored`` the outputs of the frozen blocks are read from it."""
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)
+    count, position = len(task.train_stream), 0
+
+    def step() -> None:
+        nonlocal position
+        indices = [(position + i) % count for i in range(options.batch)]
+        position += options.batch
+        batch = task.collate(task.train_stream, indices) | ({} if stored is None else {KEY: stored[indices]})
+        task({name: tensor.to(options.device) for name, tensor in batch.items()}).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Fills the cache, then times steps without and with it."""
+    task = task_of(options, images(folder / "data", options.examples, options.image))
+    config = TrainConfig(micro_batch_size=options.batch, trunk_cache=str(folder / "cache"))
+    started = time.perf_counter()
+    with kept_trunk(task, config, make_accelerator(config), lambda event: None) as stored:
+        filling = time.perf_counter() - started
+        assert stored is not None
+        task.train()
+        steps = {"without": step_of(options, task), "with": step_of(options, task, stored)}
+        seconds = interleaved(steps, rounds=options.rounds, device=options.device)
+    return {
+        "with_over_without": round(ratio(seconds, "with", "without"), 4),
+        "median_seconds": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
+        "filling_seconds": round(filling, 3),
+        "stored_bytes_per_example": stored.row_bytes,
+        "examples": len(task.train_stream),
+    }
+
+
+def parse() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--width", type=int, default=192, help="C")
     options.add_argument("--layers", type=int, default=12, help="N")
     options.add_argument("--heads", type=int, default=3, help="H")
@@ -69,45 +107,15 @@ def main() -> None:
     options.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
     options.add_argument("--threads", type=int, default=None)
     options.add_argument("--output", type=Path, default=None)
-    options = options.parse_args()
+    return options.parse_args()
+
+
+def main() -> None:
+    options = parse()
     prepare(options)
     with tempfile.TemporaryDirectory() as folder:
-        task = task_of(options, images(Path(folder) / "data", options.examples, options.image))
-        config = TrainConfig(micro_batch_size=options.batch, trunk_cache=str(Path(folder) / "cache"))
-        accelerator = make_accelerator(config)
-        optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)
-        started = time.perf_counter()
-        with kept_trunk(task, config, accelerator, lambda event: None) as rows:
-            filling = time.perf_counter() - started
-            assert rows is not None
-            count = len(task.train_stream)
-            position = 0
-
-            def step(stored: bool) -> Callable[[], None]:
-                def run() -> None:
-                    nonlocal position
-                    indices = [(position + i) % count for i in range(options.batch)]
-                    position += options.batch
-                    batch = task.collate(task.train_stream, indices) | ({KEY: rows[indices]} if stored else {})
-                    task({name: tensor.to(options.device) for name, tensor in batch.items()}).backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-
-                return run
-
-            task.train()
-            seconds = interleaved(
-                {"without": step(False), "with": step(True)}, rounds=options.rounds, device=options.device
-            )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    figures = {
-        "with_over_without": round(ratio(seconds, "with", "without"), 4),
-        "median_seconds": {name: round(value, 5) for name, value in medians.items()},
-        "filling_seconds": round(filling, 3),
-        "stored_bytes_per_example": rows.row_bytes,
-        "examples": count,
-    }
-    save("trunk_cache", options, figures)
+        figures = measure(options, Path(folder))
+    save("activation_cache", options, figures)
 
 
 if __name__ == "__main__":
