@@ -202,7 +202,7 @@ def bench(
     from pathlib import Path
 
     from zinit.bench.plan import make_benchmark
-    from zinit.bench.view import run_benchmark
+    from zinit.ui.benchmark import run_benchmark
     from zinit.ui.console import print_json
 
     benchmark = make_benchmark(

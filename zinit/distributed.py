@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zinit.compat import is_shard as is_shard
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -34,8 +36,3 @@ def share(count: int, accelerator: Accelerator) -> list[int]:
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     return [(rank + world * turn) % count for turn in range(math.ceil(count / world))]
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds only its share of a tensor: FSDP2's kind or DeepSpeed ZeRO-3's."""
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")

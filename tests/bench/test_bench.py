@@ -19,7 +19,8 @@ import pytest
 from tests.tiny import ROOT, environment
 from zinit.bench.plan import Benchmark, list_bench_presets, make_benchmark
 from zinit.bench.runner import Runner, final_cells, read_cells
-from zinit.bench.summary import summarise, write_summary
+from zinit.bench.summary import summarise
+from zinit.bench.write import write_summary
 from zinit.errors import ConfigError, DataError
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_zinit.py")))

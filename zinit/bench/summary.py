@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -14,8 +12,6 @@ from typing import Any
 
 from zinit.bench.plan import REFERENCE, Benchmark, Cell, Experiment
 from zinit.bench.runner import final_cells, read_cells
-from zinit.files import write_atomically
-from zinit.runs.directory import write_json
 from zinit.tasks import TASKS
 
 SAMPLES = ("evaluated", "answered", "questions", "sentences", "test", "held_out")  # names of the count of examples
@@ -86,10 +82,28 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
         output: its folder.
     """
     finished = {cell["id"]: cell for cell in read_cells(output)}
-    planned = final_cells(benchmark, output)
+    rows = _empty_rows(benchmark)
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for cell in final_cells(benchmark, output):
+        key = _key(cell.experiment, cell.method, cell.vary)
+        if cell.id in finished and _enter(rows[key], cell.seed, finished[cell.id]):
+            measured.setdefault(key, []).append(finished[cell.id])
+    for key, cells in measured.items():
+        _average(rows[key], cells)
+    tasks = {experiment.name: TASKS.get(str(experiment.task)) for experiment in benchmark.experiments}
+    for row in rows.values():
+        row.paper = tasks[row.experiment].paper_figure(row.method, row.dataset, row.metric)
+        reference = rows.get(_key(row.experiment, REFERENCE, row.vary))
+        if reference is not None and reference is not row:
+            _compare(row, reference)
+    return list(rows.values())
+
+
+def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
+    """The rows by key, all seeds missing; also those whose selection is still open."""
     rows: dict[str, Row] = {}
     for experiment in benchmark.experiments:
-        for cell in experiment.cells():  # also those whose selection is still open
+        for cell in experiment.cells():
             key = _key(experiment.name, cell.method, cell.vary)
             row = Row(
                 experiment=experiment.name,
@@ -98,44 +112,43 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
                 vary=cell.vary,
                 dataset=dataset_of(cell),
             )
-            rows.setdefault(key, row)
-            rows[key].missing.append(cell.seed)
-    collected: dict[str, list[dict[str, Any]]] = {}
-    for cell in planned:
-        row, found = rows[_key(cell.experiment, cell.method, cell.vary)], finished.get(cell.id)
-        if found is None:
-            continue
-        if found["status"] != "done":
-            row.problem = found["error"]
-            row.missing.remove(cell.seed)
-            continue
-        value = found["metrics"]["adapted"].get(row.metric)
-        if value is None:
-            row.problem = f"the task reports no {row.metric}, but {', '.join(found['metrics']['adapted'])}."
-            continue
-        row.values[cell.seed] = value
-        row.missing.remove(cell.seed)
-        collected.setdefault(_key(cell.experiment, cell.method, cell.vary), []).append(found)
-    for key, cells in collected.items():
-        row = rows[key]
-        frozen = [c["metrics"]["frozen"].get(row.metric) for c in cells]
-        row.frozen = statistics.fmean(frozen) if all(value is not None for value in frozen) else None
-        row.num_trainable = cells[0]["num_trainable"]
-        row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
-        row.seconds = statistics.fmean(c["seconds"] for c in cells)
-        measured = [c["metrics"]["adapted"] for c in cells]
-        names = [name for name in measured[0] if all(m.get(name) is not None for m in measured)]
-        row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
-    tasks = {experiment.name: TASKS.get(str(experiment.task)) for experiment in benchmark.experiments}
-    for row in rows.values():
-        row.paper = tasks[row.experiment].paper_figure(row.method, row.dataset, row.metric)
-        reference = rows.get(_key(row.experiment, REFERENCE, row.vary))
-        if reference is not None and reference is not row:
-            pairs = [value - reference.values[seed] for seed, value in row.values.items() if seed in reference.values]
-            row.pairs = len(pairs)
-            row.difference = statistics.fmean(pairs) if pairs else None
-            row.difference_std = statistics.stdev(pairs) if len(pairs) > 1 else None
-    return list(rows.values())
+            rows.setdefault(key, row).missing.append(cell.seed)
+    return rows
+
+
+def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
+    """Enters a finished cell's figure, or the reason why there is none; whether there is one."""
+    if cell["status"] != "done":
+        row.problem = cell["error"]
+        row.missing.remove(seed)
+        return False
+    value = cell["metrics"]["adapted"].get(row.metric)
+    if value is None:
+        row.problem = f"the task reports no {row.metric}, but {', '.join(cell['metrics']['adapted'])}."
+        return False
+    row.values[seed] = value
+    row.missing.remove(seed)
+    return True
+
+
+def _average(row: Row, cells: list[dict[str, Any]]) -> None:
+    """Enters what a row's cells have in common, and the means of what they measured."""
+    frozen = [cell["metrics"]["frozen"].get(row.metric) for cell in cells]
+    row.frozen = statistics.fmean(frozen) if all(value is not None for value in frozen) else None
+    row.num_trainable = cells[0]["num_trainable"]
+    row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
+    row.seconds = statistics.fmean(cell["seconds"] for cell in cells)
+    measured = [cell["metrics"]["adapted"] for cell in cells]
+    names = [name for name in measured[0] if all(m.get(name) is not None for m in measured)]
+    row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
+
+
+def _compare(row: Row, reference: Row) -> None:
+    """Enters the differences from the reference, paired by seed."""
+    pairs = [value - reference.values[seed] for seed, value in row.values.items() if seed in reference.values]
+    row.pairs = len(pairs)
+    row.difference = statistics.fmean(pairs) if pairs else None
+    row.difference_std = statistics.stdev(pairs) if len(pairs) > 1 else None
 
 
 def _key(experiment: str, method: str, vary: dict[str, Any]) -> str:
@@ -172,88 +185,37 @@ COLUMNS = (
     "trainable",
     "seconds",
 )
-PAPER = "the paper's (other models and data)"
+PAPER = "the paper's, on other models and data"
 
 
 def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines; a column for the paper only where it says something."""
+    """Header and lines; a column for the paper only where one of its figures is known."""
     rows = list(rows)
-    header = [
-        *COLUMNS,
-        *(["the paper's, on other models and data"] if any(row.paper is not None for row in rows) else []),
+    if all(row.paper is None for row in rows):
+        return list(COLUMNS), [_line(row) for row in rows]
+    return [*COLUMNS, PAPER], [[*_line(row), show(row.paper)] for row in rows]
+
+
+def _line(row: Row) -> list[str]:
+    difference = show(row.difference, sign="+")
+    if row.difference_std is not None:
+        difference += f" ± {show(row.difference_std)} ({row.pairs})"
+    seeds = ", ".join(map(str, row.values)) or "-"
+    if row.missing:
+        seeds += f" (not run: {', '.join(map(str, row.missing))})"
+    return [
+        row.method,
+        ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.vary.items()) or "-",
+        row.metric,
+        show(row.mean),
+        show(row.std),
+        seeds,
+        "-" if row.samples is None else str(row.samples),
+        show(row.frozen),
+        difference,
+        "-" if row.num_trainable is None else f"{row.num_trainable:,}",
+        show(row.seconds, 1),
     ]
-    lines = []
-    for row in rows:
-        difference = show(row.difference, sign="+")
-        if row.difference_std is not None:
-            difference += f" ± {show(row.difference_std)} ({row.pairs})"
-        seeds = ", ".join(map(str, row.values)) or "-"
-        if row.missing:
-            seeds += f" (not run: {', '.join(map(str, row.missing))})"
-        line = [
-            row.method,
-            ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.vary.items()) or "-",
-            row.metric,
-            show(row.mean),
-            show(row.std),
-            seeds,
-            "-" if row.samples is None else str(row.samples),
-            show(row.frozen),
-            difference,
-            "-" if row.num_trainable is None else f"{row.num_trainable:,}",
-            show(row.seconds, 1),
-        ]
-        if len(header) > len(COLUMNS):
-            line.append(show(row.paper))
-        lines.append(line)
-    return header, lines
-
-
-def markdown(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]]) -> str:
-    """The whole report as Markdown."""
-    parts = ["# zinit bench", benchmark.description]
-    if benchmark.demo:
-        parts.append(
-            "**Demo figures**: tiny models and data that are embedded in zinit. They say nothing about the paper's "
-            "results."
-        )
-    for experiment in benchmark.experiments:
-        own = [row for row in rows if row.experiment == experiment.name]
-        header, lines = table(own)
-        parts += [f"## {experiment.name}", experiment.note]
-        parts.append("\n".join([_line(header), _line(["---"] * len(header)), *map(_line, lines)]))
-        parts += [f"* {note}" for note in notes.get(experiment.name, [])]
-        parts += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def write_summary(benchmark: Benchmark, output: Path) -> list[Row]:
-    """Writes ``summary.json``, ``summary.csv``, ``summary.md`` and ``report.html``.
-
-    Returns:
-        The rows.
-    """
-    from zinit.bench.page import page
-
-    rows = summarise(benchmark, output)
-    notes = {experiment.name: aggregates(experiment, rows) for experiment in benchmark.experiments}
-    write_json(output / "summary.json", {"rows": [row.to_dict() for row in rows], "aggregates": notes})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = ("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "frozen", "difference",
-             "difference_std", "num_trainable", "seconds", "paper")  # fmt: skip
-    writer.writerow(names)
-    for row in rows:
-        plain = {**row.to_dict(), "vary": json.dumps(row.vary), "seeds": " ".join(map(str, row.values))}
-        writer.writerow([plain[name] for name in names])
-    write_atomically(output / "summary.csv", text.getvalue().encode())
-    write_atomically(output / "summary.md", markdown(benchmark, rows, notes).encode())
-    write_atomically(output / "report.html", page(benchmark, rows, notes, curves(benchmark, output)).encode())
-    return rows
 
 
 def dataset_of(cell: Cell) -> str:

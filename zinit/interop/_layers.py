@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zinit.adapter.handle import ATTRIBUTE
 from zinit.backbones import find_backbone
 from zinit.backbones.base import AttentionSite
+from zinit.compat import uncompiled
 from zinit.config import PrefixConfig
 from zinit.errors import CheckpointError
 from zinit.interop.base import Gate, Imported
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def sites_of(model: nn.Module) -> list[AttentionSite]:
     """All attention modules that can take a prefix, lowest layer first; works on models that have adapters already."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
     return list(attachment.sites.values()) if attachment else find_backbone(model).sites(model)
 

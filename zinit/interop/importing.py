@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle, attach
 from zinit.adapter.state import ATTRIBUTE
+from zinit.compat import uncompiled
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
 from zinit.interop.base import Format, Gate
@@ -74,7 +75,7 @@ def attach_tensors(
 
 def handles_on(model: nn.Module) -> dict[str, Handle]:
     """The adapters of a model, by name."""
-    attachment = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
+    attachment = getattr(uncompiled(model), ATTRIBUTE, None)
     return attachment.handles if attachment else {}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zinit.adapter.handle import Handle
 from zinit.backbones.base import AttentionSite
+from zinit.compat import commit_hash, name_or_path
 from zinit.errors import CheckpointError
 from zinit.files import write_atomically
 from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
@@ -122,10 +123,10 @@ def _config(handle: Handle, layers: list[LayerOfPrompts]) -> dict[str, Any]:
         "adapter_layers": len(layers),
         "adapter_len": handle.config.length,
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "base_model_name_or_path": name_or_path(base),
         "inference_mode": True,
         "peft_type": "ADAPTION_PROMPT",
-        "revision": getattr(base, "_commit_hash", None),
+        "revision": commit_hash(base),
         "target_modules": layers[0].site.name.rpartition(".")[2],
         "task_type": "CAUSAL_LM" if callable(getattr(handle.model, "generate", None)) else None,
     }

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from zinit.compat import has_forward_hooks
+
 CHUNK_LOGITS = 2**25  # elements in the logits of one chunk: 128 MiB in float32
 
 
@@ -92,7 +94,7 @@ def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     if base is None or type(head) is not nn.Linear:
         return None
     # A wrapper of the model or its head may do nothing now, but something after the first training step.
-    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (model, head)):
+    if any("forward" in vars(m) or has_forward_hooks(m) for m in (model, head)):
         return None
     training = model.training
     model.eval()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from zinit.backbones.base import PrefixSlot
+from zinit.compat import apply_to_own_tensors
 from zinit.errors import ConfigError
 from zinit.models.blocks import kinds_of_blocks
 
@@ -34,7 +35,7 @@ def move(module: nn.Module, device: torch.device, *, offload: bool = False) -> N
         return
     for part in module.modules():
         if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
-            part._apply(lambda tensor: tensor.to(device), recurse=False)
+            apply_to_own_tensors(part, lambda tensor: tensor.to(device))
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zinit.compat import set_process_strategy, start_fsdp
 from zinit.config import TrainConfig
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
@@ -20,7 +21,6 @@ FEW = 1 / 10  # what trains stays whole up to this share of the blocks' paramete
 
 
 def use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
-    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state: Any = accelerator.state
@@ -30,7 +30,7 @@ def use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
         # Accelerate shards on GPUs and their like only; on CPUs it would run plain data parallelism without a word.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # states that are made later copy it
+        set_process_strategy(DistributedType.FSDP)
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, as in configs/accelerate/fsdp2.yaml.")
     plugin: Any = state.fsdp_plugin
@@ -45,7 +45,6 @@ def use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def use_zero3(accelerator: Accelerator, config: TrainConfig) -> None:
-    from accelerate.state import PartialState
     from accelerate.utils import DeepSpeedPlugin, DistributedType
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -55,7 +54,7 @@ def use_zero3(accelerator: Accelerator, config: TrainConfig) -> None:
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # as above
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.distributed_type = DistributedType.DEEPSPEED
-        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        set_process_strategy(DistributedType.DEEPSPEED)
     unset_hf_deepspeed_config()  # else transformers loads the host in shards, before a prefix is attached
     plugin: Any = accelerator.deepspeed_plugin
     offloads = {plugin.offload_optimizer_device, plugin.offload_param_device} - {None, "none"}
@@ -83,7 +82,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def place_fsdp2(task: Task, accelerator: Accelerator) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     if isinstance(task, FSDPModule):
@@ -97,8 +96,7 @@ def place_fsdp2(task: Task, accelerator: Accelerator) -> None:
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, kinds
     plugin.ignored_modules = [nn.ParameterList(whole_ones)]
     fsdp2_prepare_model(accelerator, task)
-    # Now, since an evaluation may call a part of the task first, and torch would take that part for the root.
-    fully_shard.state(task)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
+    start_fsdp(task)  # now, since an evaluation may call a part of the task first
 
 
 def place_zero3(task: Task, accelerator: Accelerator) -> None:

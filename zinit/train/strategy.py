@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from zinit.compat import exclude_from_ddp, mark_sharded, process_strategy, reset_accelerator_state, set_process_strategy
 from zinit.config import TrainConfig
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
@@ -37,7 +38,6 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
         ConfigError: if not as many processes came together as were launched, or under a strategy that is not supported.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
@@ -45,9 +45,9 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     _join_after_restart()
     # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
     cpu = not torch.accelerator.is_available()
-    AcceleratorState._reset_state()  # a process may make several runs, each with a precision and a strategy of its own
-    if cpu and PartialState._shared_state.get("distributed_type") in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    reset_accelerator_state()  # a process may make several runs, each with a precision and a strategy of its own
+    if cpu and process_strategy() in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        set_process_strategy(DistributedType.MULTI_CPU)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **options)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -131,7 +131,7 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
     if not is_sharded(accelerator):
         move(task, accelerator.device, offload=offload)
         # Each process has quantised the same file. DDP would send them around; torchao's cannot be sent.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, quantized_weights(task))
+        exclude_from_ddp(task, quantized_weights(task))
         return
     if is_quantized(task.model):
         raise ConfigError(
@@ -142,8 +142,7 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
         place_zero3(task, accelerator)
     else:
         place_fsdp2(task, accelerator)
-    # transformers' name for it: generating processes then go on until the last of them is done.
-    task.model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+    mark_sharded(task.model)
 
 
 def prepare(

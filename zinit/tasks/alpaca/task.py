@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zinit.compat import attention_implementation
 from zinit.config import JsonConfig
 from zinit.data.packing import keeps_examples_apart, lay_rows
 from zinit.data.records import read_records
@@ -338,7 +339,7 @@ def _row_length(model: nn.Module, config: AlpacaConfig) -> int | None:
         return None
     raise ConfigError(
         f"{type(model).__name__} cannot take several examples in one row: in a trial they were not kept apart "
-        f"(attention implementation {getattr(getattr(model, 'config', None), '_attn_implementation', None)!r}). "
+        f"(attention implementation {attention_implementation(getattr(model, 'config', None))!r}). "
         f"Leave packing off: -o task.packing=false."
     )
 

@@ -1,0 +1,139 @@
+"""A benchmark on the terminal: progress while it runs, tables when it is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from zinit.bench.plan import Benchmark
+from zinit.bench.runner import Event, Runner
+from zinit.bench.summary import Row, table
+from zinit.bench.write import write_summary
+from zinit.ui.console import print_table
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+
+@dataclass(kw_only=True)
+class Finished:
+    """How a benchmark ended.
+
+    Attributes:
+        rows: of the summary.
+        interrupted: by a signal.
+        failed: cells that broke; they are tried again next time.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell was run, or refused for a reason that stays."""
+        return not self.interrupted and not any(row.missing for row in self.rows)
+
+
+def run_benchmark(
+    benchmark: Benchmark, output: Path, *, jobs: int | None = None, budget: float | None = None, quiet: bool = False
+) -> Finished:
+    """Runs what is not finished yet, and writes the summary of what is.
+
+    Args:
+        benchmark: what to run.
+        output: its folder.
+        jobs: see `Runner`.
+        budget: seconds, see `Runner`.
+        quiet: print nothing to the standard output.
+    """
+    console = Console(stderr=True)
+    finished = Finished()
+    with Progress(*COLUMNS, console=console, disable=quiet) as progress:
+        view = _View(progress, finished)
+        runner = Runner(benchmark, output, jobs=jobs, budget=budget, on_event=view)
+        with _stopping_on_signals(runner, finished):
+            runner.run()
+    finished.rows = write_summary(benchmark, output)
+    if not quiet:
+        for experiment in benchmark.experiments:
+            header, lines = table(row for row in finished.rows if row.experiment == experiment.name)
+            print_table(experiment.name, header, lines)
+    console.print(f"Tables and plots: {output}/report.html, {output}/summary.md, {output}/summary.csv", markup=False)
+    for cell in finished.failed:
+        console.print(f"failed: {cell}; the same command tries it again", markup=False)
+    if finished.interrupted:
+        console.print("stopped; everything is saved. The same command goes on.", markup=False)
+    return finished
+
+
+@contextmanager
+def _stopping_on_signals(runner: Runner, finished: Finished) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask every running cell to save and stop."""
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        finished.interrupted = True
+        threading.Thread(target=runner.stop, daemon=True).start()  # a handler must not wait for a lock
+
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _View:
+    """Shows the events of a benchmark; they come from several threads.
+
+    Args:
+        progress: where they are shown.
+        finished: notes the cells that broke.
+    """
+
+    def __init__(self, progress: Progress, finished: Finished) -> None:
+        self.progress, self.finished = progress, finished
+        self.bar = progress.add_task("runs", total=None)
+        self.guard = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        with self.guard:
+            if event["event"] == "plan":
+                self._plan(event)
+            elif event["event"] == "cell":
+                self._cell(event)
+            elif event["event"] == "budget":
+                self.progress.advance(self.bar)
+                self.progress.print(f"left out {event['cell']}: the budget is spent")
+
+    def _plan(self, event: Event) -> None:
+        done = event["cells"] - event["todo"]
+        self.progress.update(self.bar, total=event["cells"], completed=done)
+        self.progress.print(f"{event['cells']} runs, {done} finished already, {event['jobs']} side by side")
+
+    def _cell(self, event: Event) -> None:
+        self.progress.advance(self.bar)
+        self.progress.print(f"{event['status']:8} {event['id']} ({event['wall_seconds']:.0f} s) {_outcome(event)}")
+        if event["status"] == "failed":
+            self.finished.failed.append(event["id"])
+
+
+def _outcome(event: Event) -> str:
+    """A cell's first figures, or why there are none."""
+    if event["status"] != "done":
+        return event["error"]
+    adapted = event["metrics"]["adapted"]
+    return ", ".join(f"{name} {value:.3f}" for name, value in list(adapted.items())[:4] if value is not None)
