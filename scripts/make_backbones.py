@@ -160,12 +160,14 @@ def try_timm(name: str) -> Result:
     """Everything about one variant of timm."""
     import timm
 
-    model, model_input = None, torch.empty(0)
-    for smaller in ({"img_size": 64, "depth": 3}, {"img_size": 64}, {"depth": 3}, {}):
+    model: Any = None
+    model_input = torch.empty(0)
+    variants: list[dict[str, Any]] = [{"img_size": 64, "depth": 3}, {"img_size": 64}, {"depth": 3}, {}]
+    for smaller in variants:
         torch.manual_seed(0)
         try:
             model = randomized(timm.create_model(name, pretrained=False, **smaller))
-            size = smaller.get("img_size") or model.default_cfg["input_size"][-1]  # pyright: ignore
+            size: Any = smaller.get("img_size") or model.default_cfg["input_size"][-1]
             model_input = torch.randn(1, 3, size, size)
             with torch.no_grad():
                 floats(model(model_input))

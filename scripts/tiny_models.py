@@ -58,13 +58,14 @@ def shrunk(config_class: Any, names: tuple[str, ...]) -> Any:
     """A config of that class, and its parts' configs, with the named sizes made small."""
     default = config_class()
     changes: dict[str, Any] = {}
-    for name, value in vars(default).items():
+    settings: dict[str, Any] = vars(default)
+    for name, value in settings.items():
         sized = isinstance(value, int) and not isinstance(value, bool)
         if name in names and (sized or (name == "vocab_size" and value is None)):
             changes[name] = SIZES[name]
             if name == "num_key_value_heads" and value == getattr(default, "num_attention_heads", None):
                 changes[name] = HEADS
-        elif hasattr(type(value), "sub_configs") and type(value).model_type:
+        elif hasattr(value, "sub_configs") and getattr(value, "model_type", ""):
             changes[name] = shrunk(type(value), names)
     if names and isinstance(vars(default).get("image_size"), int) and isinstance(vars(default).get("patch_size"), int):
         changes["image_size"] = 2 * default.patch_size
