@@ -184,6 +184,7 @@ def test_registered_backbones_are_asked_first_and_a_broken_one_harms_no_other_mo
         find_backbone(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.integration
 def test_the_command_line_knows_installed_entries_and_its_help_reads_none(tmp_path: Path) -> None:
     groups = ("backbones", "tasks", "methods")
     install(tmp_path, "plug_in", {f"zinit.{group}/mine-{group}": "no_such_module:X" for group in groups})

@@ -23,6 +23,8 @@ from zinit.bench.summary import summarise
 from zinit.bench.write import write_summary
 from zinit.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.integration
+
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_zinit.py")))
 TWO = """
 description = "two tables"

@@ -245,6 +245,7 @@ def test_inspect_ls_and_convert(refused, finished: Path, model: Path, tmp_path: 
             output=target)  # fmt: skip
 
 
+@pytest.mark.integration
 def test_a_real_process_exits_with_2(tmp_path: Path) -> None:
     done = zinit_process("train", "--backbone", "lama", "--output", tmp_path / "out")
     assert done.returncode == 2

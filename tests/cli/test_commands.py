@@ -206,6 +206,7 @@ def test_tensorboard(zinit: Zinit, model: Path, data: Path, tmp_path: Path) -> N
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
+@pytest.mark.integration
 def test_help_loads_no_models() -> None:
     code = "import sys; sys.argv=['zinit','--help']; from zinit.cli import app\ntry: app()\nexcept SystemExit: pass\n" \
            "print(sorted({'torch','transformers','datasets','accelerate','timm'} & set(sys.modules)))"  # fmt: skip

@@ -53,6 +53,7 @@ def test_pictures_are_a_function_of_the_seed() -> None:
     assert digest(images.drawings(1)[1]["test"][:24]) != digest(images.drawings(2)[1]["test"][:24])
 
 
+@pytest.mark.integration
 def test_hash_randomisation_does_not_reach_the_pictures() -> None:
     code = (
         "import hashlib; from zinit.demo import images;"
@@ -64,6 +65,7 @@ def test_hash_randomisation_does_not_reach_the_pictures() -> None:
     assert len(outputs) == 1
 
 
+@pytest.mark.integration
 def test_importing_the_demo_loads_no_torch() -> None:
     code = (
         "import sys; from zinit import demo; demo.labelled_images('textures'); demo.base_to_novel();"

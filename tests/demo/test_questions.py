@@ -44,6 +44,7 @@ def subjects_in(text: str) -> set[str]:
 # --- the data ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_the_questions_are_a_function_of_their_seed() -> None:
     code = (
         "import hashlib, json; from zinit import demo;"
@@ -63,6 +64,7 @@ def test_the_questions_are_a_function_of_their_seed() -> None:
     assert documents(world.build(), seed=1) != documents(world.build(), seed=0)
 
 
+@pytest.mark.integration
 def test_importing_the_demo_loads_no_torch() -> None:
     code = "import sys; from zinit import demo; demo.questions(); demo.roberta_path(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -23,6 +23,7 @@ def words(record: dict[str, str]) -> set[str]:
     return {word.strip(".,?()") for word in text.split()}
 
 
+@pytest.mark.integration
 def test_the_world_is_a_function_of_its_seed() -> None:
     code = (
         "import hashlib, json; from itertools import islice; from zinit import demo; from zinit.demo import world;"
@@ -44,6 +45,7 @@ def test_the_world_is_a_function_of_its_seed() -> None:
     assert list(islice(world.texts(world.build(), seed=1), 5)) != list(islice(world.texts(world.build(), seed=0), 5))
 
 
+@pytest.mark.integration
 def test_importing_the_demo_loads_no_torch() -> None:
     code = (
         "import sys; from zinit import demo; demo.instructions(); demo.llama_path(); sys.exit('torch' in sys.modules)"

@@ -323,6 +323,7 @@ def run_commands(guide: Guide, folder: Path, change: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.integration
 def test_the_first_command_of_the_task_guide_runs_and_its_benchmark_is_complete(task: Guide, folder: Path) -> None:
     assert [line.split()[1] for line in task.commands[1:]] == ["train", "eval", "bench"]
     task.commands = task.commands[:2]
@@ -335,6 +336,7 @@ def test_the_first_command_of_the_task_guide_runs_and_its_benchmark_is_complete(
     assert sum("learning_rate=1e-3" in cell and "method=full" in cell for cell in cells) == 1
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 def test_all_commands_of_the_task_guide_run(task: Guide, folder: Path) -> None:
     out = run_commands(task, folder, {})

@@ -264,6 +264,7 @@ def test_convert_says_what_it_lacks(tmp_path):
                 model=llama(num_key_value_heads=2))  # fmt: skip
 
 
+@pytest.mark.integration
 def test_the_function_attach_is_not_hidden_by_its_module():
     code = "import zinit; zinit.import_adapter; zinit.Handle; import zinit.adapter.handle; print(zinit.attach.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

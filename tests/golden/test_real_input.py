@@ -32,6 +32,7 @@ def test_the_conversion_gives_the_known_loss(stories: Path) -> None:
     assert model(input_ids=tokens, labels=tokens).loss.item() == pytest.approx(0.8008, abs=1e-4)
 
 
+@pytest.mark.integration
 def test_alpaca_lowers_the_held_out_loss(stories: Path, tmp_path: Path) -> None:
     """The Alpaca records of Stanford's that are in ../shared; the same numbers in as out."""
     done = zinit("train", "--backbone", "llama", "--model", stories, "--data", ALPACA / "alpaca_5000.json",

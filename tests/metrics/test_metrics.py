@@ -124,6 +124,7 @@ def test_pairs_may_be_added_bit_by_bit(name: str) -> None:
     assert metric.compute() == {name: 0.5}
 
 
+@pytest.mark.integration
 def test_metrics_touch_no_disk_and_listing_them_imports_nothing(tmp_path: Path) -> None:
     code = (
         "import os, sys; from zinit.metrics import METRICS; names = list(METRICS)\n"

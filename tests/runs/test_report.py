@@ -373,6 +373,7 @@ def test_reports_are_repeatable_and_leave_matplotlib_alone(tmp_path: Path) -> No
     assert page_of(tmp_path, log_of(3))[0] == first
 
 
+@pytest.mark.integration
 def test_plotting_is_imported_when_first_needed() -> None:
     code = "import sys, zinit.runs.report; sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.tiny import environment, save_records, save_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 SETTINGS = ("-o", "prefix.length=4", "-o", "steps=14", "-o", "batch_size=8", "-o", "micro_batch_size=3",
             "-o", "save_every=1", "-o", "evaluate_every=0", "-o", "task.evaluation_limit=0", "-o", "warmup_steps=2",
             "-o", "learning_rate=0.05")  # fmt: skip

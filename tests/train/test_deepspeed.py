@@ -101,6 +101,7 @@ def test_one_process_goes_on_and_evaluates(runs: Path, tmp_path: Path) -> None:
     assert_same_run(copy, runs / "zero3")
 
 
+@pytest.mark.integration
 @needs_deepspeed
 def test_accelerate_launch_with_our_configuration(runs: Path, tmp_path: Path) -> None:
     inputs = ["--backbone", "llama", "--model", str(runs / "model"), "--data", str(runs / "data.json")]

@@ -135,6 +135,7 @@ def test_data_that_vanished_or_changed_before_a_resume(folder: Path, tmp_path: P
     assert train_run(config, output, resume=True)["steps"] == 8
 
 
+@pytest.mark.integration
 def test_a_group_that_torchrun_restarts_goes_on_by_itself(folder: Path, quiet_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     inputs = ["--backbone", "llama", "--model", str(folder / "model"), "--data", str(folder / "data.json")]

@@ -87,6 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["", "-full"])
 def test_a_finished_run_is_evaluated_as_it_was(runs: Path, kind: str) -> None:
     expected = json.loads((runs / f"fsdp2{kind}" / "metrics.json").read_text())["metrics"]
@@ -128,6 +129,7 @@ def numbers(run: Path, kind: str) -> dict[int, float]:
     return {event["step"]: event[key] for event in events if event["event"] == name}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["", "-checkpointing", "-full"])
 def test_fsdp2_is_ddp(runs: Path, kind: str) -> None:
     assert_same_run(runs / f"fsdp2{kind}", runs / f"ddp{kind}")
@@ -141,12 +143,14 @@ def test_fsdp2_is_ddp(runs: Path, kind: str) -> None:
     assert ours["key_probe"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["", "-full"])
 @pytest.mark.parametrize(("one", "other"), [STRATEGIES, STRATEGIES[::-1]])
 def test_one_strategy_goes_on_where_the_other_was_killed(runs: Path, one: str, other: str, kind: str) -> None:
     assert_same_run(runs / f"{one}{kind}-then-{other}", runs / f"{one}{kind}")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("one", STRATEGIES)
 def test_one_process_goes_on_where_two_were_killed(runs: Path, tmp_path: Path, one: str) -> None:
     copy = cut(runs / one, tmp_path / "run")
@@ -154,11 +158,13 @@ def test_one_process_goes_on_where_two_were_killed(runs: Path, tmp_path: Path, o
     assert_same_run(copy, runs / one)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("two", STRATEGIES)
 def test_two_processes_go_on_where_one_was_killed(runs: Path, two: str) -> None:
     assert_same_run(runs / f"one-then-{two}", runs / "one")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "strategy"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
 def test_accelerate_launch_with_our_configurations(runs: Path, tmp_path: Path, name: str, strategy: str) -> None:
     inputs = ["--backbone", "llama", "--model", str(runs / "model"), "--data", str(runs / "data.json")]

@@ -111,6 +111,7 @@ def one_of_two(number: int, port: int, pictures: Path, cache: Path, output: Path
     (output / f"{number}.json").write_text(json.dumps({"losses": found.losses, "calls": found.calls}))
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_files")
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
