@@ -71,7 +71,7 @@ def main() -> None:
     spans = {
         "length": [32, 64, 128, 256, 512],
         "prefix_length": [1, 10, 40, 160],
-        "adapted": sorted({1, n // 4, n // 2, n - 2, n}),
+        "adapted": sorted({1, max(1, n // 4), max(1, n // 2), max(1, n - 2), n}),
         "batch": [1, 2, 4, 8],
         "width": [128, 256, 512],
     }

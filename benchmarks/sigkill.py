@@ -120,7 +120,8 @@ def main() -> None:
     chance = random.Random(given.seed)
     folder = Path(tempfile.mkdtemp(prefix="sigkill-"))
     settings = {"steps": given.steps, "save_every": given.save_every, "evaluate_every": 0, "batch_size": 8,
-                "micro_batch_size": 4, "task.evaluation_limit": 0, "task.held_out": 8}  # fmt: skip
+                "micro_batch_size": 4, "warmup_steps": given.steps // 10, "task.evaluation_limit": 0,
+                "task.held_out": 8}  # fmt: skip
     arguments = ["--backbone", "llama", *(part for k, v in settings.items() for part in ("-o", f"{k}={v}"))]
     quiet, output = folder / "quiet", folder / "killed"
     started = time.monotonic()
