@@ -26,6 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 import zinit
 from benchmarks.common import interleaved, prepare, ratio, save
 from zinit.config import TrainConfig
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train.activation_cache import KEY, kept_trunk
 from zinit.train.loop import make_accelerator
@@ -51,7 +52,7 @@ def task_of(options: argparse.Namespace, data: Path) -> VTAB:
     model.to(options.device, getattr(torch, options.dtype))
     config = zinit.PrefixConfig(length=options.prefix_length, layers=options.adapted, gate_init=0.1)
     handle = zinit.attach(model, config, seed=0)
-    return VTAB(model, None, handle, VTABConfig(), data=str(data), seed=0).to(options.device)
+    return VTAB(TaskInputs(model=model, handle=handle, data=str(data)), VTABConfig()).to(options.device)
 
 
 def step_of(options: argparse.Namespace, task: VTAB, stored: Any = None) -> Callable[[], None]:

@@ -34,7 +34,7 @@ from benchmarks.common import interleaved, parser, prepare, random_llama, ratio,
 from tests.stories import SHARED, SOURCE, save_stories
 from zinit.config import TrainConfig
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig, Example
-from zinit.tasks.base import Stream
+from zinit.tasks.base import Stream, TaskInputs
 from zinit.train.loop import Plan, cut, fit, held_out_loss
 
 DATA = SHARED / "data" / "alpaca" / "alpaca_5000.json"
@@ -55,7 +55,7 @@ def with_prompts(model: nn.Module, options: argparse.Namespace, adapted: int) ->
 def zinit_task(model: nn.Module, tokenizer: Any, start: Path, **settings: Any) -> Alpaca:
     """The task on a model that starts from the prompts and gates that PEFT saved."""
     handle = zinit.import_adapter(model, start, format="peft")
-    task = Alpaca(model, tokenizer, handle, AlpacaConfig(**settings), data=str(DATA), seed=0)
+    task = Alpaca(TaskInputs(model=model, processor=tokenizer, handle=handle, data=str(DATA)), AlpacaConfig(**settings))
     return task.to(next(model.parameters()).device)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import zinit
 from tests.contract.cases import randomized, set_fused, timm_beit, timm_eva, timm_swin, timm_vit
 from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 
 OPEN = zinit.PrefixConfig(length=5, gate_init=0.7)
 JOINT = zinit.PrefixConfig(length=5, gating=False, separate_softmax=False)
@@ -313,5 +314,5 @@ def test_the_query_is_the_one_that_the_host_used(kind: str) -> None:
 def test_lora_is_refused_where_it_would_change_nothing() -> None:
     with pytest.raises(zinit.ConfigError, match=r"LoRA would change nothing in blocks\.0\.attn: Attention reads"):
         METHODS.get("lora")(METHODS.get("lora").Config()).apply(
-            timm_beit(), prefix=zinit.PrefixConfig(), backbone="vit", seed=0
+            timm_beit(), ApplyContext(prefix=zinit.PrefixConfig(), backbone="vit", seed=0)
         )

@@ -12,7 +12,7 @@ from tests.contract.cases import Case
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 PREFIX = PrefixConfig(length=3)
 REFUSED = {  # method: backbones that it cannot be used on, and why
@@ -27,7 +27,7 @@ def refusal(name: str, case: Case) -> str | None:
 
 def adapt(name: str, model: nn.Module, case: Case) -> tuple[Method, Adapted]:
     method: Method = METHODS.get(name)(METHODS.get(name).Config())
-    return method, method.apply(model, prefix=PREFIX, backbone=case.backbone, seed=0)
+    return method, method.apply(model, ApplyContext(prefix=PREFIX, backbone=case.backbone, seed=0))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

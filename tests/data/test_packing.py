@@ -28,6 +28,7 @@ from tests.tiny import byte_tokenizer, save_records
 from zinit.data.packing import keeps_examples_apart, lay_rows
 from zinit.errors import ConfigError
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
+from zinit.tasks.base import TaskInputs
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -51,7 +52,10 @@ def gpt2(attention: str) -> GPT2LMHeadModel:
 
 def task(model: nn.Module, handle: Any, folder: Path, **settings: Any) -> Alpaca:
     data = save_records(folder / "data.json", 20)
-    return Alpaca(model.eval(), byte_tokenizer(), handle, AlpacaConfig(**settings), data=str(data), seed=0)
+    return Alpaca(
+        TaskInputs(model=model.eval(), processor=byte_tokenizer(), handle=handle, data=str(data)),
+        AlpacaConfig(**settings),
+    )
 
 
 def tokens(rows: list[list[int]], lengths: list[int]) -> int:

@@ -25,6 +25,7 @@ from zinit.bench.plan import make_benchmark
 from zinit.demo import roberta_path
 from zinit.errors import BackboneError, DataError
 from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 from zinit.runs.build import build_model, build_task
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
@@ -168,7 +169,7 @@ def test_the_other_methods_run_on_the_backbone(backbone: Guide) -> None:
     for name in ("lora", "bitfit", "bottleneck", "full"):
         model = backbone.names["Decoder"]()
         method = METHODS.get(name)(METHODS.get(name).Config())
-        adapted = method.apply(model, prefix=zinit.PrefixConfig(), backbone="mine", seed=0)
+        adapted = method.apply(model, ApplyContext(prefix=zinit.PrefixConfig(), backbone="mine", seed=0))
         adapted.model(torch.randn(2, 6, 32)).sum().backward()
         changed = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
         assert changed
@@ -282,11 +283,11 @@ def test_the_task_keeps_the_contract(task: Guide, folder: Path, monkeypatch: pyt
             self.process_index = index
 
     shares: list[Any] = []
-    monkeypatch.setattr(sys.modules["sentences"], "gather_object", lambda mine: shares.extend(mine) or shares)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: shares.extend(mine) or shares)
     with pytest.raises(KeyError):  # alone it has half of the answers
         made.evaluate(Share(0))
     together = made.evaluate(Share(1)).metrics
-    monkeypatch.setattr(sys.modules["sentences"], "gather_object", lambda mine: mine)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: mine)
     alone = Share(0)
     alone.num_processes = 1
     assert together == made.evaluate(alone).metrics

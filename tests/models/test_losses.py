@@ -26,6 +26,7 @@ import zinit
 from tests.tiny import byte_tokenizer, save_records
 from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
+from zinit.tasks.base import TaskInputs
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,7 +158,7 @@ def test_a_task_trains_by_the_gradients_of_full_logits(make: Any, tmp_path: Path
     model = make().eval()
     handle = zinit.attach(model, zinit.PrefixConfig(length=3, layers=2, gate_init=0.5), seed=1)
     data = save_records(tmp_path / "data.json", 20)
-    task = Alpaca(model, byte_tokenizer(), handle, AlpacaConfig(), data=str(data), seed=0)
+    task = Alpaca(TaskInputs(model=model, processor=byte_tokenizer(), handle=handle, data=str(data)), AlpacaConfig())
     indices = [4, 0, 7]
     loss = task(task.collate(task.train_stream, indices))
     expected = torch.zeros(())

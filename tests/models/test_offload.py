@@ -18,6 +18,7 @@ from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import steps
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 from zinit.models.offload import is_offloaded, move, weights_in_place
 from zinit.runs.directory import save_trained
 from zinit.runs.evaluate import evaluate_run
@@ -44,7 +45,8 @@ def adapted(case: Case, method: str) -> tuple[Any, dict[str, Tensor]]:
     prefix = zinit.PrefixConfig(length=4, layers=2, gate_init=0.5)
     found = METHODS.get(method)
     settings = found.Config(dropout=0.0) if method == "lora" else found.Config()
-    model = found(settings).apply(case.build(), prefix=prefix, backbone=case.backbone, seed=0).model.train()
+    context = ApplyContext(prefix=prefix, backbone=case.backbone, seed=0)
+    model = found(settings).apply(case.build(), context).model.train()
     _checkpoint_activations(model)
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
 

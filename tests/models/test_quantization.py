@@ -25,6 +25,7 @@ from zinit.adapter.fingerprint import fingerprint
 from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 from zinit.models import quantization
 from zinit.models.loading import load_causal_lm, load_clip, load_encoder
 from zinit.models.quantization import QUANTIZATIONS, is_quantized
@@ -201,7 +202,7 @@ def test_lora_on_a_quantised_host(quantize: str) -> None:
         before = logits(model)
     method = METHODS.get("lora")
     settings = method.Config(dropout=0.0)
-    adapted = method(settings).apply(model, prefix=zinit.PrefixConfig(), backbone="llama", seed=0)
+    adapted = method(settings).apply(model, ApplyContext(prefix=zinit.PrefixConfig(), backbone="llama", seed=0))
     trained = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())

@@ -14,6 +14,7 @@ from tokenizers import processors
 from tests.tiny import byte_tokenizer
 from zinit.config import TrainConfig
 from zinit.models.loading import ClipProcessor
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 from zinit.train.loop import make_accelerator
 
@@ -71,13 +72,14 @@ def task(
 ) -> Any:
     settings = {"shots": 2} | settings
     return BaseToNovel(
-        model or clip(),
-        processor or ClipProcessor(tokenizer()),
-        None,
+        TaskInputs(
+            model=model or clip(),
+            processor=processor or ClipProcessor(tokenizer()),
+            data=None if data is None else str(data),
+            seed=seed,
+            labels=labels,
+        ),
         BaseToNovelConfig(**settings),
-        data=None if data is None else str(data),
-        seed=seed,
-        labels=labels,
     )
 
 

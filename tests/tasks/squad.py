@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.shared import SHARED
 from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.squad.task import Squad, SquadConfig
 
 DATA = SHARED / "data"
@@ -38,4 +39,6 @@ def write(path: Path, content: Any) -> str:
 def make(folder: Path, content: Any = None, kind: str = "roberta", tokenizer: Any = None, **settings: Any) -> Squad:
     config = SquadConfig(**{"max_length": 96, "stride": 16, "max_question": 32, **settings})
     data = write(folder / "data.json", document() if content is None else content)
-    return Squad(tiny_encoder(kind), tokenizer or encoder_tokenizer(kind), None, config, data=data, seed=0)
+    return Squad(
+        TaskInputs(model=tiny_encoder(kind), processor=tokenizer or encoder_tokenizer(kind), data=data), config
+    )

@@ -15,6 +15,7 @@ from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.demo import instructions, llama_path
 from zinit.errors import ConfigError
 from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig, format_conversation, format_prompt
+from zinit.tasks.base import TaskInputs
 
 START = "Below is an instruction that describes a task"
 
@@ -28,7 +29,7 @@ def task(model: Any, records: list[dict[str, str]], folder: Path, tokenizer: Any
     file = folder / "data.json"
     file.write_text(json.dumps(records))
     config = AlpacaConfig(**settings)
-    return Alpaca(model, tokenizer or byte_tokenizer(), None, config, data=str(file), seed=0)
+    return Alpaca(TaskInputs(model=model, processor=tokenizer or byte_tokenizer(), data=str(file)), config)
 
 
 def some(count: int, output: str = "yes") -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from zinit import demo
 from zinit.data import crops as _crops
 from zinit.errors import ConfigError, DataError
 from zinit.models.loading import ClipProcessor
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
@@ -230,7 +231,7 @@ def test_data_of_other_classes_is_refused_for_a_finished_run(tmp_path: Path) -> 
     with pytest.raises(DataError, match="has the classes kind_4, which are not among the 4 of the run"):
         task(mine, labels=labels, held_out_data=str(other))
     config = BaseToNovelConfig(shots=2, held_out_data=str(other), drop_classes="kind_4")
-    t = BaseToNovel(clip(), ClipProcessor(tokenizer()), None, config, data=None, seed=0, train=False, labels=labels)
+    t = BaseToNovel(TaskInputs(model=clip(), processor=ClipProcessor(tokenizer()), train=False, labels=labels), config)
     assert (t.data_report()["base_test"], t.data_report()["novel_test"], len(t.train_stream)) == (4, 4, 0)
     assert accounted(t)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.ner.sentences import read_sentences
 from zinit.tasks.ner.task import TokenClassification, TokenClassificationConfig
 from zinit.train.loop import make_accelerator
@@ -59,7 +62,9 @@ def make(folder: Path, content: Any = None, labels: list[str] | None = None, **s
         folder / ("data.txt" if isinstance(content, str) else "data.json"), rows() if content is None else content
     )
     config = TokenClassificationConfig(**{"max_length": 64, "stride": 8, **settings})
-    return TokenClassification(tiny_encoder(), encoder_tokenizer(), None, config, data=data, seed=0, labels=labels)
+    return TokenClassification(
+        TaskInputs(model=tiny_encoder(), processor=encoder_tokenizer(), data=data, labels=labels), config
+    )
 
 
 def read(source: str, labels: list[str] | None = None, columns: tuple[int, int] = (0, -1)) -> Any:
@@ -148,15 +153,13 @@ def test_labels_come_from_the_training_data_or_are_given(tmp_path: Path) -> None
 def test_a_finished_run_on_other_data_keeps_its_labels(tmp_path: Path) -> None:
     dev = write(tmp_path / "dev.json", rows(3))
     config = TokenClassificationConfig(held_out_data=dev)
-    arguments: dict[str, Any] = {"data": None, "seed": 0, "train": False}
-    task = TokenClassification(tiny_encoder(), encoder_tokenizer(), None, config, labels=[*LABELS, "B-X"], **arguments)
+    inputs = TaskInputs(model=tiny_encoder(), processor=encoder_tokenizer(), train=False)
+    task = TokenClassification(replace(inputs, labels=[*LABELS, "B-X"]), config)
     assert (task.head.out_features, len(task.train_stream), len(task.held_out_sentences)) == (5, 0, 3)
     with pytest.raises(DataError, match="the tag 'B-LOC' of the token 'Rome' is not among the labels O, B-PER"):
-        TokenClassification(
-            tiny_encoder(), encoder_tokenizer(), None, config, labels=["O", "B-PER", "I-PER"], **arguments
-        )
+        TokenClassification(replace(inputs, labels=["O", "B-PER", "I-PER"]), config)
     with pytest.raises(ConfigError, match="without training data the labels must be said"):
-        TokenClassification(tiny_encoder(), encoder_tokenizer(), None, config, **arguments)
+        TokenClassification(inputs, config)
 
 
 def test_counts_in_equal_counts_out(tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_words_without_tokens_are_counted_and_taken_for_outside(tmp_path: Path) 
     content = [{"tokens": ["Ada", "\u200b", str(i)], "ner_tags": ["B-PER", "B-PER", "O"]} for i in range(10)]
     config = TokenClassificationConfig()
     data = write(tmp_path / "data.json", content)
-    task = TokenClassification(tiny_encoder(), tokenizer, None, config, data=data, seed=0)
+    task = TokenClassification(TaskInputs(model=tiny_encoder(), processor=tokenizer, data=data), config)
     counts = task.data_report()
     assert (counts["train_skipped_words_without_tokens"], counts["held_out_skipped_words_without_tokens"]) == (9, 1)
     task.evaluate(make_accelerator(TrainConfig()))
@@ -238,8 +241,8 @@ def test_evaluation_gives_known_figures(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     task = make(tmp_path, held_out_data=write(tmp_path / "dev.json", dev))
     given = [["B-PER", "O", "O", "B-LOC"], ["O", "B-LOC", "O"]]
-    answers = [(s, w, task._labels.index(tag)) for s, tags in enumerate(given) for w, tag in enumerate(tags)]
-    monkeypatch.setattr(task, "_predict", lambda indices: answers)
+    answers = [[(s, w, task._labels.index(tag)) for w, tag in enumerate(tags)] for s, tags in enumerate(given)]
+    monkeypatch.setattr(task, "_predict", lambda indices: [answers[index] for index in indices])
     found = task.evaluate(make_accelerator(TrainConfig()))
     precision, recall = 1 / 3, 1 / 4
     assert found.metrics == pytest.approx(
@@ -269,8 +272,9 @@ def test_predictions_are_those_of_one_window_at_a_time(tmp_path: Path) -> None:
             expected.append((window.sentence, int(word), int(logits[0, position].argmax())))
     assert len({label for _, _, label in expected}) > 1
     everything = range(len(task.held_out_windows))
-    assert sorted(task._predict(everything)) == sorted(expected)
-    assert sorted(task._predict(everything[::2]) + task._predict(everything[1::2])) == sorted(expected)
+    assert sorted(chain(*task._predict(everything))) == sorted(expected)
+    halves = [*task._predict(everything[::2]), *task._predict(everything[1::2])]
+    assert sorted(chain(*halves)) == sorted(expected)
     assert task.evaluate(make_accelerator(TrainConfig()), limit=2).counts["sentences"] == 2
     assert task.evaluate(make_accelerator(TrainConfig()), limit=0).metrics == {}
 
@@ -294,7 +298,9 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str,
 
 def test_no_embedded_data() -> None:
     with pytest.raises(ConfigError, match="has no embedded demo data: --data FILE"):
-        TokenClassification(tiny_encoder(), encoder_tokenizer(), None, TokenClassificationConfig(), data=None, seed=0)
+        TokenClassification(
+            TaskInputs(model=tiny_encoder(), processor=encoder_tokenizer()), TokenClassificationConfig()
+        )
 
 
 def test_a_whole_run_learns(tmp_path: Path) -> None:

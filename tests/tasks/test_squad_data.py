@@ -12,6 +12,7 @@ from tests.shared import needs_data
 from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
 from tests.tasks.squad import DATA, document, make, write
 from zinit.errors import ConfigError, DataError
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.squad.questions import parse_questions, read_questions
 from zinit.tasks.squad.task import Squad, SquadConfig
 
@@ -140,17 +141,17 @@ def test_held_out_data_of_its_own(tmp_path: Path) -> None:
     both.mkdir()
     write(both / "train-v2.0.json", document(8))
     dev = write(both / "dev-v2.0.json", document(10))
+    models: dict[str, Any] = {"model": tiny_encoder(), "processor": encoder_tokenizer()}
     for task in (
         make(tmp_path, document(8), held_out_data=dev),
-        Squad(tiny_encoder(), encoder_tokenizer(), None, SquadConfig(max_length=256), data=str(both), seed=0),
+        Squad(TaskInputs(**models, data=str(both)), SquadConfig(max_length=256)),
     ):
         counts = task.data_report()
         assert (counts["held_out"], counts["train"], counts["train_skipped_also_held_out"]) == (15, 0, 12)
     write(both / "dev-v1.1.json", document(3))
     with pytest.raises(DataError, match=r"several dev\* files: dev-v1.1.json, dev-v2.0.json"):
         make(tmp_path, held_out_data=str(both))
-    only = Squad(tiny_encoder(), encoder_tokenizer(), None, SquadConfig(max_length=256, held_out_data=dev), data=None,
-                 seed=0, train=False)  # fmt: skip
+    only = Squad(TaskInputs(**models, train=False), SquadConfig(max_length=256, held_out_data=dev))
     assert (len(only.train_stream), only.data_report()["held_out"]) == (0, 15)
 
 

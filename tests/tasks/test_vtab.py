@@ -32,6 +32,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 
 
@@ -56,7 +57,7 @@ def test_preprocessing_matches_the_formula(tmp_path: Path, normalisation: Any, i
     config = VTABConfig(normalisation=normalisation, interpolation=interpolation)
     processor = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
     model = Recorder()
-    found = VTAB(model, processor, None, config, data=str(root), seed=0)
+    found = VTAB(TaskInputs(model=model, processor=processor, data=str(root)), config)
     found(found.collate(found.held_out_stream, [2]))
     resample = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
     pixels = task_pixels(Image.open(root / "images" / "test" / "000002.png"), resample).double() / 255
@@ -158,7 +159,7 @@ def test_the_fingerprint_sees_pixels_labels_and_preprocessing(tmp_path: Path) ->
 def test_another_size_resamples_the_positions(tmp_path: Path) -> None:
     root, model = save_vtab(tmp_path / "kitti"), tiny()
     handle = zinit.attach(model, PrefixConfig(length=3), seed=0)
-    found = VTAB(model, None, handle, VTABConfig(image_size=24), data=str(root), seed=0)
+    found = VTAB(TaskInputs(model=model, handle=handle, data=str(root)), VTABConfig(image_size=24))
     assert found.collate(found.train_stream, [0])["images"].shape == (1, 3, 24, 24)
     assert list(model.pos_embed.shape) == [1, 1 + 36, 32]
     assert not model.pos_embed.requires_grad

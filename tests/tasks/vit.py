@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -64,7 +65,7 @@ def save_vtab(root: Path, *, classes: int = 3, train: int = 8, val: int = 4, tes
 def task(data: Path | str | None, model: Any = None, **settings: Any) -> VTAB:
     given = {name: settings.pop(name) for name in ("train", "labels", "seed") if name in settings}
     config = VTABConfig(**settings)
-    return VTAB(model or tiny(), None, None, config, data=data and str(data), **{"seed": 0, **given})
+    return VTAB(TaskInputs(model=model or tiny(), data=data and str(data), **given), config)
 
 
 def balanced(found: VTAB) -> dict[str, Any]:

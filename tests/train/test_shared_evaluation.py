@@ -11,7 +11,7 @@ import torch
 
 from tests.tasks.test_squad import document, make, write
 from tests.tiny import save_records, save_tiny_llama
-from zinit.distributed import share
+from zinit.distributed import shard_indices
 from zinit.runs.build import build_model, build_task
 from zinit.runs.settings import resolve
 from zinit.train.loop import held_out_loss
@@ -24,7 +24,7 @@ def process(rank: int, world: int) -> Any:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_process_gets_as_many_and_nothing_is_left_out(world: int) -> None:
     for count in range(13):
-        shares = [share(count, process(rank, world)) for rank in range(world)]
+        shares = [shard_indices(count, process(rank, world)) for rank in range(world)]
         assert len({len(mine) for mine in shares}) == 1
         assert {index for mine in shares for index in mine} == set(range(count))
         assert sum(map(len, shares)) < count + world, "nothing comes twice that need not"
@@ -49,7 +49,7 @@ def test_questions_of_unlike_length_take_as_many_passes(world: int, tmp_path: Pa
     task._scores = counting
     for rank in range(world):
         passes.append(0)
-        task._answer(share(count, process(rank, world)), batch_size=1)
+        task._answer(shard_indices(count, process(rank, world)), batch_size=1)
     needed = list(passes)
     assert len(set(needed)) > 1, "else nothing is shown here"
     passes.clear()
@@ -58,7 +58,7 @@ def test_questions_of_unlike_length_take_as_many_passes(world: int, tmp_path: Pa
         passes.append(0)
         mine: Any = process(rank, world)
         mine.device, mine.gather = torch.device("cpu"), lambda own: torch.tensor(needed)
-        together += task._answer(share(count, mine), mine, batch_size=1)
+        together += task._answer(shard_indices(count, mine), mine, batch_size=1)
     assert passes == [max(needed)] * world
     assert sorted(dict.fromkeys((index, text) for index, text, _ in together)) == [(i, t) for i, t, _ in alone]
 

@@ -14,9 +14,11 @@ from tests.train.trunks import DEPTH, trained, vtab
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 from zinit.models.quantization import quantize_in_place
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train import activation_cache as trunk
 
@@ -122,8 +124,10 @@ def test_texts_of_uneven_length_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["full", "head-only", "lora"])
 def test_methods_without_a_prefix_are_refused(method: str, pictures: Path, tmp_path: Path) -> None:
     found = METHODS.get(method)
-    adapted = found(found.Config()).apply(tiny(depth=DEPTH), prefix=PrefixConfig(), backbone="vit", seed=0)
-    task = VTAB(adapted.model, None, adapted.handle, VTABConfig(), data=str(pictures), seed=0)
+    adapted = found(found.Config()).apply(
+        tiny(depth=DEPTH), ApplyContext(prefix=PrefixConfig(), backbone="vit", seed=0)
+    )
+    task = VTAB(TaskInputs(model=adapted.model, handle=adapted.handle, data=str(pictures)), VTABConfig())
     with pytest.raises(ConfigError, match="Use one with a prefix"):
         trained(task, tmp_path, lowest=task.head)
 

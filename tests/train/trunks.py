@@ -15,6 +15,7 @@ from tests.tasks.vit import tiny
 from zinit.adapter.handle import attach
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.models.loading import ClipProcessor
+from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train.loop import fit
@@ -30,14 +31,16 @@ def vtab(
     model = model or tiny(depth=DEPTH)
     handle = attach(model, PrefixConfig(length=length, layers=layers, gate_init=0.3), seed=1)
     seed = settings.pop("seed", 0)
-    return VTAB(model, None, handle, VTABConfig(**settings), data=str(data), seed=seed)
+    return VTAB(TaskInputs(model=model, handle=handle, data=str(data), seed=seed), VTABConfig(**settings))
 
 
 def base_to_novel(data: Path, prefix: dict[str, Any], **settings: Any) -> Any:
     model = clip.clip()
     handle = attach(model, PrefixConfig(**{"length": 3, "layers": 1, "gate_init": 0.3, **prefix}), seed=1)
     config = BaseToNovelConfig(**{"shots": 2, **settings})
-    return BaseToNovel(model, ClipProcessor(clip.tokenizer()), handle, config, data=str(data), seed=0)
+    return BaseToNovel(
+        TaskInputs(model=model, processor=ClipProcessor(clip.tokenizer()), handle=handle, data=str(data)), config
+    )
 
 
 def lowest_norm(model: Any) -> nn.Module:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from zinit.config import JsonConfig, PrefixConfig
 
 if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
+    from zinit.backbones.base import AttentionSite
     from zinit.tasks.base import Task
 
 
@@ -32,6 +34,32 @@ class Adapted:
     model: nn.Module
     handle: Handle | None = None
     disabled: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyContext:
+    """What a method may need to know of the run.
+
+    Args:
+        prefix: the run's prefix settings; methods without a prefix look at ``towers`` at most.
+        backbone: registered name.
+        seed: of everything random.
+        saved: a finished run's folder, to load the prefix from. Other weights are loaded by the run.
+        models: the further models of the task, by name: frozen unless the method says otherwise.
+    """
+
+    prefix: PrefixConfig
+    backbone: str
+    seed: int
+    saved: Path | None = None
+    models: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def sites(self, model: nn.Module) -> list[AttentionSite]:
+        """Every attention module of the towers that the settings name, for methods that put something into each."""
+        from zinit.adapter.select import select_sites
+        from zinit.backbones import BACKBONES
+
+        return select_sites(model, BACKBONES.get(self.backbone).sites(model), PrefixConfig(towers=self.prefix.towers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +86,12 @@ class Method(ABC):
         self.config = config
 
     @abstractmethod
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         """Freezes the model and adds what is to be trained, in place where that is possible.
 
         Args:
             model: as loaded.
-            prefix: the run's prefix settings; methods without a prefix look at ``towers`` at most.
-            backbone: registered name.
-            seed: of everything random.
-            saved: a finished run's folder, to load the prefix from. Other weights are loaded by the run.
+            context: the run's settings that a method may need.
 
         Raises:
             ConfigError: if the method cannot be used on this model; it says why.
@@ -81,3 +104,12 @@ class Method(ABC):
             Whether it did; False sends the task to the engine.
         """
         return False
+
+
+def apply_method(method: Method, model: nn.Module, context: ApplyContext) -> Adapted:
+    """Applies a method; also one whose ``apply`` takes the settings one by one, as zinit 0.1 passed them."""
+    apply: Any = method.apply
+    if "prefix" not in inspect.signature(apply).parameters:
+        return apply(model, context)
+    settings = {"prefix": context.prefix, "backbone": context.backbone, "seed": context.seed, "saved": context.saved}
+    return apply(model, **settings)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.adapter.select import select_sites
-from zinit.backbones import BACKBONES
-from zinit.config import JsonConfig, PrefixConfig
+from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +62,11 @@ class Bottleneck(Method):
     name = "bottleneck"
     Config = BottleneckSettings
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(context.seed)
         layers: list[BottleneckLayer] = []
-        for site in select_sites(model, BACKBONES.get(backbone).sites(model), PrefixConfig(towers=prefix.towers)):
+        for site in context.sites(model):
             layer = BottleneckLayer(site.width, self.config.width, generator)
             site.module.add_module("bottleneck", layer.to(next(site.module.parameters()).device))
             site.module.register_forward_hook(_through)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from zinit.config import JsonConfig, PrefixConfig
+from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 from zinit.tasks._linear_probe import solve_head
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ class LogisticRegression(Method):
     name = "logistic-regression"
     Config = LogisticRegressionSettings
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
         return Adapted(model=model)
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zinit.adapter.select import select_sites
-from zinit.backbones import BACKBONES
 from zinit.backbones.base import AttentionSite
-from zinit.config import JsonConfig, PrefixConfig
+from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +45,12 @@ class Lora(Method):
     name = "lora"
     Config = LoraSettings
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         model.requires_grad_(False)
-        chosen = select_sites(model, BACKBONES.get(backbone).sites(model), PrefixConfig(towers=prefix.towers))
+        chosen = context.sites(model)
         settings = LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,
@@ -63,7 +58,7 @@ class Lora(Method):
             target_modules=[target for site in chosen for target in _targets(site)],
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(context.seed)
             inject_adapter_in_model(settings, model)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
 from zinit.adapter.handle import attach, load
 from zinit.config import PrefixConfig
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 class ZeroInit(Method):
@@ -21,13 +20,11 @@ class ZeroInit(Method):
         """What is attached."""
         return prefix
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
-        if saved is not None:
-            handle = load(model, saved)
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
+        if context.saved is not None:
+            handle = load(model, context.saved)
         else:
-            handle = attach(model, self.settings(prefix), backbone=backbone, seed=seed)
+            handle = attach(model, self.settings(context.prefix), backbone=context.backbone, seed=context.seed)
         return Adapted(model=model, handle=handle, disabled=handle.disabled)
 
 

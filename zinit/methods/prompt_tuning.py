@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zinit.config import JsonConfig, PrefixConfig
+from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,7 @@ class PromptTuning(Method):
     name = "prompt-tuning"
     Config = PromptTuningSettings
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         from peft import PromptTuningConfig, get_peft_model
 
         host: Any = model
@@ -53,13 +50,13 @@ class PromptTuning(Method):
                 f"the method prompt-tuning (PEFT's) needs a model that reads one sequence of tokens; "
                 f"{type(model).__name__} has no single token embedding."
             )
-        length = self.config.length or prefix.length
+        length = self.config.length or context.prefix.length
         can_generate = callable(getattr(host, "prepare_inputs_for_generation", None))
         settings = PromptTuningConfig(
             task_type="CAUSAL_LM" if can_generate else "FEATURE_EXTRACTION", num_virtual_tokens=length
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(context.seed)
             wrapped: Any = get_peft_model(host, settings)
         skipped = _SkipPrompts(length)
         wrapped.register_forward_hook(skipped)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
-from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, Method
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 class HeadOnly(Method):
@@ -16,9 +13,7 @@ class HeadOnly(Method):
 
     name = "head-only"
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
         return Adapted(model=model)
 
@@ -29,9 +24,7 @@ class Full(Method):
     name = "full"
     trains_host = True
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(True)
         return Adapted(model=model)
 
@@ -42,9 +35,7 @@ class BitFit(Method):
     name = "bitfit"
     trains_host = True
 
-    def apply(
-        self, model: nn.Module, *, prefix: PrefixConfig, backbone: str, seed: int, saved: Path | None = None
-    ) -> Adapted:
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
         biases = [bias for part in model.modules() if isinstance(bias := getattr(part, "bias", None), nn.Parameter)]
         if not biases:

@@ -11,13 +11,13 @@ from zinit.adapter.handle import Handle
 from zinit.backbones import BACKBONES
 from zinit.errors import BackboneError, ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import Method
+from zinit.methods.base import ApplyContext, Method, apply_method
 from zinit.models.offload import move
 from zinit.registry import import_object
 from zinit.runs.directory import read_finished_run
 from zinit.runs.settings import RunConfig
 from zinit.tasks import TASKS
-from zinit.tasks.base import load_host
+from zinit.tasks.base import TaskInputs, load_host, make_task
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,8 @@ def build_model(
         key_probe = fingerprint(model, BACKBONES.get(config.backbone).sites(model))["key_probe"]
     except BackboneError:
         key_probe = None  # a method without attention sites may still be used
-    adapted = method.apply(model, prefix=config.prefix, backbone=config.backbone, seed=config.seed, saved=saved)
+    context = ApplyContext(prefix=config.prefix, backbone=config.backbone, seed=config.seed, saved=saved)
+    adapted = apply_method(method, model, context)
     return Built(method=method, adapted=adapted, processor=processor, key_probe=key_probe)
 
 
@@ -80,18 +81,16 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
         labels: class names of a finished run.
         train: False leaves the training examples unread.
     """
-    task_class = TASKS.get(config.task)
-    known = {} if labels is None else {"labels": labels}
-    return task_class(
-        built.adapted.model,
-        built.processor,
-        built.adapted.handle,
-        config.options,
+    inputs = TaskInputs(
+        model=built.adapted.model,
+        processor=built.processor,
+        handle=built.adapted.handle,
         data=config.data,
         seed=config.seed,
         train=train,
-        **known,
+        labels=labels,
     )
+    return make_task(TASKS.get(config.task), inputs, config.options)
 
 
 def demo_model(backbone: str) -> Path:

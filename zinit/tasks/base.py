@@ -8,20 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from torch import Tensor, nn
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.models.quantization import is_quantized
+from zinit.models.several import LoadedModel, ModelSpec, call_loader
 from zinit.registry import import_object
+from zinit.tasks.inputs import TaskInputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.adapter.handle import Handle
     from zinit.models.loading import Loading
+
+__all__ = ["Batch", "Evaluation", "LoadedModel", "ModelSpec", "Stream", "Task", "TaskInputs", "load_host", "make_task"]
 
 Batch = dict[str, Tensor]
 
@@ -62,24 +66,24 @@ class Evaluation:
 class Task(nn.Module, ABC):
     """Owns the adapted model, a head if it needs one, and the loss: batches in, a summed loss out.
 
-    A task is one `nn.Module`, so that the engine can hand it whole to whatever wraps it (DDP, FSDP2). What it trains
+    A task is one `nn.Module`, so that the engine can hand all of it to whatever wraps it (DDP, FSDP2). What it trains
     is what has ``requires_grad``: the prefix, and its own head.
 
-    It is made by ``TheTask(model, processor, handle, options, data=..., seed=..., train=True)``, with ``labels=...``
-    besides if it has some and a finished run kept them: the adapted model and what `load_model` gave with it, the
-    prefix or None, the settings (of the class ``Config``), the source of the examples or None for its embedded ones.
-    ``train=False`` leaves the training examples unread.
+    Args:
+        inputs: the adapted model and what belongs to it, the source of the examples, the seed.
+        config: the settings, of the class ``Config``.
 
     Attributes:
         name: registered name.
         Config: its settings; ``held_out_data`` is what ``zinit eval --data`` sets.
         loader: address of the function that `load_model` calls, such as ``"zinit.models.loading:load_encoder"``.
-        model: the adapted model.
+        model: the adapted model. The further models of `further_models` are attributes too, under their names.
+        processor: what `load_model` returned with the model.
         handle: the prefix on it; None for methods that have none.
         train_stream: what is trained on.
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
-            them, and hands them to the constructor as ``labels`` when it is loaded.
+            them, and hands them over as ``inputs.labels`` when it is loaded.
         baseline: what `frozen_baseline` measures, in words.
         metric: what a benchmark compares, by its name in `Evaluation.metrics`.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
@@ -89,7 +93,9 @@ class Task(nn.Module, ABC):
     Config: type[JsonConfig]
     loader: str
     model: nn.Module
+    processor: Any
     handle: Handle | None
+    config: Any
     labels: list[str] | None = None
     baseline = "the frozen model"
     metric = "accuracy"
@@ -97,9 +103,42 @@ class Task(nn.Module, ABC):
     train_stream: Stream
     held_out_stream: Stream
 
+    def __init__(self, inputs: TaskInputs | None = None, config: Any = None) -> None:
+        super().__init__()
+        self._frozen_models: tuple[str, ...] = ()
+        if inputs is None:  # a task that sets its attributes itself
+            return
+        self.model, self.processor, self.handle, self.config = inputs.model, inputs.processor, inputs.handle, config
+        for name, loaded in inputs.models.items():
+            if hasattr(self, name) or not name.isidentifier():
+                raise ConfigError(f"the task {self.name!r} cannot call a model {name!r}: the name is taken or none.")
+            self.add_module(name, loaded.model)
+        self._frozen_models = tuple(inputs.models)
+
+    @classmethod
+    def further_models(cls, config: Any) -> Mapping[str, ModelSpec]:
+        """The models that the task needs beside the adapted one, by the name of the attribute that will hold each.
+
+        A run loads them with the adapted model's dtype, device and quantisation, freezes them, and records what tells
+        each from another: going on, or evaluating, with other weights is refused.
+
+        Args:
+            config: the task's settings.
+        """
+        return {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, but a frozen further model stays in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen_models:
+            model: nn.Module = getattr(self, name)
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                model.eval()
+        return self
+
     @classmethod
     def load_model(cls, source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module, Any]:
-        """The model, not yet adapted, and what goes with it: a tokenizer, statistics of pixels.
+        """The model, not yet adapted, and what prepares its inputs: a tokenizer, statistics of pixels.
 
         Args:
             source: folder or Hub id.
@@ -120,8 +159,8 @@ class Task(nn.Module, ABC):
         """Everything that is reported of the held-out examples, the loss aside; the same on every process.
 
         Args:
-            accelerator: for sharing the work, with `zinit.distributed.share`: a sharded model's forward passes gather
-                its weights from all processes, so these must make as many each.
+            accelerator: for dividing the work, with `zinit.distributed.map_over_ranks`: a sharded model's forward
+                passes gather its weights from all processes, so these must make as many each.
             limit: at most so many examples where an example is expensive (generation); None is all.
         """
 
@@ -155,6 +194,36 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the examples and how they are encoded: a resumed run must find the same."""
+
+    @classmethod
+    def format_prompt(cls, instruction: str, input: str = "") -> str:
+        """The text that a generating task puts before the model for one instruction; here the bare words.
+
+        Args:
+            instruction: what to do.
+            input: further context; may be empty.
+        """
+        return f"{instruction}\n\n{input}" if input else instruction
+
+    @classmethod
+    def format_conversation(cls, turns: Sequence[tuple[str, str]], instruction: str) -> str:
+        """A prompt that holds the earlier turns of a chat.
+
+        Args:
+            turns: (instruction, response) pairs so far.
+            instruction: the one to answer now.
+        """
+        earlier = [text for asked, answered in turns for text in (cls.format_prompt(asked), answered)]
+        return "\n\n".join([*earlier, cls.format_prompt(instruction)])
+
+    @classmethod
+    def encode_prompt(cls, tokenizer: Any, prompt: str) -> list[int]:
+        """The tokens that a generation starts from: BOS (if the model has one) and the prompt.
+
+        A special token that somebody wrote in the text stays text.
+        """
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return bos + tokenizer([prompt], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
 
     @classmethod
     def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -198,12 +267,21 @@ class Task(nn.Module, ABC):
             yield {"params": [p for _, p in named if id(p) in gates], "weight_decay": decay}
 
 
+def make_task(task: type[Task], inputs: TaskInputs, config: Any) -> Task:
+    """A task of its inputs and settings; also one whose constructor takes them one by one, as zinit 0.1 passed them."""
+    make: Any = task
+    if "data" not in inspect.signature(task).parameters:
+        return make(inputs, config)
+    known = {} if inputs.labels is None else {"labels": inputs.labels}
+    options = {"data": inputs.data, "seed": inputs.seed, "train": inputs.train, **known}
+    return make(inputs.model, inputs.processor, inputs.handle, config, **options)
+
+
 def load_host(task: type[Task], source: str | Path, *, trains: bool, **loading: Any) -> tuple[nn.Module, Any]:
     """A task's model and its processor.
 
     Args:
-        task: its ``load_model`` must take a ``dtype`` and a ``revision``; one that reads weights straight to a
-            ``device``, or quantised (``quantize``), takes these too.
+        task: see `call_loader` for what its ``load_model`` must take.
         source: folder or Hub id.
         trains: whether the model's own weights will be trained.
         loading: see `zinit.models.loading.Loading`.
@@ -211,15 +289,7 @@ def load_host(task: type[Task], source: str | Path, *, trains: bool, **loading: 
     Raises:
         ConfigError: if the task's model is to be quantised and it does not know how, or is quantised and to be trained.
     """
-    load_model: Any = task.load_model
-    parameters = inspect.signature(load_model).parameters
-    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-        if loading.get("quantize") is not None and "quantize" not in parameters:
-            raise ConfigError(
-                f"the task {task.name!r} cannot quantise its model: its load_model takes no 'quantize'. Leave it out."
-            )
-        loading = {name: value for name, value in loading.items() if name in parameters}
-    model, processor = load_model(source, **loading)
+    model, processor = call_loader(task.load_model, source, f"the task {task.name!r}", **loading)
     if trains and is_quantized(model):
         raise ConfigError(
             f"{source} is quantised, and quantised weights cannot be trained. Take the model as it was before, or "

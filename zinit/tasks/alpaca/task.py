@@ -16,16 +16,14 @@ from zinit.config import JsonConfig
 from zinit.data.packing import keeps_examples_apart, lay_rows
 from zinit.data.records import read_records
 from zinit.demo import instructions
-from zinit.distributed import share
+from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.losses import chunked_cross_entropy, split_head
-from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from zinit.adapter.handle import Handle
 
 IGNORED = -100
 HEADER = "Below is an instruction that describes a task"
@@ -122,17 +120,7 @@ class Example:
 
 
 class Alpaca(Task):
-    """See the module. Needs a causal language model and its tokenizer.
-
-    Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        handle: the adapter on the model.
-        config: data handling.
-        data: source of the records; None is the embedded demo's.
-        seed: of the held-out split.
-        train: False leaves the training records unread, for evaluation on ``held_out_data``.
-    """
+    """See the module. Needs a causal language model of transformers and its tokenizer."""
 
     name = "alpaca"
     Config = AlpacaConfig
@@ -140,19 +128,10 @@ class Alpaca(Task):
     metric = "exact_match"
     generates = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        handle: Handle | None,
-        config: AlpacaConfig,
-        *,
-        data: str | None,
-        seed: int,
-        train: bool = True,
-    ) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
+    def __init__(self, inputs: TaskInputs, config: AlpacaConfig) -> None:
+        super().__init__(inputs, config)
+        model, tokenizer = inputs.model, inputs.processor
+        self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token, which ends a response.")
         room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -164,7 +143,7 @@ class Alpaca(Task):
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
         self._row_length = _row_length(model, config) if config.packing else None
-        training, held_out, self._counts = _split(config, data, seed, train=train)
+        training, held_out, self._counts = _split(config, inputs.data, inputs.seed, train=inputs.train)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
         if not self.held_out_examples:
@@ -259,24 +238,20 @@ class Alpaca(Task):
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Greedy answers to held-out instructions: exact match and ROUGE-L."""
-        from accelerate.utils import gather_object
-
         self.eval()
         limit = self.config.evaluation_limit if limit is None else limit
         chosen = self.held_out_examples[:limit]
-        mine = share(len(chosen), accelerator)
-        answers = dict(zip(mine, self.answer([chosen[index].prompt for index in mine]), strict=True))
-        if accelerator.num_processes > 1:
-            answers = dict(gather_object(list(answers.items())))
         if not chosen:
             return Evaluation(metrics={})
-        predictions = [answers[index] for index in range(len(chosen))]
+        predictions = map_over_ranks(
+            accelerator, len(chosen), lambda indices: self.answer([chosen[index].prompt for index in indices])
+        )
         references = [example.response.strip() for example in chosen]
         metrics: dict[str, float] = {}
         for name in ("exact_match", "rouge_l"):
             metrics |= METRICS.get(name)().compute(predictions=predictions, references=references)
         samples = [
-            {"prompt": example.prompt, "expected": example.response, "output": answers[index]}
+            {"prompt": example.prompt, "expected": example.response, "output": predictions[index]}
             for index, example in enumerate(chosen[:8])
         ]
         return Evaluation(metrics=metrics, counts={"answered": len(chosen)}, samples=samples)

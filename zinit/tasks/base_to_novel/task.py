@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.config import JsonConfig
@@ -23,16 +23,14 @@ from zinit.data.images import Images, OnBad, Picture, normalise
 from zinit.data.labelled.few_shot import draw_shots, few_shot_split
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_pictures
-from zinit.distributed import is_shard, share
+from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
-from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from zinit.adapter.handle import Handle
-    from zinit.models.loading import ClipProcessor
 
 Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
@@ -97,16 +95,6 @@ class BaseToNovelConfig(JsonConfig):
 class BaseToNovel(Task):
     """See the module. Needs CLIP, or another model with ``get_image_features``, ``get_text_features``, ``logit_scale``.
 
-    Args:
-        model: the dual encoder.
-        processor: its tokenizer and pixel statistics.
-        handle: the adapter on the model, in either or both towers.
-        config: data handling.
-        data: source of the pictures, see `zinit.data.labelled.sources.read_pictures`.
-        seed: of the shots and the crops.
-        train: False leaves the training pictures unread, for evaluation on ``held_out_data``.
-        labels: the class names of an earlier run; data with other classes is refused.
-
     Attributes:
         labels: names of all classes in label order, base classes first.
         classes: names of each half's classes.
@@ -118,28 +106,16 @@ class BaseToNovel(Task):
     baseline = "zero-shot: the frozen model"
     metric = "harmonic_mean"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: ClipProcessor,
-        handle: Handle | None,
-        config: BaseToNovelConfig,
-        *,
-        data: str | None,
-        seed: int,
-        train: bool = True,
-        labels: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.processor, self.handle, self.config = model, processor, handle, config
-        host: Any = model.config
+    def __init__(self, inputs: TaskInputs, config: BaseToNovelConfig) -> None:
+        super().__init__(inputs, config)
+        host: Any = self.model.config
         self.size = int(host.vision_config.image_size)
         self.labels, training, tested, self._counts = few_shot_split(
-            data,
+            inputs.data,
             config.held_out_data,
             self._read,
-            train=train,
-            labels=labels,
+            train=inputs.train,
+            labels=inputs.labels,
             dropped=config.drop_classes,
             seed=config.split_seed,
         )
@@ -148,9 +124,10 @@ class BaseToNovel(Task):
             raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
         middle = (len(self.labels) + 1) // 2
         self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
-        pictures, self._train_labels = self._draw(training, seed) if train else ([], [])
+        pictures, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
         if config.views > 1:
-            self._train = Views(pictures, size=self.size, views=config.views, smallest=config.crop_scale, seed=seed)
+            crop = {"size": self.size, "smallest": config.crop_scale, "seed": inputs.seed}
+            self._train = Views(pictures, views=config.views, **crop)
         else:
             self._train = Images(pictures, self._prepare)
         self._train_labels *= config.views
@@ -312,8 +289,6 @@ class BaseToNovel(Task):
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Accuracy on the test pictures of each half among its own classes, and the harmonic mean of the two."""
-        from accelerate.utils import gather_object
-
         self.eval()
         evaluation = Evaluation(metrics={})
         if limit == 0:
@@ -322,14 +297,7 @@ class BaseToNovel(Task):
         for half in HALVES:
             images, labels = self._tested[half]
             chosen = _spread(len(images), limit)
-            mine = [chosen[index] for index in share(len(chosen), accelerator)]
-            found: dict[int, int] = {}
-            for start in range(0, len(mine), BATCH):
-                part = mine[start : start + BATCH]
-                batch = {k: v.to(accelerator.device) for k, v in self._batch(images, labels, part, offset).items()}
-                found |= zip(part, self.logits(batch, half).argmax(dim=-1).tolist(), strict=True)
-            if accelerator.num_processes > 1:
-                found = dict(gather_object(list(found.items())))
+            found = self._predict(accelerator, half, chosen, offset)
             right = sum(found[index] == labels[index] for index in chosen)
             evaluation.metrics[f"{half}_accuracy"] = right / len(chosen)
             evaluation.counts[f"{half}_answered"] = len(chosen)
@@ -341,6 +309,16 @@ class BaseToNovel(Task):
         metrics = evaluation.metrics
         metrics["harmonic_mean"] = harmonic_mean(metrics["base_accuracy"], metrics["novel_accuracy"])
         return evaluation
+
+    def _predict(self, accelerator: Accelerator, half: Half, chosen: Sequence[int], offset: int) -> dict[int, int]:
+        """{test image of one half: number of its class among that half's}."""
+
+        def predict(places: Sequence[int]) -> list[int]:
+            batch = self._batch(*self._tested[half], [chosen[place] for place in places], offset)
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            return self.logits(batch, half).argmax(dim=-1).tolist()
+
+        return dict(zip(chosen, map_over_ranks(accelerator, len(chosen), predict, batch_size=BATCH), strict=True))
 
     @classmethod
     def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

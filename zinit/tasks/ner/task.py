@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.config import JsonConfig
-from zinit.distributed import share
+from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
-from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from zinit.adapter.handle import Handle
 
 IGNORED = -100
 OUTSIDE = "O"
@@ -95,16 +93,6 @@ class Window:
 class TokenClassification(Task):
     """See the module. Needs an encoder and its fast tokenizer; the head is trained along.
 
-    Args:
-        model: an encoder of transformers, without a head.
-        tokenizer: its fast tokenizer.
-        handle: the adapter on the model, if there is one.
-        config: data handling.
-        data: source of the sentences.
-        seed: of the head and of the held-out split.
-        train: False leaves the training sentences unread, for evaluation on ``held_out_data``.
-        labels: of a finished run, in its order; data with others is refused.
-
     Attributes:
         labels: all tags, in the order of the head's outputs.
     """
@@ -115,25 +103,14 @@ class TokenClassification(Task):
     baseline = "the frozen model with an untrained head"
     metric = "f1"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        handle: Handle | None,
-        config: TokenClassificationConfig,
-        *,
-        data: str | None,
-        seed: int,
-        train: bool = True,
-        labels: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
-        check_encoder(model, tokenizer, config.max_length)
+    def __init__(self, inputs: TaskInputs, config: TokenClassificationConfig) -> None:
+        super().__init__(inputs, config)
+        self.tokenizer, labels = inputs.processor, inputs.labels
+        check_encoder(self.model, self.tokenizer, config.max_length)
         given = labels or (None if config.labels is None else list(config.labels))
-        training, held_out, self._counts = _split(config, data, seed, train=train, labels=given)
+        training, held_out, self._counts = _split(config, inputs.data, inputs.seed, train=inputs.train, labels=given)
         self.labels = self._labels = _resolve_labels(given, training)
-        self.head = make_head(model, len(self._labels), seed)
+        self.head = make_head(self.model, len(self._labels), inputs.seed)
         self.held_out_sentences = held_out
         self.train_windows = self._encode(training, "train")
         self.held_out_windows = self._encode(held_out, "held_out")
@@ -228,7 +205,6 @@ class TokenClassification(Task):
 
         As conlleval counts: seqeval's default mode. A word that the tokenizer has no token for is taken for "O".
         """
-        from accelerate.utils import gather_object
         from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
         self.eval()
@@ -236,12 +212,10 @@ class TokenClassification(Task):
         if not sentences:
             return Evaluation(metrics={})
         wanted = [index for index, window in enumerate(self.held_out_windows) if window.sentence < len(sentences)]
-        found = self._predict([wanted[index] for index in share(len(wanted), accelerator)])
-        if accelerator.num_processes > 1:
-            found = gather_object(found)
+        found = map_over_ranks(accelerator, len(wanted), lambda places: self._predict([wanted[i] for i in places]))
         missing = OUTSIDE if OUTSIDE in self._labels else self._labels[0]
         predicted = [[missing] * len(sentence.tokens) for sentence in sentences]
-        for sentence, word, label in found:
+        for sentence, word, label in (word for window in found for word in window):
             predicted[sentence][word] = self._labels[label]
         expected = [list(sentence.tags) for sentence in sentences]
         self._predictions = predicted
@@ -266,19 +240,20 @@ class TokenClassification(Task):
         )
 
     @torch.no_grad()
-    def _predict(self, indices: Sequence[int], *, batch_size: int = 32) -> list[tuple[int, int, int]]:
-        """(sentence, word, label) of every word of some held-out windows."""
+    def _predict(self, indices: Sequence[int], *, batch_size: int = 32) -> list[list[tuple[int, int, int]]]:
+        """(sentence, word, label) of every word of each window; windows of like length share a batch."""
         device = next(self.model.parameters()).device
         order = sorted(indices, key=lambda index: -len(self.held_out_windows[index].ids))
-        found = []
+        found: dict[int, list[tuple[int, int, int]]] = {}
         for begin in range(0, len(order), batch_size):
-            chosen = [self.held_out_windows[index] for index in order[begin : begin + batch_size]]
+            part = order[begin : begin + batch_size]
+            chosen = [self.held_out_windows[index] for index in part]
             batch = pad(self.tokenizer, [window.ids for window in chosen])
             logits = head_logits(self.model, self.head, {name: tensor.to(device) for name, tensor in batch.items()})
-            for window, row in zip(chosen, logits.argmax(dim=-1).cpu().numpy(), strict=True):
-                labels = row[window.positions].tolist()
-                found += [(window.sentence, *pair) for pair in zip(window.words.tolist(), labels, strict=True)]
-        return found
+            for index, window, best in zip(part, chosen, logits.argmax(dim=-1).cpu().numpy(), strict=True):
+                labels = zip(window.words.tolist(), best[window.positions].tolist(), strict=True)
+                found[index] = [(window.sentence, word, label) for word, label in labels]
+        return [found[index] for index in indices]
 
     def artifacts(self) -> dict[str, Any]:
         """The last evaluation's tags."""

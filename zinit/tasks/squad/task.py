@@ -5,28 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.config import JsonConfig
-from zinit.distributed import most_over_processes, share
+from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
-from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks.squad.windows import Window, best_answer, make_windows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from zinit.adapter.handle import Handle
 
 NO_ANSWER = "(no answer)"
 
@@ -76,15 +74,6 @@ class SquadConfig(JsonConfig):
 class Squad(Task):
     """See the module. Needs an encoder and its fast tokenizer; the head is trained along.
 
-    Args:
-        model: an encoder of transformers, without a head.
-        tokenizer: its fast tokenizer.
-        handle: the adapter on the model, if there is one.
-        config: data handling.
-        data: source of the questions; None is the embedded demo's.
-        seed: of the head and of the held-out split.
-        train: False leaves the training questions unread, for evaluation on ``held_out_data``.
-
     Attributes:
         predictions: {question id: answer} of the last evaluation, as the official scripts read them.
         null_odds: {question id: how much better "no answer" scores than the best answer}.
@@ -96,23 +85,15 @@ class Squad(Task):
     baseline = "the frozen model with an untrained head"
     metric = "f1"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        handle: Handle | None,
-        config: SquadConfig,
-        *,
-        data: str | None,
-        seed: int,
-        train: bool = True,
-    ) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.handle, self.config = model, tokenizer, handle, config
-        check_encoder(model, tokenizer, config.max_length)
-        _check_room(config, tokenizer)
-        self.head = make_head(model, 2, seed)
-        self.train_questions, self.held_out_questions, self._counts = _split(config, data, seed, train=train)
+    def __init__(self, inputs: TaskInputs, config: SquadConfig) -> None:
+        super().__init__(inputs, config)
+        self.tokenizer = inputs.processor
+        check_encoder(self.model, self.tokenizer, config.max_length)
+        _check_room(config, self.tokenizer)
+        self.head = make_head(self.model, 2, inputs.seed)
+        self.train_questions, self.held_out_questions, self._counts = _split(
+            config, inputs.data, inputs.seed, train=inputs.train
+        )
         self.train_windows = self._encode(self.train_questions, "train")
         self.held_out_windows = self._encode(self.held_out_questions, "held_out")
         self.train_stream = _stream("train", self.train_windows)
@@ -169,18 +150,12 @@ class Squad(Task):
         For v2.0 also what the best threshold would have given: ``best_exact_match``, ``best_f1``. It is chosen on the
         held-out questions themselves.
         """
-        from accelerate.utils import gather_object
-
         self.eval()
         questions = self.held_out_questions[:limit]
         if not questions:
             return Evaluation(metrics={})
-        found = self._answer(share(len(questions), accelerator), accelerator)
-        if accelerator.num_processes > 1:
-            found = gather_object(found)
-        answers = {index: (text, odds) for index, text, odds in found}
-        spans = [answers[index][0] for index in range(len(questions))]
-        odds = [answers[index][1] for index in range(len(questions))]
+        answers = map_over_ranks(accelerator, len(questions), lambda indices: self._answer(indices, accelerator))
+        spans, odds = [text for _, text, _ in answers], [value for _, _, value in answers]
         refused = [self.unanswerable and value > self.config.null_threshold for value in odds]
         given = ["" if no else span for span, no in zip(spans, refused, strict=True)]
         ids = [question.id for question in questions]
@@ -205,7 +180,7 @@ class Squad(Task):
 
     @torch.no_grad()
     def _answer(
-        self, indices: Iterable[int], accelerator: Accelerator | None = None, *, batch_size: int = 32
+        self, indices: Sequence[int], accelerator: Accelerator | None = None, *, batch_size: int = 32
     ) -> list[tuple[int, str, float]]:
         """(question, best answer, null odds) of held-out questions; windows of like length go together."""
         device = next(self.model.parameters()).device
@@ -223,7 +198,7 @@ class Squad(Task):
         of_question: dict[int, list[int]] = defaultdict(list)
         for index, window in enumerate(windows):
             of_question[window.question].append(index)
-        found = []
+        found: dict[int, tuple[int, str, float]] = {}
         for question, places in of_question.items():
             span = best_answer(
                 self.held_out_questions[question].context,
@@ -232,8 +207,8 @@ class Squad(Task):
                 n_best=self.config.n_best,
                 max_answer=self.config.max_answer,
             )
-            found.append((question, span.text, span.null_odds))
-        return found
+            found[question] = (question, span.text, span.null_odds)
+        return [found[index] for index in indices]
 
     def artifacts(self) -> dict[str, Any]:
         """The last evaluation's answers and null odds, as the official scripts read them."""

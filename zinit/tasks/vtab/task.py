@@ -20,16 +20,14 @@ from zinit.data.images import Images, OnBad, normalise
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_pictures
 from zinit.data.labelled.splits import NAMED, Split, vtab_split
-from zinit.distributed import share
+from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._linear_probe import solve_head
-from zinit.tasks.base import Batch, Evaluation, Stream, Task
+from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from zinit.adapter.handle import Handle
 
 __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "summarise", "vpt_grid"]
 
@@ -97,16 +95,6 @@ class VTAB(Task):
     The head is one linear layer on the pooled features, float32; it starts from N(0, 0.02^2) with bias 0 (ours), so the
     frozen model's accuracy is chance.
 
-    Args:
-        model: maps (B, 3, H, W) to pooled features (B, C).
-        processor: the input the model was pretrained on (``mean``, ``std``, ``input_size``), from `load_model`.
-        handle: the adapter on the model; None for methods without one.
-        config: data handling.
-        data: source of the pictures; None is the embedded demo's.
-        seed: of the head, and of parts that the data lacks.
-        train: False leaves the training pictures unread.
-        labels: names of the classes of a finished run; None takes the data's.
-
     Attributes:
         labels: names of the classes, in the head's order; ``classes`` is the same.
         image_size: (height, width) in pixels.
@@ -121,26 +109,15 @@ class VTAB(Task):
     loader = "zinit.models.timm:load_timm"
     baseline = "logistic regression on the frozen model's features"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        handle: Handle | None,
-        config: VTABConfig,
-        *,
-        data: str | None,
-        seed: int,
-        train: bool = True,
-        labels: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.processor, self.handle, self.config = model, processor or {}, handle, config
-        self.image_size = _fit_model(model, self.processor, config)
+    def __init__(self, inputs: TaskInputs, config: VTABConfig) -> None:
+        super().__init__(inputs, config)
+        self.processor = inputs.processor or {}
+        self.image_size = _fit_model(self.model, self.processor, config)
         self.mean, self.std = self._normalisation()
         known, training, held_out, self._counts = vtab_split(
-            data, config.held_out_data, self._read, train=train, split=config.split, seed=seed
+            inputs.data, config.held_out_data, self._read, train=inputs.train, split=config.split, seed=inputs.seed
         )
-        self.labels = self.classes = known if labels is None else list(labels)
+        self.labels = self.classes = known if inputs.labels is None else list(inputs.labels)
         self._number = {label: index for index, label in enumerate(self.classes)}
         self._check_labels([*training, *held_out])
         self.train_examples, self._train_images = self._decode(training, "train")
@@ -149,9 +126,10 @@ class VTAB(Task):
             raise DataError(f"nothing is left to evaluate on: {self.data_report()}.")
         self.train_stream = self._stream("train", self.train_examples)
         self.held_out_stream = self._stream("held_out", self.held_out_examples)
-        width = int(getattr(model, "head_hidden_size", None) or model.num_features)  # pyright: ignore
+        model: Any = self.model
+        width = int(getattr(model, "head_hidden_size", None) or model.num_features)
         self.head = nn.Linear(width, len(self.classes))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(inputs.seed)
         nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
 
@@ -261,21 +239,12 @@ class VTAB(Task):
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Top-1 accuracy, 0 to 1."""
-        from accelerate.utils import gather_object
-
         self.eval()
         count = len(self.held_out_stream) if limit is None else min(limit, len(self.held_out_stream))
-        mine = share(count, accelerator)
-        predicted: dict[int, int] = {}
-        for start in range(0, len(mine), EVALUATION_BATCH):
-            chosen = mine[start : start + EVALUATION_BATCH]
-            images = self.collate(self.held_out_stream, chosen)["images"].to(self.head.weight.device)
-            predicted |= zip(chosen, self._logits(images).argmax(dim=-1).tolist(), strict=True)
-        if accelerator.num_processes > 1:
-            predicted = dict(gather_object(list(predicted.items())))
         if not count:
             return Evaluation(metrics={})
-        names = [self.classes[predicted[index]] for index in range(count)]
+        predicted = map_over_ranks(accelerator, count, self._predict, batch_size=EVALUATION_BATCH)
+        names = [self.classes[label] for label in predicted]
         right = sum(name == example.label for name, example in zip(names, self.held_out_examples, strict=False))
         shown = sorted({index * count // 8 for index in range(8)})  # spread: lists are often sorted by class
         samples = [
@@ -284,6 +253,11 @@ class VTAB(Task):
             for example in [self.held_out_examples[index]]
         ]
         return Evaluation(metrics={"accuracy": right / count}, counts={"evaluated": count}, samples=samples)
+
+    def _predict(self, indices: Sequence[int]) -> list[int]:
+        """Class numbers of some held-out images."""
+        images = self.collate(self.held_out_stream, indices)["images"].to(self.head.weight.device)
+        return self._logits(images).argmax(dim=-1).tolist()
 
     @torch.no_grad()
     def features(self, stream: Stream) -> Tensor:
