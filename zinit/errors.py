@@ -1,11 +1,11 @@
-"""Errors that are the user's to mend. Each message says what was got, what was expected and what to do next.
+"""Errors that users can correct. A message says what was given, what was expected and what to do next.
 
-The command line prints these without a traceback and exits with status 2; anything else is a fault of zinit's.
+The command line prints these without a traceback and exits with status 2; any other exception is a fault of zinit.
 """
 
 
 class ZinitError(Exception):
-    """Base class of all errors that a user can cause and mend."""
+    """Base class of all errors that a user can cause and correct."""
 
 
 class ConfigError(ZinitError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checks before they are read."""
+"""Writing files so that they appear whole or not at all, and checks before files are read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the pointer that Git LFS leaves in place of one that was not fetched."""
+    """Whether a file is the pointer that Git LFS leaves in place of a file that was not fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Names and shapes agree exactly.
+    """Checks that names and shapes agree exactly.
+
+    Args:
+        tensors: as a file holds them.
+        expected: {name: shape}.
 
     Raises:
-        CheckpointError: naming what is missing, superfluous or of another shape.
+        CheckpointError: naming what is missing, unexpected or of another shape.
     """
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -40,7 +44,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that at every instant the old one or the new one is there, whole."""
+    """Writes a file; at every instant the old content or the new one is there, whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,4 +1,4 @@
-"""What the commands ``inspect`` and ``doctor`` find out."""
+"""What the commands ``inspect`` and ``doctor`` report."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def examine() -> dict[str, Any]:
         try:
             if BACKBONES.get(name).demo_model:
                 found[f"demo {name}"] = _self_test(name)
-        except Exception as error:  # a doctor reports, whatever it is
+        except Exception as error:  # whatever it is, it is reported
             found[f"demo {name}"] = "broken"
             problems.append(f"demo {name}: {type(error).__name__}: {error}")
     return {"found": found, "problems": problems}
@@ -86,7 +86,7 @@ def _self_test(backbone: str) -> str:
     handle = built.adapted.handle
     assert handle is not None
     head = getattr(task, "head", None)
-    if isinstance(head, nn.Linear):  # an untrained head may be blind
+    if isinstance(head, nn.Linear):  # a head that starts at zero would hide every change
         head.reset_parameters()
     batch = task.collate(task.held_out_stream, [0, 1])
     with handle.disabled():
