@@ -33,7 +33,8 @@ import zinit
 from benchmarks.common import interleaved, parser, prepare, random_llama, ratio, save
 from tests.stories import SHARED, SOURCE, save_stories
 from zinit.config import TrainConfig
-from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig, Example
+from zinit.tasks.alpaca.examples import Example
+from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.base import Stream, TaskInputs
 from zinit.train.loop import Plan, cut, fit, held_out_loss
 

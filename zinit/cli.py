@@ -143,13 +143,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer one instruction; the answer streams to the standard output."""
-    from zinit.ui.chat import Speaker
+    from zinit.ui.chat import ChatSession
     from zinit.ui.console import print_json
 
-    speaker = Speaker(
+    session = ChatSession(
         run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
     )
-    answer = speaker.answer(prompt, input=input, raw=raw, stream=not as_json)
+    answer = session.answer(prompt, input=input, raw=raw, stream=not as_json)
     if as_json:
         print_json({"prompt": prompt, "input": input, "answer": answer, "frozen": frozen, "seed": seed})
 
@@ -164,12 +164,12 @@ def chat(
     frozen: Frozen = False,
 ) -> None:
     """Talk to a tuned model over several turns. /new starts over, /quit (or Ctrl-D) ends."""
-    from zinit.ui.chat import Speaker
+    from zinit.ui.chat import ChatSession
 
-    speaker = Speaker(
+    session = ChatSession(
         run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
     )
-    speaker.converse()
+    session.converse()
 
 
 @app.command()

@@ -119,13 +119,13 @@ def test_chat_keeps_the_turns(zinit: Zinit, finished: Path, monkeypatch: pytest.
     import zinit.ui.chat as module
 
     seen: list[str] = []
-    complete = module.Speaker._complete
+    complete = module.ChatSession._complete
 
-    def spy(self: module.Speaker, prompt: str, stream: bool) -> str:
+    def spy(self: module.ChatSession, prompt: str, stream: bool) -> str:
         seen.append(prompt)
         return complete(self, prompt, stream)
 
-    monkeypatch.setattr(module.Speaker, "_complete", spy)
+    monkeypatch.setattr(module.ChatSession, "_complete", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n/new\nthird\n/quit\nnever\n"))
     done = zinit("chat", finished, "--max-new-tokens", 4)
     assert done.code == 0, done.err

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import zinit
 from tests.tiny import byte_tokenizer, save_records
-from zinit.data.packing import keeps_examples_apart, lay_rows
+from zinit.data.packing import pack_sequences, supports_packing
 from zinit.errors import ConfigError
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.base import TaskInputs
@@ -65,7 +65,7 @@ def tokens(rows: list[list[int]], lengths: list[int]) -> int:
 @pytest.mark.parametrize("capacity", [60, 100, 512, 10_000])
 def test_rows_hold_every_example_once_and_no_more_than_fits(capacity: int) -> None:
     lengths = [(37 * i) % 53 + 5 for i in range(103)]
-    rows = lay_rows(lengths, capacity)
+    rows = pack_sequences(lengths, capacity)
     assert sorted(i for row in rows for i in row) == list(range(103))
     assert max(sum(lengths[i] for i in row) for row in rows) <= capacity
     assert tokens(rows, lengths) <= 1.02 * sum(lengths), "hardly any padding"
@@ -76,14 +76,14 @@ def test_rows_never_cost_more_than_padding() -> None:
     for count in (1, 2, 3, 5, 8, 13):
         for _ in range(20):
             lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
-            assert tokens(lay_rows(lengths, 40), lengths) <= count * max(lengths)
+            assert tokens(pack_sequences(lengths, 40), lengths) <= count * max(lengths)
 
 
 def test_rows_by_hand() -> None:
-    assert lay_rows([3, 8, 5], 10) == [[1], [2, 0]]
-    assert lay_rows([5, 5, 5, 5], 20) == [[0], [1], [2], [3]], "no padding to save, so no masks"
-    assert lay_rows([12, 3, 4], 10) == [[0], [2, 1]], "what is too long has a row of its own"
-    assert lay_rows([3, 8, 5], None) == [[0, 1, 2]]
+    assert pack_sequences([3, 8, 5], 10) == [[1], [2, 0]]
+    assert pack_sequences([5, 5, 5, 5], 20) == [[0], [1], [2], [3]], "no padding to save, so no masks"
+    assert pack_sequences([12, 3, 4], 10) == [[0], [2, 1]], "what is too long has a row of its own"
+    assert pack_sequences([3, 8, 5], None) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -151,7 +151,7 @@ def mamba() -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_mixes_examples_is_refused(make: Callable, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    with pytest.raises(ConfigError, match=r"were not kept apart .* -o task.packing=false"):
+    with pytest.raises(ConfigError, match=r"in a trial one saw another .* -o task.packing=false"):
         task(make().to(dtype), None, tmp_path, packing=True)
 
 
@@ -166,7 +166,7 @@ def test_bfloat16_models_are_packed(tmp_path: Path) -> None:
 def test_where_one_row_is_all_that_works_there_is_one_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama("one_row")
-    assert not keeps_examples_apart(model, rows=2)
+    assert not supports_packing(model, sequences=2)
     packed, plain = task(model, None, tmp_path, packing=True), task(model, None, tmp_path)
     indices = list(range(12))
     batch = packed.collate(packed.train_stream, indices)
@@ -182,11 +182,11 @@ def test_the_trial_sees_through_a_closed_gate_and_leaves_no_trace(tmp_path: Path
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     model.train()
-    assert keeps_examples_apart(model, rows=2)
+    assert supports_packing(model, sequences=2)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     prefix = next(iter(handle.prefixes.values()))
     plain = prefix.forward
     prefix.forward = lambda q, k, v, scale: plain(q, k, v, scale) * (1 + q.mean(dim=(2, 3), keepdim=True))  # pyright: ignore
-    assert not keeps_examples_apart(model, rows=2)
+    assert not supports_packing(model, sequences=2)

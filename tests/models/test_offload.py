@@ -26,7 +26,7 @@ from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import train_run
 from zinit.train.loop import _checkpoint_activations
 from zinit.train.strategy import loading_device
-from zinit.ui.chat import Speaker
+from zinit.ui.chat import ChatSession
 
 CPU = torch.device("cpu")
 RUN = ("prefix.length=3", "steps=4", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=2", "save_every=2",
@@ -165,7 +165,7 @@ def test_a_run_and_what_is_done_with_it(inputs: dict[str, Any], tmp_path: Path) 
         assert (offloaded / file).read_bytes() == (plain / file).read_bytes()
     metrics = [json.loads((run / "metrics.json").read_text())["metrics"] for run in (plain, offloaded)]
     assert metrics[0] == metrics[1] == evaluate_run(offloaded)["metrics"]
-    one, other = (Speaker(run, temperature=0, max_new_tokens=6) for run in (plain, offloaded))
+    one, other = (ChatSession(run, temperature=0, max_new_tokens=6) for run in (plain, offloaded))
     assert [is_offloaded(speaker.model) for speaker in (one, other)] == [False, True]
     assert one.answer("Say red", stream=False) == other.answer("Say red", stream=False)
     for file in files:  # cut short, and gone on with without offloading

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.demo import instructions, llama_path
 from zinit.errors import ConfigError
-from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig, format_conversation, format_prompt
+from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig
+from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import TaskInputs
 
 START = "Below is an instruction that describes a task"
@@ -78,10 +79,8 @@ def test_a_prompt_is_the_same_tokens_in_training_and_generation(tmp_path: Path) 
         {"instruction": f"Go {i}", "output": text} for i, text in enumerate(["\n\nhere", " yes", ":)", "-", "x"])
     ]
     t = task(model, records, tmp_path, tokenizer, max_length=256)
-    from zinit.tasks.alpaca.task import encode_prompt
-
     for example in [*t.train_examples, *t.held_out_examples]:
-        assert example.ids[: example.prompt_length] == encode_prompt(tokenizer, example.prompt)
+        assert example.ids[: example.prompt_length] == Alpaca.encode_prompt(tokenizer, example.prompt)
         decoded = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
         assert decoded == example.response
 

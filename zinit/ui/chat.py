@@ -13,10 +13,10 @@ from zinit.errors import ConfigError
 from zinit.runs.build import load_run
 from zinit.runs.directory import read_finished_run
 from zinit.tasks import TASKS
-from zinit.tasks.alpaca.task import encode_prompt, format_conversation, format_prompt
+from zinit.tasks.base import Task
 
 
-class Speaker:
+class ChatSession:
     """A tuned model, its tokenizer and how to sample from it.
 
     Args:
@@ -44,7 +44,8 @@ class Speaker:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
         config, _ = read_finished_run(run_dir)
-        if not TASKS.get(config.task).generates:
+        self.task: type[Task] = TASKS.get(config.task)
+        if not self.task.generates:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.eval()
@@ -55,15 +56,15 @@ class Speaker:
         torch.manual_seed(seed)
 
     def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
-        """The answer to one instruction; streamed to the standard output as it comes.
+        """The answer to one instruction; streamed to the standard output while it is generated.
 
         Args:
             instruction: what to do.
             input: further context.
-            raw: continue ``instruction`` as it stands, without the template.
+            raw: continue ``instruction`` as it is, without the template.
             stream: print while generating.
         """
-        return self._complete(instruction if raw else format_prompt(instruction, input), stream)
+        return self._complete(instruction if raw else self.task.format_prompt(instruction, input), stream)
 
     def converse(self) -> None:
         """Reads instructions from the standard input and answers each, all earlier turns in view."""
@@ -73,18 +74,18 @@ class Speaker:
             print("Ask something. /new starts over, /quit ends.")
         while True:
             try:
-                said = input("> " if interactive else "").strip()
+                line = input("> " if interactive else "").strip()
             except (EOFError, KeyboardInterrupt):
                 break
-            if said == "/quit":
+            if line == "/quit":
                 break
-            if said == "/new":
+            if line == "/new":
                 turns = []
-            elif said.startswith("/"):
+            elif line.startswith("/"):
                 print("(only /new and /quit are commands)")
-            elif said:
+            elif line:
                 try:
-                    turns.append((said, self._complete(format_conversation(turns, said), stream=True)))
+                    turns.append((line, self._complete(self.task.format_conversation(turns, line), stream=True)))
                 except ConfigError as error:  # no reason to lose the conversation
                     print(f"({error} Say /new for a new one.)")
                 except KeyboardInterrupt:
@@ -98,7 +99,7 @@ class Speaker:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ConfigError("the prompt is not valid UTF-8 text.") from error
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = self.task.encode_prompt(self.tokenizer, prompt)
         if not ids:
             raise ConfigError("the prompt is empty; say something.")
         room = getattr(self.model.config, "max_position_embeddings", None)

@@ -13,58 +13,19 @@ from torch import Tensor, nn
 
 from zinit.compat import attention_implementation
 from zinit.config import JsonConfig
-from zinit.data.packing import keeps_examples_apart, lay_rows
-from zinit.data.records import read_records
-from zinit.demo import instructions
+from zinit.data.packing import pack_sequences, supports_packing
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.losses import chunked_cross_entropy, split_head
+from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
+from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 IGNORED = -100
-HEADER = "Below is an instruction that describes a task"
-REQUEST = "Write a response that appropriately completes the request."
-
-
-def format_prompt(instruction: str, input: str = "") -> str:
-    """Alpaca's prompt: the template with an input section if there is an input, else the one without.
-
-    Args:
-        instruction: what to do.
-        input: further context; may be empty.
-    """
-    if input:
-        return (
-            f"{HEADER}, paired with an input that provides further context. {REQUEST}\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-        )
-    return f"{HEADER}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:"
-
-
-def format_conversation(turns: Sequence[tuple[str, str]], instruction: str) -> str:
-    """A prompt that holds the earlier turns of a chat, each as an instruction with its response.
-
-    Args:
-        turns: (instruction, response) pairs so far.
-        instruction: the one to answer now.
-    """
-    sections = [f"### Instruction:\n{asked}\n\n### Response:{answered}" for asked, answered in turns]
-    return "\n\n".join([f"{HEADER}. {REQUEST}", *sections, f"### Instruction:\n{instruction}\n\n### Response:"])
-
-
-def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids without BOS and EOS. A "</s>" that somebody wrote in a text stays text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens a generation starts from: BOS (if the model has one) + prompt."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + encode_texts(tokenizer, [prompt])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +40,8 @@ class AlpacaConfig(JsonConfig):
         fields: what the data calls instruction, input and output.
         evaluation_limit: held-out examples that an answer is generated for.
         max_new_tokens: longest generated answer.
-        packing: lay the short examples of a micro-batch together into rows of at most ``max_length`` tokens. Pays
-            where micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
+        packing: pack the short examples of a micro-batch into sequences of at most ``max_length`` tokens. Pays where
+            micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
     """
 
     max_length: int = 512
@@ -100,23 +61,6 @@ class AlpacaConfig(JsonConfig):
             raise ConfigError(f"fields must name instruction, input and output; got {self.fields!r}.")
         if not isinstance(self.packing, bool):
             raise ConfigError(f"packing must be true or false; got {self.packing!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One encoded record.
-
-    Attributes:
-        ids: BOS, prompt, response, EOS (cut at max_length).
-        prompt_length: how many of the first ids carry no loss.
-        prompt: as text.
-        response: as text.
-    """
-
-    ids: list[int]
-    prompt_length: int
-    prompt: str
-    response: str
 
 
 class Alpaca(Task):
@@ -142,8 +86,8 @@ class Alpaca(Task):
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
-        self._row_length = _row_length(model, config) if config.packing else None
-        training, held_out, self._counts = _split(config, inputs.data, inputs.seed, train=inputs.train)
+        self._capacity = _capacity(model, config) if config.packing else None
+        training, held_out, self._counts = split_records(config, inputs.data, inputs.seed, train=inputs.train)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
         if not self.held_out_examples:
@@ -154,55 +98,40 @@ class Alpaca(Task):
         self.train_stream = _stream("train", self.train_examples)
         self.held_out_stream = _stream("held_out", self.held_out_examples)
 
-    def _encode(self, records: list[dict[str, str]], part: str) -> list[Example]:
-        """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
-
-        Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
-        the same tokens in training and in generation.
-        """
-        instruction, input, output = self.config.fields
-        prompts = [format_prompt(record[instruction], record[input]) for record in records]
-        responses = [record[output] for record in records]
-        encoded = self._encode_texts([*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        examples = []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            start, whole = encoded[i], encoded[len(records) + i]
-            if whole[: len(start)] != start:
-                whole = start + self._encode_texts([response])[0]
-            ids = [*bos, *whole, self.tokenizer.eos_token_id]
-            prompt_length = len(bos) + len(start)
-            if prompt_length >= self.config.max_length:
-                self._counts[f"{part}_skipped_prompt_too_long"] += 1
-                continue
-            self._counts[f"{part}_truncated"] += len(ids) > self.config.max_length
-            self._counts[f"{part}_empty_response"] += not response.strip()
-            ids = ids[: self.config.max_length]
-            examples.append(Example(ids=ids, prompt_length=prompt_length, prompt=prompt, response=response))
-        self._counts[part] = len(examples)
+    def _encode(self, records: list[Record], part: str) -> list[Example]:
+        config = self.config
+        examples, counts = encode_records(self.tokenizer, records, fields=config.fields, max_length=config.max_length)
+        self._counts |= {f"{part}{kind}": count for kind, count in counts.items()}
         return examples
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return encode_texts(self.tokenizer, texts)
+    @classmethod
+    def format_prompt(cls, instruction: str, input: str = "") -> str:
+        return format_prompt(instruction, input)
+
+    @classmethod
+    def format_conversation(cls, turns: Sequence[tuple[str, str]], instruction: str) -> str:
+        return format_conversation(turns, instruction)
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
-        """Right-padded ``input_ids`` (B, T), an example per row or several; ``supervised`` (N,), where in the flattened
-        batch a label follows, and the ``targets`` (N,) there. Where a row holds several, also ``position_ids`` (B, T).
+        """Right-padded ``input_ids`` (B, T), one example per sequence or several; ``supervised`` (N,), where in the
+        flattened batch a label follows, and the ``targets`` (N,) there. Where a sequence holds several examples, also
+        ``position_ids`` (B, T).
 
         There is no attention mask: under a causal mask no real token sees the padding behind it.
         """
         examples = self.train_examples if stream is self.train_stream else self.held_out_examples
         chosen = [examples[index] for index in indices]
-        rows = [[example] for example in chosen]
+        sequences = [[example] for example in chosen]
         if self.config.packing:
-            rows = [[chosen[i] for i in row] for row in lay_rows([len(e.ids) for e in chosen], self._row_length)]
-        longest = max(sum(len(example.ids) for example in row) for row in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.eos_token_id, dtype=torch.long)
-        positions = torch.arange(longest).repeat(len(rows), 1)
-        follows = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for number, row in enumerate(rows):
+            packed = pack_sequences([len(example.ids) for example in chosen], self._capacity)
+            sequences = [[chosen[index] for index in indices] for indices in packed]
+        longest = max(sum(len(example.ids) for example in sequence) for sequence in sequences)
+        ids = torch.full((len(sequences), longest), self.tokenizer.eos_token_id, dtype=torch.long)
+        positions = torch.arange(longest).repeat(len(sequences), 1)
+        follows = torch.zeros((len(sequences), longest), dtype=torch.bool)
+        for number, sequence in enumerate(sequences):
             start = 0
-            for example in row:
+            for example in sequence:
                 end = start + len(example.ids)
                 ids[number, start:end] = torch.tensor(example.ids)
                 positions[number, start:] = torch.arange(longest - start)
@@ -210,7 +139,7 @@ class Alpaca(Task):
                 start = end
         supervised = follows.flatten().nonzero().squeeze(1)
         batch = {"input_ids": ids, "supervised": supervised, "targets": ids.flatten()[supervised + 1]}
-        if len(rows) < len(chosen):
+        if len(sequences) < len(chosen):
             batch["position_ids"] = positions
         if self._split is None:
             batch["columns"] = follows.any(dim=0).nonzero().squeeze(1)
@@ -223,10 +152,10 @@ class Alpaca(Task):
         if "position_ids" in batch:
             inputs["position_ids"] = batch["position_ids"]
         if self._split is not None:
-            trunk, head = self._split
-            hidden = trunk(**inputs).last_hidden_state.flatten(0, 1)[supervised]
+            backbone, head = self._split
+            hidden = backbone(**inputs).last_hidden_state.flatten(0, 1)[supervised]
             return chunked_cross_entropy(hidden, head.weight, head.bias, targets)
-        columns, length = batch["columns"], ids.shape[1]  # those that any row is supervised in
+        columns, length = batch["columns"], ids.shape[1]  # those where any sequence is supervised
         if self._keeps_logits:
             logits = self.model(**inputs, logits_to_keep=columns).logits
         else:
@@ -265,7 +194,7 @@ class Alpaca(Task):
             batch_size: prompts per forward pass.
         """
         device = next(self.model.parameters()).device
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [self.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
         answers = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
@@ -273,9 +202,9 @@ class Alpaca(Task):
             longest = max(len(encoded[index]) for index in chosen)
             ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                ids[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
-                mask[row, longest - len(encoded[index]) :] = 1
+            for place, index in enumerate(chosen):
+                ids[place, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
+                mask[place, longest - len(encoded[index]) :] = 1
             generated = self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -306,14 +235,14 @@ class Alpaca(Task):
         return digest.hexdigest()
 
 
-def _row_length(model: nn.Module, config: AlpacaConfig) -> int | None:
-    """Tokens that a row of several examples may hold; None where there is one row for all."""
-    if keeps_examples_apart(model, rows=2):
+def _capacity(model: nn.Module, config: AlpacaConfig) -> int | None:
+    """Tokens that a sequence of several examples may hold; None where one sequence takes all examples."""
+    if supports_packing(model, sequences=2):
         return config.max_length
-    if keeps_examples_apart(model, rows=1):  # flash attention splits a batch of one row
+    if supports_packing(model, sequences=1):  # flash attention splits a batch of one sequence
         return None
     raise ConfigError(
-        f"{type(model).__name__} cannot take several examples in one row: in a trial they were not kept apart "
+        f"{type(model).__name__} cannot take several examples in one sequence: in a trial one saw another "
         f"(attention implementation {attention_implementation(getattr(model, 'config', None))!r}). "
         f"Leave packing off: -o task.packing=false."
     )
@@ -325,41 +254,3 @@ def _stream(name: str, examples: list[Example]) -> Stream:
         lengths=[len(example.ids) for example in examples],
         counts=[len(example.ids) - example.prompt_length for example in examples],
     )
-
-
-def _split(
-    config: AlpacaConfig, data: str | None, seed: int, *, train: bool
-) -> tuple[list[dict[str, str]], list[dict[str, str]], dict[str, int]]:
-    """Training and held-out records: no (instruction, input) is in both."""
-    instruction, input, output = config.fields
-
-    def read(source: str) -> list[dict[str, str]]:
-        return read_records(
-            source,
-            required=(instruction, output),
-            optional=(input,),
-            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT",
-        )
-
-    if config.held_out_data is not None:
-        held_out, training = read(config.held_out_data), []
-        if train:
-            training = read(data) if data is not None else instructions()[0]
-    elif data is None:
-        training, held_out = instructions()
-    else:
-        records = read(data)
-        if len(records) < 2:
-            raise DataError(f"{data} holds {len(records)} record; at least 2 are needed, one of them held out.")
-        count = min(config.held_out, max(1, len(records) // 10))
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-        kept = set(order[:count])
-        held_out = [records[index] for index in order[:count]]
-        training = [record for index, record in enumerate(records) if index not in kept]
-    parts = ("train", "held_out")
-    kinds = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
-    counts = {"read": len(training) + len(held_out)} | {f"{part}{kind}": 0 for part in parts for kind in kinds}
-    asked = {(record[instruction], record[input]) for record in held_out}
-    clean = [record for record in training if (record[instruction], record[input]) not in asked]
-    counts["train_skipped_also_held_out"] = len(training) - len(clean)
-    return clean, held_out, counts

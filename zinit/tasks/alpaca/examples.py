@@ -1,0 +1,129 @@
+"""Alpaca's records: read, divided into training and held-out ones, encoded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zinit.data.records import read_records
+from zinit.demo import instructions
+from zinit.errors import DataError
+from zinit.tasks.alpaca.template import encode_texts, format_prompt
+
+if TYPE_CHECKING:
+    from zinit.tasks.alpaca.task import AlpacaConfig
+
+Record = dict[str, str]
+COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One encoded record.
+
+    Attributes:
+        ids: BOS, prompt, response, EOS (cut at max_length).
+        prompt_length: how many of the first ids carry no loss.
+        prompt: as text.
+        response: as text.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    prompt: str
+    response: str
+
+
+def encode_records(
+    tokenizer: Any, records: Sequence[Record], *, fields: Sequence[str], max_length: int
+) -> tuple[list[Example], Counter[str]]:
+    """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
+
+    Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
+    the same tokens in training and in generation.
+
+    Args:
+        tokenizer: of the model.
+        records: with the three fields.
+        fields: names of instruction, input and output.
+        max_length: tokens of an example; a longer one is cut, one whose prompt leaves no room is skipped.
+
+    Returns:
+        The examples, and counts under the names of `COUNTED`.
+    """
+    instruction, input, output = fields
+    prompts = [format_prompt(record[instruction], record[input]) for record in records]
+    responses = [record[output] for record in records]
+    encoded = encode_texts(tokenizer, [*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    examples: list[Example] = []
+    counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, both = encoded[i], encoded[len(records) + i]
+        if both[: len(start)] != start:
+            both = start + encode_texts(tokenizer, [response])[0]
+        ids = [*bos, *both, tokenizer.eos_token_id]
+        prompt_length = len(bos) + len(start)
+        if prompt_length >= max_length:
+            counts["_skipped_prompt_too_long"] += 1
+            continue
+        counts["_truncated"] += len(ids) > max_length
+        counts["_empty_response"] += not response.strip()
+        examples.append(Example(ids=ids[:max_length], prompt_length=prompt_length, prompt=prompt, response=response))
+    counts[""] = len(examples)
+    return examples, counts
+
+
+def split_records(
+    config: AlpacaConfig, data: str | None, seed: int, *, train: bool
+) -> tuple[list[Record], list[Record], dict[str, int]]:
+    """Training and held-out records: no (instruction, input) is in both.
+
+    Args:
+        config: names the fields, and perhaps a source of held-out records.
+        data: source of the records; None is the embedded demo's.
+        seed: of the choice of held-out records, where the data is one file.
+        train: False leaves training records out.
+
+    Returns:
+        Both parts, and counts for the task's report.
+    """
+    instruction, input, output = config.fields
+
+    def read(source: str) -> list[Record]:
+        return read_records(
+            source,
+            required=(instruction, output),
+            optional=(input,),
+            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT",
+        )
+
+    if config.held_out_data is not None:
+        held_out, training = read(config.held_out_data), []
+        if train:
+            training = read(data) if data is not None else instructions()[0]
+    elif data is None:
+        training, held_out = instructions()
+    else:
+        training, held_out = _hold_out(read(data), config.held_out, seed, data)
+    counts = {"read": len(training) + len(held_out)}
+    counts |= {f"{part}{kind}": 0 for part in ("train", "held_out") for kind in COUNTED}
+    asked = {(record[instruction], record[input]) for record in held_out}
+    clean = [record for record in training if (record[instruction], record[input]) not in asked]
+    counts["train_skipped_also_held_out"] = len(training) - len(clean)
+    return clean, held_out, counts
+
+
+def _hold_out(records: list[Record], most: int, seed: int, name: str) -> tuple[list[Record], list[Record]]:
+    """Sets at most a tenth of the records apart, chosen by the seed."""
+    if len(records) < 2:
+        raise DataError(f"{name} holds {len(records)} record; at least 2 are needed, one of them held out.")
+    count = min(most, max(1, len(records) // 10))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    training = [record for index, record in enumerate(records) if index not in chosen]
+    return training, [records[index] for index in order[:count]]
