@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.handle import Handle
 from zinit.backbones import BACKBONES
-from zinit.errors import BackboneError, ConfigError
+from zinit.errors import BackboneError, CheckpointError, ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext, Method, apply_method
+from zinit.models.identity import difference, identify
 from zinit.models.offload import move
+from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
 from zinit.runs.directory import read_finished_run
 from zinit.runs.settings import RunConfig
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from zinit.methods.base import Adapted
+    from zinit.models.loading import Loading
     from zinit.tasks.base import Task
 
 
@@ -35,18 +39,22 @@ class Built:
         adapted: the model with what the method added.
         processor: its tokenizer or the like.
         key_probe: a sample of the frozen model's weights; None for a model that no backbone knows.
+        models: the further models of the task, by name.
+        identities: what tells each of them from another; see `zinit.models.identity`.
     """
 
     method: Method
     adapted: Adapted
     processor: Any
     key_probe: list[float] | None
+    models: dict[str, LoadedModel]
+    identities: dict[str, dict[str, Any]]
 
 
 def build_model(
     config: RunConfig, device: torch.device, *, load_to: torch.device | str | None = None, saved: Path | None = None
 ) -> Built:
-    """The model, adapted.
+    """The task's models, one of them adapted.
 
     Args:
         config: the run's settings.
@@ -61,15 +69,53 @@ def build_model(
     low = device.type == "cuda" and not method.trains_host
     dtype = (torch.bfloat16 if low else torch.float32) if name == "auto" else getattr(torch, name)
     source = demo_model(config.backbone) if config.model is None else config.model
-    loading = {"dtype": dtype, "revision": config.revision, "device": load_to or device, "quantize": config.quantize}
-    model, processor = load_host(TASKS.get(config.task), source, trains=method.trains_host, **loading)
+    task: type[Task] = TASKS.get(config.task)
+    loading: Loading = {"dtype": dtype, "device": load_to or device, "quantize": config.quantize}
+    model, processor = load_host(task, source, trains=method.trains_host, **{**loading, "revision": config.revision})
+    models = load_models(task.further_models(config.options), **loading)
+    identities = {name: identify(loaded.model) for name, loaded in models.items()}
     try:
         key_probe = fingerprint(model, BACKBONES.get(config.backbone).sites(model))["key_probe"]
     except BackboneError:
         key_probe = None  # a method without attention sites may still be used
-    context = ApplyContext(prefix=config.prefix, backbone=config.backbone, seed=config.seed, saved=saved)
-    adapted = apply_method(method, model, context)
-    return Built(method=method, adapted=adapted, processor=processor, key_probe=key_probe)
+    context = ApplyContext(
+        prefix=config.prefix,
+        backbone=config.backbone,
+        seed=config.seed,
+        saved=saved,
+        models={name: loaded.model for name, loaded in models.items()},
+    )
+    return Built(
+        method=method,
+        adapted=apply_method(method, model, context),
+        processor=processor,
+        key_probe=key_probe,
+        models=models,
+        identities=identities,
+    )
+
+
+def check_models(directory: str | Path, document: Mapping[str, Any], built: Built) -> None:
+    """The task's further models are those that a run was made with.
+
+    Args:
+        directory: of the run, for messages.
+        document: its ``run.json``.
+        built: the models as loaded now.
+
+    Raises:
+        CheckpointError: naming the model and what differs.
+    """
+    recorded: dict[str, Any] = document.get("models", {})
+    for name in sorted(recorded.keys() | built.identities.keys()):
+        if name not in recorded or name not in built.identities:
+            where = "the run was made with" if name in recorded else "the task now has"
+            raise CheckpointError(f"the run in {directory} cannot be used: only {where} a model {name!r}.")
+        if found := difference(recorded[name], built.identities[name]):
+            raise CheckpointError(
+                f"the run in {directory} was made with another model {name!r}: {found}. Restore the model, or start a "
+                f"new run in another folder."
+            )
 
 
 def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = None, train: bool = True) -> Task:
@@ -89,6 +135,7 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
         seed=config.seed,
         train=train,
         labels=labels,
+        models=built.models,
     )
     return make_task(TASKS.get(config.task), inputs, config.options)
 
@@ -112,13 +159,14 @@ def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, An
         CheckpointError: if there is no run, or it has no adapter yet.
         ConfigError: if its method has no prefix.
     """
-    config, _ = read_finished_run(directory)
+    config, document = read_finished_run(directory)
     if not (Path(directory) / "adapter.json").is_file():
         raise ConfigError(
             f"the run in {directory} was made by the method {config.method!r}, which has no prefix. "
             f"Only runs with a prefix can chat and generate; 'zinit eval' takes any."
         )
     built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
+    check_models(directory, document, built)
     assert built.adapted.handle is not None
     move(built.adapted.model, device, offload=config.offload)
     return config, built.adapted.model, built.processor, built.adapted.handle

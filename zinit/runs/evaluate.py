@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinit.models.offload import weights_in_place
-from zinit.runs.build import build_model, build_task
+from zinit.runs.build import build_model, build_task, check_models
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run
 from zinit.runs.settings import RunConfig, absolute_path
 from zinit.train.loop import held_out_loss
@@ -38,6 +38,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
     built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
+    check_models(directory, document, built)
     task = build_task(config, built, labels=document.get("labels"), train=data is None)
     place(task, accelerator, offload=config.offload)
     metrics = {}

@@ -15,7 +15,7 @@ from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
-from zinit.runs.build import build_model, build_task
+from zinit.runs.build import Built, build_model, build_task, check_models
 from zinit.runs.directory import (
     TRAINED,
     Log,
@@ -103,7 +103,7 @@ def train_run(
         task.prepare()
     identity = _identity(config, task)
     if resume:
-        _check_same_run(output, identity, built.key_probe)
+        _check_same_run(output, identity, built)
     accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
     document = {
         "config": config.to_dict(),
@@ -122,6 +122,7 @@ def train_run(
         "fingerprint": identity["examples"],
         "identity": identity,
         "key_probe": built.key_probe,
+        **({"models": built.identities} if built.identities else {}),
         "counts": task.data_report(),
         "num_trainable": sum(p.numel() for p in task.parameters() if p.requires_grad),
         "processes": accelerator.num_processes,
@@ -208,6 +209,8 @@ def _identity(config: RunConfig, task: Task) -> dict[str, Any]:
     settings = config.to_dict()
     tables = {section: settings.pop(section) for section in SECTIONS}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    sources = [spec.source for spec in task.further_models(config.options).values()]
+    flat = {name: value for name, value in flat.items() if not (name.startswith("task.") and value in sources)}
     return {
         name: value
         for name, value in {**settings, **flat, "examples": task.fingerprint()}.items()
@@ -215,11 +218,12 @@ def _identity(config: RunConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def _check_same_run(output: Path, identity: dict[str, Any], key_probe: list[float] | None) -> None:
+def _check_same_run(output: Path, identity: dict[str, Any], built: Built) -> None:
     """A resumed run is the one that the folder holds, whether or not it has come to a checkpoint yet."""
     _, document = read_run(output)
     check_identity(output, document.get("identity", {}), identity)
-    before = document.get("key_probe")
+    check_models(output, document, built)
+    before, key_probe = document.get("key_probe"), built.key_probe
     if before and key_probe and not cosine(before, key_probe) >= SAME_MODEL:
         raise CheckpointError(
             f"the run in {output} cannot go on: the weights of the frozen model are not the ones it started on. "
