@@ -1,0 +1,56 @@
+"""What documents say about the project itself: paths that exist, marks that are set, versions and tools that agree."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+import yaml
+
+import zinit
+from tests.shared import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PATH = re.compile(r"`((?:zinit|tests|scripts|docs|benchmarks|configs|\.ci)/[\w./-]*)`")
+LINK = re.compile(r"\]\((?!http)([^)#]+)")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/new-backbone.md",
+                                  "docs/new-task.md", "docs/scaling.md", "zinit/demo/README.md"])  # fmt: skip
+def test_paths_in_documents_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = {path for path in PATH.findall(text) if "NAME" not in path}
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    missing |= {link for link in LINK.findall(text) if not (ROOT / name).parent.joinpath(link).exists()}
+    assert not missing
+
+
+def test_every_mark_is_explained() -> None:
+    marks = {line.partition(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    assert marks == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == zinit.__version__
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the schema requires
+
+
+def test_hooks_are_those_of_ci_and_download_nothing() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in hooks["repos"]] == ["local"]
+    entries = {hook["entry"].split()[0] for hook in hooks["repos"][0]["hooks"]}
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").partition("activate\n")[2]
+    assert entries == {line.split()[0] for line in ci.splitlines() if line}
+
+
+def test_extras_hold_what_tests_of_options_need() -> None:
+    extras = {name: {re.split(r"[<>=\[]", item)[0] for item in items}
+              for name, items in PROJECT["project"]["optional-dependencies"].items()}  # fmt: skip
+    assert extras["quantize"] | extras["tensorboard"] <= extras["test"]
+    always = {re.split(r"[<>=\[]", item)[0] for item in PROJECT["project"]["dependencies"]}
+    assert not always & set.union(*extras.values()), "a dependency of all is no extra"
+    assert len(always) == len(PROJECT["project"]["dependencies"]), "a dependency is listed twice"
