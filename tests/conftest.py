@@ -12,7 +12,52 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+
 torch.set_num_threads(1)  # tiny models: more threads only make them slower and less alike
+
+
+# Modules whose tests are done in a moment. All of them together stay under 30 seconds with -n 2.
+FAST = (
+    "adapter/test_file.py",
+    "data/test_images.py",
+    "data/test_labelled.py",
+    "docs/test_project.py",
+    "golden/test_interop_reading.py",
+    "models/test_loading.py",
+    "models/test_losses.py",
+    "tasks/test_base_to_novel_data.py",
+    "tasks/test_encoder_figures.py",
+    "tasks/test_squad_data.py",
+    "tasks/test_vtab_facts.py",
+    "test_architecture.py",
+    "test_compat.py",
+    "test_config.py",
+    "test_messages.py",
+    "test_prefix.py",
+    "test_registry.py",
+    "train/test_plan.py",
+)
+NOT_FAST = ("integration", "slow", "gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves other modules unread where only fast tests are asked for: their imports take longer than the tests."""
+    if config.option.markexpr != "fast" or not collection_path.is_relative_to(TESTS):
+        return None
+    name = collection_path.relative_to(TESTS).as_posix()
+    inside = collection_path == TESTS or any(fast == name or fast.startswith(f"{name}/") for fast in FAST)
+    return None if inside or collection_path.name == "__init__.py" else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of fast modules, those with another mark about their costs excepted."""
+    fast = {TESTS / name for name in FAST}
+    if missing := [str(path) for path in fast if not path.is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py: FAST names modules that are gone: {', '.join(missing)}")
+    for item in items:
+        if item.path in fast and not any(item.get_closest_marker(mark) for mark in NOT_FAST):
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)
