@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 
 from tests.train.trunks import TRAIN, assert_same_bits, trained, vtab
-from zinit.adapter import file as adapter_file
 from zinit.errors import ConfigError
 from zinit.train import activation_cache as trunk
 from zinit.train import tensor_store as rows
@@ -88,7 +87,7 @@ def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
 
-        adapter_file.os.replace = dying
+        os.replace = dying  # in this process, which is a fork
         trained(vtab(pictures), tmp_path)
 
     assert os.waitpid(child(killed), 0)[1] == signal.SIGKILL
