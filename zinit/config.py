@@ -94,6 +94,10 @@ class PrefixConfig(JsonConfig):
         parametrization: what is learned: ``"prompt"``, K vectors of the model's width that pass the host's frozen key
             and value projections (LLaMA-Adapter), or ``"key_value"``, the keys and values themselves (P-tuning v2).
         init_std: prompts (or keys and values) start from N(0, init_std^2). The reference uses 1.
+        prompt: where the prompts come from: a learned ``"table"``, the ``"context"`` that comes with a call and nothing
+            else, or the sum of both, ``"table+context"`` (Eq. 10).
+        prompts: what is learned for a table: the ``"table"`` itself, or a small network that makes the tables of all
+            layers, ``"hyper"`` (arXiv 2502.03029). All parts of an adapter that say so share one network.
     """
 
     length: int = 10
@@ -106,9 +110,12 @@ class PrefixConfig(JsonConfig):
     separate_softmax: bool = True
     parametrization: Literal["prompt", "key_value"] = "prompt"
     init_std: float = 1.0
+    prompt: Literal["table", "context", "table+context"] = "table"
+    prompts: Literal["table", "hyper"] = "table"
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_prompts()
         if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
             raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {self.length!r}.")
         if isinstance(self.layers, list):
@@ -150,6 +157,74 @@ class PrefixConfig(JsonConfig):
                 "a softmax shared by prompts and words (separate_softmax=False, plain prefix tuning) has no gate: "
                 "set gating=False as well."
             )
+
+    def _check_prompts(self) -> None:
+        if self.parametrization == "key_value" and (self.prompt != "table" or self.prompts != "table"):
+            raise ConfigError(
+                f"learned keys and values have no prompts: leave out prompt={self.prompt!r} and "
+                f"prompts={self.prompts!r}, or use parametrization='prompt'."
+            )
+        if self.prompt == "context" and self.prompts != "table":
+            raise ConfigError("prompt='context' learns no prompts, so prompts='hyper' has nothing to make.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(JsonConfig):
+    """An adapter of several parts: prefixes of their own length, layers and gates, under one handle.
+
+    Args:
+        parts: {name: prefix}, in the order of their parameters; their additions to a layer's attention sum.
+        context: registered name of the module that makes the context of all parts that take one; None has none, and a
+            context is then given ready made.
+        context_options: its settings.
+        tuning: what the adapter changes in the host's own modules besides; None changes nothing. Built by the object's
+            ``build(model, sites)``, see `zinit.adapter.tuning`.
+    """
+
+    parts: dict[str, PrefixConfig]
+    context: str | None = None
+    context_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tuning: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, dict) or not self.parts:
+            raise ConfigError(f"parts must map at least one name to a prefix; got {self.parts!r}.")
+        for name, part in self.parts.items():
+            if not isinstance(name, str) or not name.isidentifier() or "__" in name:
+                raise ConfigError(f"a part's name must be an identifier such as 'early'; got {name!r}.")
+            if not isinstance(part, PrefixConfig):
+                raise ConfigError(f"the part {name!r} must be a PrefixConfig; got {part!r}.")
+            if len(self.parts) > 1 and not part.separate_softmax:
+                raise ConfigError(
+                    f"the part {name!r} shares the words' softmax (separate_softmax=False), which stands alone: leave "
+                    f"the other parts out."
+                )
+
+    @classmethod
+    def of(cls, config: PrefixConfig | AdapterConfig) -> AdapterConfig:
+        """A single prefix as an adapter of one part."""
+        return AdapterConfig(parts={"prefix": config}) if isinstance(config, PrefixConfig) else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, nested; the tuning's by its own ``to_dict``."""
+        return {
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            "context": self.context,
+            "context_options": dict(self.context_options),
+            "tuning": None if self.tuning is None else self.tuning.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From plain values, as `to_dict` makes them."""
+        parts = values.get("parts") if isinstance(values, dict) else None
+        if not isinstance(parts, dict):
+            raise ConfigError(f"an adapter is built from named parts; got {values!r}.")
+        read = {
+            name: part if isinstance(part, PrefixConfig) else PrefixConfig.from_dict(part)
+            for name, part in parts.items()
+        }
+        return super().from_dict({**values, "parts": read})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ C model width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +21,54 @@ ProjectKV = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The host's frozen key and value projections: (K, C) or (B, K, C) to two of (1 or B, G, K, D)."""
 
 
-class PromptTable(nn.Module):
-    """K learned prompts of width C, to which a per-sample context may be added (a projected image, say).
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Prompts, or additions to them, that come with a call: one set for each sample.
 
-    Where prompts come from is a part of its own: anything with this ``forward`` can stand here.
+    Attributes:
+        tokens: (B, 1 or K, C).
+        present: (B,) boolean, which samples have one; None is all. Absent samples get exactly nothing from it.
     """
+
+    tokens: Tensor
+    present: Tensor | None = None
+
+    def for_present(self, x: Tensor) -> Tensor:
+        """(B, ...) with exact zeros where the sample has no context."""
+        if self.present is None:
+            return x
+        present = self.present.to(x.device).view(-1, *[1] * (x.dim() - 1))
+        return torch.where(present, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class PromptSource(Protocol):
+    """Where the prompts of one attention module come from: a table of its own, a shared network, the call alone."""
+
+    def __call__(self, context: Context | None = None) -> Tensor:
+        """(K, C), or (B, K, C) with a context."""
+        ...
+
+
+class PromptTable(nn.Module):
+    """K learned prompts of width C, to which a context may be added (Eq. 10 of the paper)."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self, context: Tensor | None = None) -> Tensor:
-        """(K, C); or (B, K, C) with a context of (B, 1 or K, C), as in Eq. 10 of the paper."""
-        return self.weight if context is None else self.weight + context
+    def forward(self, context: Context | None = None) -> Tensor:
+        """(K, C); or (B, K, C) with a context of (B, 1 or K, C)."""
+        return self.weight if context is None else self.weight + context.for_present(context.tokens)
+
+
+class GivenPrompts:
+    """Nothing is learned here: the prompts are the context's tokens."""
+
+    def __call__(self, context: Context | None = None) -> Tensor:
+        """(B, K, C)."""
+        if context is None:
+            raise ConfigError("a part with prompt='context' was called without one; pass it with handle.context(...).")
+        return context.tokens
 
 
 class ZeroGatedPrefix(nn.Module):
@@ -60,10 +97,14 @@ class ZeroGatedPrefix(nn.Module):
         value_dim: width of a value head where it is not D.
         device: where the parameters live.
         generator: a CPU generator that the random start is drawn from (default: torch's own).
+        prompts: a source of prompts that somebody else owns (a network shared by several layers); its parameters are
+            not this module's. Default: a table, or nothing but the context where the config says so.
 
     Raises:
         ConfigError: if G does not divide H.
     """
+
+    prompt: PromptSource
 
     def __init__(
         self,
@@ -76,6 +117,7 @@ class ZeroGatedPrefix(nn.Module):
         value_dim: int | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        prompts: PromptSource | None = None,
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
@@ -88,7 +130,11 @@ class ZeroGatedPrefix(nn.Module):
                 return torch.empty(shape, device="meta")
             return torch.empty(shape, device="cpu").normal_(generator=generator).to(device)
 
-        if config.parametrization == "prompt":
+        if prompts is not None:
+            vars(self)["prompt"] = prompts  # a plain attribute: a module would be registered, saved and counted here
+        elif config.prompt == "context":
+            self.prompt = GivenPrompts()
+        elif config.parametrization == "prompt":
             self.prompt = PromptTable(config.init_std * normal(config.length, width))
         else:
             self.key = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
@@ -105,20 +151,31 @@ class ZeroGatedPrefix(nn.Module):
             return next(self.parameters()).new_ones(self.num_heads)
         return (self.gate.tanh() if self.config.gate == "tanh" else self.gate).expand(self.num_heads)
 
-    def check_context(self, context: Tensor) -> None:
-        """A per-sample context is (B, 1 or K, C), and there are prompts to add it to.
+    def check_context(self, context: Tensor | Context) -> Context:
+        """A context is (B, 1 or K, C), or (B, K, C) where it is all the prompts there are.
+
+        Returns:
+            The context; a bare tensor is one that every sample has.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: if it does not fit.
         """
+        context = context if isinstance(context, Context) else Context(context)
         if self.config.parametrization != "prompt":
             raise ConfigError("learned keys and values take no context; use parametrization='prompt'.")
-        if context.dim() != 3 or context.shape[1] not in (1, self.config.length) or context.shape[2] != self.width:
-            allowed = f"1 or {self.config.length}" if self.config.length > 1 else "1"
-            raise ConfigError(f"a context must be (batch, {allowed}, {self.width}); got {tuple(context.shape)}.")
+        length, shape = self.config.length, tuple(context.tokens.shape)
+        counts = (length,) if self.config.prompt == "context" or length == 1 else (1, length)
+        if len(shape) != 3 or shape[1] not in counts or shape[2] != self.width:
+            allowed = " or ".join(map(str, counts))
+            raise ConfigError(f"a context must be (batch, {allowed}, {self.width}); got {shape}.")
+        if context.present is not None and tuple(context.present.shape) != shape[:1]:
+            raise ConfigError(
+                f"a context's present must be ({shape[0]},), one for each sample; got {tuple(context.present.shape)}."
+            )
+        return context
 
     def keys_values(
-        self, project: ProjectKV, dtype: torch.dtype, context: Tensor | None = None
+        self, project: ProjectKV, dtype: torch.dtype, context: Tensor | Context | None = None
     ) -> tuple[Tensor, Tensor]:
         """All that does not depend on the text: the prompts' keys and gated values, each (1 or B, H, K, D).
 
@@ -130,11 +187,13 @@ class ZeroGatedPrefix(nn.Module):
             ConfigError: if the context does not fit.
         """
         if context is not None:
-            self.check_context(context)
+            context = self.check_context(context)
         if self.config.parametrization == "prompt":
             key, value = project(self.prompt(context).to(dtype))
         else:
             key, value = self.key[None], self.value[None]
+        if context is not None and self.config.prompt == "context":
+            value = context.for_present(value)  # a projection's bias must not speak for an absent sample
         if self.config.separate_softmax:
             shared_by = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
@@ -155,12 +214,12 @@ class ZeroGatedPrefix(nn.Module):
             (B, H, T, D). The softmax runs in float32 inside torch's fused kernels.
 
         Raises:
-            BackboneError: with a softmax shared by prompts and words, which no addition can make (see `join_words`).
+            BackboneError: with a softmax shared by prompts and words, which no addition can make (see `concat_prefix`).
         """
         if not self.config.separate_softmax:
             raise BackboneError(
                 "the model's backbone does not support plain prefix tuning (separate_softmax=False): it adds the "
-                "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.join_words`."
+                "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.concat_prefix`."
             )
         return attend_prompts(query, key, value, scale)
 
@@ -198,7 +257,7 @@ def for_each_sample(x: Tensor, query: Tensor) -> Tensor:
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
 
 
-def join_words(
+def concat_prefix(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, prefix: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Plain prefix tuning: prompts in front of the words, so that the host's one softmax covers both.

@@ -17,10 +17,13 @@ from zinit.errors import BackboneError, CheckpointError, ConfigError, first_line
 from zinit.files import check_tensors, write_atomically
 
 if TYPE_CHECKING:
-    from zinit.adapter.handle import Handle
+    pass
 
-FORMAT_VERSION = 1
-TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+FORMAT_VERSION = 2  # of parts, shared modules and tunings; one plain prefix is still written as 1
+TENSORS, SOURCE, DESCRIPTION = "adapter.safetensors", "source.safetensors", "adapter.json"
+FILES = {TENSORS: "sha256", SOURCE: "source_sha256"}  # and where the description holds their hashes
+OF_SOURCE = "shared.context."  # how the names of what makes a context begin
+SINCE_2 = {"prompt": "table", "prompts": "table"}  # settings of a prefix that version 1 does not know
 SAME_WEIGHTS = 0.9  # cosine; another dtype or a 4-bit copy of the same weights stays above 0.98
 
 
@@ -35,23 +38,15 @@ class AdapterFile:
         tensors: {parameter name: tensor}.
     """
 
-    config: PrefixConfig
+    config: PrefixConfig | AdapterConfig
     backbone: str
     fingerprint: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    @classmethod
-    def of(cls, handle: Handle) -> AdapterFile:
-        """The adapter as it is now."""
-        return cls(
-            config=handle.config,
-            backbone=handle.backbone,
-            fingerprint=fingerprint(handle.model, list(handle.attachment.sites.values())),
-            tensors={name: tensor.cpu().contiguous() for name, tensor in handle.state_dict().items()},
-        )
-
     def write(self, directory: str | Path) -> None:
-        """Writes both files, each under a temporary name first.
+        """Writes ``adapter.safetensors``, ``source.safetensors`` if something makes a context, and ``adapter.json`` last.
+
+        Each appears whole or not at all.
 
         Raises:
             CheckpointError: if the folder cannot be written.
@@ -59,23 +54,34 @@ class AdapterFile:
         import zinit
 
         try:
-            from safetensors.torch import save
-
-            data = save(self.tensors, metadata={"format": "pt"})
+            Path(directory).mkdir(parents=True, exist_ok=True)
             description = {
-                "format_version": FORMAT_VERSION,
+                "format_version": 1 if _is_plain(self.config) else 2,
                 "zinit_version": zinit.__version__,
                 "backbone": self.backbone,
-                "config": self.config.to_dict(),
+                "config": _to_dict(self.config),
                 "model": self.fingerprint,
-                "sha256": hashlib.sha256(data).hexdigest(),
+                **self._write_tensors(Path(directory)),
                 "versions": {"torch": torch.__version__},
             }
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(directory) / TENSORS, data)
             write_atomically(Path(directory) / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
         except OSError as error:
             raise CheckpointError(f"the adapter cannot be written to {directory}: {error}.") from error
+
+    def _write_tensors(self, folder: Path) -> dict[str, str]:
+        """The hashes of what was written, for the description."""
+        from safetensors.torch import save
+
+        hashes: dict[str, str] = {}
+        for file, key in FILES.items():
+            own = {
+                name: tensor for name, tensor in self.tensors.items() if (file == SOURCE) == name.startswith(OF_SOURCE)
+            }
+            if own or file == TENSORS:
+                data = save(own, metadata={"format": "pt"})
+                write_atomically(folder / file, data)
+                hashes[key] = hashlib.sha256(data).hexdigest()
+        return hashes
 
     @classmethod
     def read(cls, source: str | Path, *, revision: str | None = None) -> AdapterFile:
@@ -92,34 +98,20 @@ class AdapterFile:
                 raise CheckpointError(f"{folder} holds no {name}. Expected a folder that zinit saved an adapter to.")
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            version = description["format_version"]
-            if version > FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{folder / DESCRIPTION} has format version {version}; this zinit reads up to {FORMAT_VERSION}. "
-                    f"Upgrade zinit."
-                )
-            config = PrefixConfig.from_dict(description["config"])
-            backbone, model, sha256 = description["backbone"], description["model"], description["sha256"]
+            config = _read_config(description, folder)
+            backbone, model = description["backbone"], description["model"]
             if not isinstance(backbone, str) or not isinstance(model, dict):
                 raise TypeError("backbone must be a name and model its description")
-            data = (folder / TENSORS).read_bytes()
+            hashes = {file: description[key] for file, key in FILES.items() if file == TENSORS or key in description}
+            data = {file: (folder / file).read_bytes() for file in hashes}
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise CheckpointError(
                 f"{folder / DESCRIPTION} is damaged or unreadable: {what}. Save or copy the adapter again."
             ) from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise CheckpointError(
-                f"{folder / TENSORS} is damaged: it is not the file that {DESCRIPTION} beside it describes "
-                f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
-            )
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / TENSORS} is no safetensors file: {error}. Save it again.") from error
+        tensors: dict[str, Tensor] = {}
+        for file, sha256 in hashes.items():
+            tensors |= _read_tensors(folder / file, data[file], sha256)
         return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors)
 
     def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
@@ -128,13 +120,9 @@ class AdapterFile:
         Raises:
             CheckpointError: naming the field or the tensor that differs.
         """
-        from zinit.adapter.handle import ATTRIBUTE
-        from zinit.adapter.select import select_sites
-        from zinit.backbones import BACKBONES
-        from zinit.prefix import ZeroGatedPrefix
-
-        if hasattr(model, ATTRIBUTE):
-            sites = list(getattr(model, ATTRIBUTE).sites.values())
+        state = state_of(model)
+        if state is not None:
+            sites = list(state.sites.values())
         else:
             try:
                 sites = BACKBONES.get(self.backbone).sites(model)
@@ -164,15 +152,51 @@ class AdapterFile:
                     f"base was merely tuned since (in Python: zinit.load)."
                 )
         try:
-            adapted = select_sites(model, sites, self.config)
-        except BackboneError as error:
+            modules = build_modules(AdapterConfig.of(self.config), model, sites, device="meta")
+        except (BackboneError, ConfigError) as error:
             raise CheckpointError(f"the adapter does not fit: {error}") from error
-        expected_shapes: dict[str, tuple[int, ...]] = {}
-        for site in adapted:
-            prefix = ZeroGatedPrefix(self.config, **site.shape(), device="meta", generator=None)
-            for name, parameter in prefix.named_parameters():
-                expected_shapes[f"{site.name}.{name}"] = tuple(parameter.shape)
-        check_tensors(self.tensors, expected_shapes)
+        check_tensors(self.tensors, {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()})
+
+
+def _is_plain(config: PrefixConfig | AdapterConfig) -> bool:
+    """Whether version 1 of the format can express it: one prefix, with the settings that there were then."""
+    return isinstance(config, PrefixConfig) and all(getattr(config, name) == old for name, old in SINCE_2.items())
+
+
+def _to_dict(config: PrefixConfig | AdapterConfig) -> dict[str, Any]:
+    if not _is_plain(config):
+        return AdapterConfig.of(config).to_dict()
+    return {name: value for name, value in config.to_dict().items() if name not in SINCE_2}
+
+
+def _read_config(description: dict[str, Any], folder: Path) -> PrefixConfig | AdapterConfig:
+    version = description["format_version"]
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION} has format version {version}; this zinit reads up to {FORMAT_VERSION}. "
+            f"Upgrade zinit."
+        )
+    if version == 1:
+        return PrefixConfig.from_dict(description["config"])
+    config = AdapterConfig.from_dict(description["config"])
+    alone = config.parts.get("prefix")
+    is_bare = len(config.parts) == 1 and config.context is None and config.tuning is None
+    return alone if alone is not None and is_bare else config
+
+
+def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{path} is damaged: it is not the file that {DESCRIPTION} beside it describes "
+            f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
+        )
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}. Save it again.") from error
 
 
 def _download(repository: str, revision: str | None) -> Path:

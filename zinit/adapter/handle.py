@@ -1,35 +1,39 @@
-"""Attach a prefix to a model in place, and take it off again; for any backbone."""
+"""Attach an adapter to a model in place, and take it off again; for any backbone."""
 
 from __future__ import annotations
 
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.build import AdapterModules, build_modules, install, slot_key, uninstall
+from zinit.adapter.file import AdapterFile
+from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.formats import FORMATS
+from zinit.adapter.parts import Part
 from zinit.adapter.routing import routed
-from zinit.adapter.select import select_sites
-from zinit.adapter.state import ATTRIBUTE, Attachment
+from zinit.adapter.scopes import Change, SwitchOn
+from zinit.adapter.state import ATTRIBUTE, AdapterState, state_of
+from zinit.adapter.tuning import Tuning
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones.base import AttentionSite, PrefixSlot
-from zinit.config import PrefixConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError
-from zinit.prefix import ZeroGatedPrefix
+from zinit.files import check_tensors
+from zinit.prefix import Context, ZeroGatedPrefix
 from zinit.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from zinit.adapter.file import AdapterFile
 
 
 def attach(
     model: nn.Module,
-    config: PrefixConfig | None = None,
+    config: PrefixConfig | AdapterConfig | None = None,
     *,
     name: str = "default",
     backbone: str | None = None,
@@ -43,7 +47,7 @@ def attach(
 
     Args:
         model: any model that a registered backbone knows.
-        config: K, L and ablations; default: 10 prompts in every layer.
+        config: K, L and ablations, or an adapter of several parts; default: 10 prompts in every layer.
         name: of this adapter on this model.
         backbone: a registered backbone's name; default: the one that knows the model.
         device: where the prefixes live; default: beside each host's weights.
@@ -64,109 +68,138 @@ def attach(
         >>> handle.num_trainable  # 3 layers x (5 prompts x 32 + 4 gates)
         492
     """
-    config = config or PrefixConfig()
     model = getattr(model, "_orig_mod", model)  # a compiled model: its graph is remade at the next call
-    attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
-    if not PrefixSlot.can_hold(name):
+    given = config or PrefixConfig()
+    whole = AdapterConfig.of(given)
+    _check_names(model, name, whole)
+    state = state_of(model) or _new_state(model, backbone)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    modules = build_modules(whole, model, list(state.sites.values()), device=device, generator=generator)
+    install(state, name, modules)
+    if state_of(model) is None:
+        _take_over(state)
+    handle = Handle(state, name, given, modules)
+    state.handles[name] = handle
+    handle.activate()
+    return handle
+
+
+def _check_names(model: nn.Module, name: str, config: AdapterConfig) -> None:
+    keys = [slot_key(name, part) for part in config.parts]
+    if "__" in name or not all(map(PrefixSlot.can_hold, keys)):
         raise ConfigError(
             f"an adapter's name must be an identifier such as 'default' or 'chat_v2' that is no attribute of a torch "
-            f"module; got {name!r}."
+            f"module and has no double underscore; got {name!r}."
         )
-    if attachment is not None and name in attachment.handles:
+    state = state_of(model)
+    if state is None:
+        return
+    if name in state.handles:
         raise ConfigError(
             f"this {type(model).__name__} has an adapter named {name!r} already. Detach it first, or pass another name."
         )
-    if attachment is not None:
-        attachment.check_no_route(f"attaching {name!r}")
-    else:
-        if any(isinstance(module, PrefixSlot) for module in model.modules()):
-            raise ConfigError(
-                f"this {type(model).__name__} shares layers with a model that has an adapter already. "
-                f"Attach to that model under another name, or detach there first."
-            )
-        chosen = BACKBONES.get(backbone) if backbone else find_backbone(model)
-        attachment = Attachment(
-            chosen,
-            {site.name: site for site in chosen.sites(model)},
-            trained_before=[parameter for parameter in model.parameters() if parameter.requires_grad],
+    state.check_no_route(f"attaching {name!r}")
+
+
+def _new_state(model: nn.Module, backbone: str | None) -> AdapterState:
+    """What is known of a model that has no adapter yet."""
+    if any(isinstance(module, PrefixSlot) for module in model.modules()):
+        raise ConfigError(
+            f"this {type(model).__name__} shares layers with a model that has an adapter already. "
+            f"Attach to that model under another name, or detach there first."
         )
-    sites = select_sites(model, list(attachment.sites.values()), config)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    prefixes = {
-        site.name: ZeroGatedPrefix(
-            config, **site.shape(), device=_device_of(site.module) if device is None else device, generator=generator
-        )
-        for site in sites
-    }
-    with ExitStack() as undo:  # an installation that fails takes the earlier ones back
-        for site in sites:
-            if site.name not in attachment.slots:
-                slot = PrefixSlot(site.project_kv)
-                attachment.backbone.install(model, site, slot)
-                undo.callback(attachment.uninstall, model, site)
-                attachment.slots[site.name] = slot
-        undo.pop_all()
-    # From here on nothing fails.
-    for site in sites:
-        attachment.slots[site.name][name] = prefixes[site.name]
-    if getattr(model, ATTRIBUTE, None) is None:
-        for parameter in attachment.trained_before:
-            parameter.requires_grad_(False)
-        setattr(model, ATTRIBUTE, attachment)
-        if callable(getattr(type(model), "generate", None)) and "generate" not in vars(model):
-            # An attribute of this one model, so that pipelines and users who call model.generate get it too.
-            vars(model)["generate"] = types.MethodType(_frozen_generate(type(model)), model)
-            attachment.wraps_generate = True
-    handle = Handle(model, name, config, prefixes)
-    attachment.handles[name] = handle
-    handle.activate()
-    return handle
+    chosen = BACKBONES.get(backbone) if backbone else find_backbone(model)
+    return AdapterState(
+        model,
+        chosen,
+        {site.name: site for site in chosen.sites(model)},
+        trained_before=[parameter for parameter in model.parameters() if parameter.requires_grad],
+    )
+
+
+def _take_over(state: AdapterState) -> None:
+    """Freezes the host and makes its ``generate`` compute prefix keys and values once."""
+    for parameter in state.trained_before:
+        parameter.requires_grad_(False)
+    model = state.model
+    setattr(model, ATTRIBUTE, state)
+    if callable(getattr(type(model), "generate", None)) and "generate" not in vars(model):
+        # An attribute of this one model, so that pipelines and users who call model.generate get it too.
+        vars(model)["generate"] = types.MethodType(_generate_with_cached_kv(type(model)), model)
+        state.wraps_generate = True
 
 
 class Handle:
     """One adapter on one model. Made by `attach` and `load`.
 
     Attributes:
-        model: the adapted model.
-        name: the adapter's name on it.
+        name: the adapter's name on the model.
         config: as attached.
-        prefixes: {site name: prefix}.
     """
 
-    def __init__(self, model: nn.Module, name: str, config: PrefixConfig, prefixes: dict[str, ZeroGatedPrefix]) -> None:
-        self.model, self.name, self.config, self.prefixes = model, name, config, prefixes
+    def __init__(
+        self, state: AdapterState, name: str, config: PrefixConfig | AdapterConfig, modules: AdapterModules
+    ) -> None:
+        self._state, self.name, self.config, self._modules = state, name, config, modules
 
     def __repr__(self) -> str:
-        attached = self.name in getattr(getattr(self.model, ATTRIBUTE, None), "handles", {})
-        state = ("active" if self.active else "inactive") if attached else "detached"
-        return f"<zinit adapter {self.name!r}: {len(self.prefixes)} layers, {self.num_trainable:,} parameters, {state}>"
+        attached = self._state.handles.get(self.name) is self
+        on = ("active" if self.active else "inactive") if attached else "detached"
+        return f"<zinit adapter {self.name!r}: {len(self.prefixes)} layers, {self.num_trainable:,} parameters, {on}>"
+
+    # --- what it is ---
 
     @property
-    def attachment(self) -> Attachment:
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        return self._state.model
+
+    @property
+    def state(self) -> AdapterState:
         """What zinit did to the model.
 
         Raises:
             ConfigError: after `detach`.
         """
-        attachment = getattr(self.model, ATTRIBUTE, None)
-        if attachment is None or self.name not in attachment.handles:
+        if self._state.handles.get(self.name) is not self:
             raise ConfigError(f"the adapter {self.name!r} is no longer attached. Attach or load it again.")
-        return attachment
+        return self._state
 
     @property
     def backbone(self) -> str:
         """The backbone's registered name."""
-        return self.attachment.backbone.name
+        return self.state.backbone.name
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The adapter's parts by name; "prefix" is the only one of an adapter made of a `PrefixConfig`."""
+        return self._modules.parts
+
+    @property
+    def prefixes(self) -> dict[str, ZeroGatedPrefix]:
+        """{site: prefix}, lowest layer first; {"part.site": prefix} where there are several parts."""
+        return self._modules.prefixes()
+
+    @property
+    def shared(self) -> dict[str, nn.Module]:
+        """What several layers use: "hyper" makes prompts, "context" makes each sample's context."""
+        return self._modules.shared
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the adapter changes in the host's own modules."""
+        return self._modules.tuning
 
     @property
     def sites(self) -> list[AttentionSite]:
         """The adapted attention modules, lowest layer first."""
-        return [self.attachment.sites[name] for name in self.prefixes]
+        adapted = {site for part in self.parts.values() for site in part.prefixes}
+        return [site for name, site in self.state.sites.items() if name in adapted]
 
     @property
-    def active(self) -> bool:
-        """Whether this is the adapter that the model uses now."""
-        return all(self.attachment.slots[site].active == self.name for site in self.prefixes)
+    def takes_context(self) -> tuple[str, ...]:
+        """Keys in the slots of the prefixes that a context goes to."""
+        return tuple(slot_key(self.name, part.name) for part in self.parts.values() if part.takes_context)
 
     @property
     def num_trainable(self) -> int:
@@ -175,9 +208,7 @@ class Handle:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("model.layers.7.self_attn.gate", parameter) and so on, in the order of the layers."""
-        for site, prefix in self.prefixes.items():
-            for name, parameter in prefix.named_parameters():
-                yield f"{site}.{name}", parameter
+        return self._modules.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This adapter's parameters."""
@@ -185,17 +216,41 @@ class Handle:
             yield parameter
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        """This adapter's parameters by role, in the order of `parameters`: "gates", "prompts" (keys and values too).
+        """This adapter's parameters by role, each in the order of `parameters`; roles without any are left out.
 
-        Each role may have a rate and a decay of its own in training.
+        "gates"; "prompts", learned keys and values and a network that makes prompts too; "source", the module that
+        makes a context; "tuning". Each may have a rate and a decay of its own in training.
         """
-        gates = [prefix.gate for prefix in self.prefixes.values() if prefix.config.gating]
-        known = {id(gate) for gate in gates}
-        return {"gates": gates, "prompts": [p for p in self.parameters() if id(p) not in known]}
+        role = {id(prefix.gate): "gates" for prefix in self.prefixes.values() if prefix.config.gating}
+        for name, module in (("source", self.shared.get("context")), ("tuning", self.tuning)):
+            role |= {} if module is None else {id(parameter): name for parameter in module.parameters()}
+        found: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            found.setdefault(role.get(id(parameter), "prompts"), []).append(parameter)
+        return {name: found[name] for name in ("gates", "prompts", "source", "tuning") if name in found}
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """This adapter's parameters by what they serve: what makes and gates a context, "visual", and the rest.
+
+        Raises:
+            ConfigError: if no part of it takes nothing but a context.
+        """
+        visual = [part for part in self.parts.values() if part.config.prompt == "context"]
+        if not visual:
+            raise ConfigError(
+                f"the adapter {self.name!r} has one group of parameters: no part of it has prompt='context'."
+            )
+        own = {id(p) for part in visual for prefix in part.prefixes.values() for p in prefix.parameters()}
+        if (source := self.shared.get("context")) is not None:
+            own |= {id(parameter) for parameter in source.parameters()}
+        found: dict[str, list[nn.Parameter]] = {"visual": [], "language": []}
+        for parameter in self.parameters():
+            found["visual" if id(parameter) in own else "language"].append(parameter)
+        return found
 
     def gates(self) -> dict[str, Tensor]:
-        """{site name: (H,) gates after squashing}, detached."""
-        return {site: prefix.gates().detach() for site, prefix in self.prefixes.items()}
+        """{site: (H,) gates after squashing}, detached; named as `prefixes`."""
+        return {name: prefix.gates().detach() for name, prefix in self.prefixes.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """{parameter name: detached tensor}: exactly what is saved."""
@@ -207,41 +262,46 @@ class Handle:
         Raises:
             CheckpointError: if names or shapes differ in any way; nothing is changed then.
         """
-        from zinit.files import check_tensors
-
         own = dict(self.named_parameters())
         check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
-        for site in self.prefixes:
-            self.attachment.slots[site].frozen = None
+        self._state.version += 1
 
-    def activate(self) -> None:
-        """Makes this the model's adapter. Others stay attached, frozen and unused. A route comes before it."""
-        for site, slot in self.attachment.slots.items():
-            slot.active = self.name if site in self.prefixes else None
-            slot.frozen = None
-        for handle in self.attachment.handles.values():
+    # --- what is on ---
+
+    @property
+    def active(self) -> bool:
+        """Whether the model uses this adapter now, for this thread."""
+        return self.name in self.state.names_on()
+
+    def activate(self, *names: str) -> None:
+        """Makes this the model's only adapter, or exactly the named ones, this among them: their additions sum.
+
+        Others stay attached, frozen and unused. Only this adapter's parameters want gradients. A route comes before it.
+
+        Args:
+            names: adapters that are on together; none is this one alone.
+
+        Raises:
+            ConfigError: if one is not attached, or shares the words' softmax, which stands alone.
+        """
+        state = self.state
+        for name in names:
+            get_handle(self.model, name)
+        if names and self.name not in names:
+            raise ConfigError(f"activate names the adapters that are on, {self.name!r} among them; got {list(names)}.")
+        state.switch_on(tuple(dict.fromkeys(names)) or (self.name,))
+        for handle in state.handles.values():
             for parameter in handle.parameters():
                 parameter.requires_grad_(handle is self)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The frozen model, bit for bit, while inside. An adapter that is activated inside stays on."""
-        slots = self.attachment.slots
-        before = {name: slot.active for name, slot in slots.items()}
-        routes = {name: slot.route for name, slot in slots.items() if slot.route is not None}
-        for slot in slots.values():
-            slot.active = slot.route = None
-        try:
+        """The base model, bit for bit, while inside. An adapter that is activated inside stays on."""
+        with self.state.opened(SwitchOn(self.state.key, ())):
             yield
-        finally:
-            if all(slot.active is None for slot in slots.values()):
-                for name, slot in slots.items():
-                    slot.active = before.get(name)
-            for name, route in routes.items():
-                slots[name].route, slots[name].frozen = route, None
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -251,59 +311,68 @@ class Handle:
         beam search: the beams of one sample lie side by side. Which adapter is active plays no part.
 
         Args:
-            names: for each sample the name of an adapter on this model, or None for the frozen model. K, layers, gates
-                and parametrizations may differ.
+            names: for each sample the name of an adapter on this model, or None for the base model. K, layers, gates,
+                parts and parametrizations may differ.
 
         Raises:
-            ConfigError: if a name is unknown, an adapter shares the words' softmax or has a context. And at the model's
-                call, if the batch does not fit, or gradients are enabled.
+            ConfigError: if a name is unknown, an adapter shares the words' softmax, tunes the host or has a context.
+                And at the model's call, if the batch does not fit, or gradients are enabled.
 
         Example:
             >>> with handle.route(["anna", "bert", None]):  # doctest: +SKIP
             ...     model.generate(**three_texts)
         """
-        with routed(self.attachment, names), self.attachment.frozen_prefix():
+        with routed(self.state, names), self.state.cached_kv():
             yield
 
     @contextmanager
-    def context(self, context: Tensor) -> Iterator[None]:
-        """Adds a per-sample context to this adapter's prompts while inside, `generate` included (paper, Eq. 10).
-
-        For training under gradient checkpointing pass ``zinit_context=context`` to the model instead: layers that are
-        recomputed after the scope has closed must see it too.
+    def context(self, context: Tensor | Context) -> Iterator[None]:
+        """Gives this adapter a context while inside, `generate` included (paper, Eq. 10).
 
         Args:
-            context: (B, 1 or K, C).
+            context: (B, 1 or K, C) added to its prompts, or (B, K, C) where a part has nothing else; a `Context` says
+                besides which samples have one.
 
         Raises:
-            ConfigError: if the shape does not fit, or the adapter learns keys and values (which take no context).
+            ConfigError: if the shape does not fit, or no part takes a context (learned keys and values do not).
         """
-        slots = [self.attachment.slots[name] for name in self.prefixes]
-        for prefix in self.prefixes.values():
-            prefix.check_context(context)
-        before = slots[0].contexts.get(self.name)
+        taking = [part for part in self.parts.values() if part.takes_context] or list(self.parts.values())
+        checked = [prefix.check_context(context) for part in taking for prefix in part.prefixes.values()][0]
 
-        def put(context: Tensor | None) -> None:
-            for slot in slots:
-                slot.frozen = None  # what a surrounding `frozen_prefix` computed is of another context
-                slot.contexts.pop(self.name, None)
-                if context is not None:
-                    slot.contexts[self.name] = context
+        def apply(scope: Any) -> Any:
+            return replace(scope, contexts={**scope.contexts, self.name: checked}, cached=None)
 
-        put(context)
-        try:
+        with self.state.opened(Change(self.state.key, apply)):
             yield
-        finally:
-            put(before)
 
     @contextmanager
-    def frozen_prefix(self) -> Iterator[None]:
+    def given(self, *, features: Any) -> Iterator[None]:
+        """Makes the adapter's context of features, once, and gives it while inside; see `context`.
+
+        Args:
+            features: of B samples, as the adapter's source takes them.
+
+        Raises:
+            ConfigError: if the adapter has no source.
+        """
+        source = self.shared.get("context")
+        if source is None:
+            raise ConfigError(f"the adapter {self.name!r} has no context source: attach it with context='...'.")
+        with self.context(source(features)):
+            yield
+
+    @contextmanager
+    def cached_kv(self) -> Iterator[None]:
         """Computes every prompt's keys and values once for all forward passes inside that want no gradient.
 
         `model.generate` does this by itself. Weights changed inside are not noticed; outside nothing is kept.
         """
-        with self.attachment.frozen_prefix():
+        with self.state.cached_kv():
             yield
+
+    frozen_prefix = cached_kv  # its name before version 0.2
+
+    # --- taking it off, writing it ---
 
     def detach(self) -> None:
         """Takes this adapter off; with the last one the model is again what it was before `attach`.
@@ -311,23 +380,27 @@ class Handle:
         Raises:
             ConfigError: inside a route.
         """
-        attachment = self.attachment
-        attachment.check_no_route(f"detaching {self.name!r}")
-        for site in self.prefixes:
-            slot = attachment.slots[site]
-            del slot[self.name]
-            slot.contexts.pop(self.name, None)
-            if slot.active == self.name:
-                slot.active = None
-            if not len(slot):
-                attachment.uninstall(self.model, attachment.sites[site])
-        del attachment.handles[self.name]
-        if not attachment.handles:
-            for parameter in attachment.trained_before:
+        state = self.state
+        state.check_no_route(f"detaching {self.name!r}")
+        uninstall(state, self.name)
+        del state.handles[self.name]
+        state.on = tuple(name for name in state.on if name != self.name)
+        state.version += 1
+        if not state.handles:
+            for parameter in state.trained_before:
                 parameter.requires_grad_(True)
-            if attachment.wraps_generate:
-                del vars(self.model)["generate"]
-            delattr(self.model, ATTRIBUTE)
+            if state.wraps_generate:
+                del vars(state.model)["generate"]
+            delattr(state.model, ATTRIBUTE)
+
+    def to_file(self) -> AdapterFile:
+        """The adapter as it is now, with what identifies its model."""
+        return AdapterFile(
+            config=self.config,
+            backbone=self.backbone,
+            fingerprint=fingerprint(self.model, list(self.state.sites.values())),
+            tensors={name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()},
+        )
 
     def save(self, directory: str | Path) -> None:
         """Writes ``adapter.safetensors`` and ``adapter.json``; each appears whole or not at all.
@@ -335,9 +408,7 @@ class Handle:
         Raises:
             CheckpointError: if the folder cannot be written.
         """
-        from zinit.adapter.file import AdapterFile
-
-        AdapterFile.of(self).write(directory)
+        self.to_file().write(directory)
 
     def export(self, path: str | Path, *, format: str, **options: Any) -> None:
         """Writes the adapter in another implementation's format ("official-v1", "peft").
@@ -370,9 +441,7 @@ def load(
         CheckpointError: if the adapter is missing or damaged, or was made for another model: the message names the
             field that differs. The model is unchanged then.
     """
-    from zinit.adapter.file import AdapterFile
-
-    file: AdapterFile = AdapterFile.read(source, revision=revision)
+    file = AdapterFile.read(source, revision=revision)
     model = getattr(model, "_orig_mod", model)
     file.check_model(model, weights=check_weights)
     handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
@@ -386,24 +455,20 @@ def get_handle(model: nn.Module, name: str = "default") -> Handle:
     Raises:
         ConfigError: if there is none of that name.
     """
-    attachment: Attachment | None = getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
-    handles = attachment.handles if attachment else {}
+    state = state_of(model)
+    handles = state.handles if state else {}
     if name not in handles:
         hint = did_you_mean(name, handles) if handles else " Known: none. Make one with zinit.attach or zinit.load."
         raise ConfigError(f"this {type(model).__name__} has no adapter named {name!r}.{hint}")
     return handles[name]
 
 
-def _frozen_generate(model_class: Any) -> Callable[..., Any]:
+def _generate_with_cached_kv(model_class: Any) -> Callable[..., Any]:
     """``generate`` of an adapted model: prefix keys and values are computed once, not per token."""
 
     @functools.wraps(model_class.generate)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with getattr(model, ATTRIBUTE).frozen_prefix():
+        with getattr(model, ATTRIBUTE).cached_kv():
             return model_class.generate(model, *args, **kwargs)
 
     return generate
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

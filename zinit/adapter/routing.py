@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zinit.adapter.parts import together
+from zinit.adapter.scopes import Change, Route, Scope
+from zinit.adapter.state import AdapterState
+from zinit.backbones.base import ActivePrefix, PrefixSlot
 from zinit.errors import ConfigError
 from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts
 from zinit.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from zinit.adapter.state import Attachment
 
 Names = Sequence[str | None]
 
@@ -54,16 +54,12 @@ class RoutedPrefix:
             padding = torch.arange(self.length, device=device) >= lengths[:, None]
             self.mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -math.inf)[:, None, None]
 
-    def keys_values(
-        self, project: ProjectKV, dtype: torch.dtype, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Each sample's keys and gated values, (R, H, K, D); every adapter's are computed once, in one projection.
 
         Raises:
-            ConfigError: if there is a context, or gradients are enabled.
+            ConfigError: if gradients are enabled.
         """
-        if context is not None:
-            raise ConfigError("a route takes no context: leave handle.context(...), or call the adapters one by one.")
         if torch.is_grad_enabled():
             raise ConfigError("a route is for inference: call the model under torch.no_grad().")
         prompts = {name: prefix.prompt() for name, prefix in self.prefixes.items() if hasattr(prefix, "prompt")}
@@ -98,8 +94,8 @@ class RoutedPrefix:
 
 
 @contextmanager
-def routed(attachment: Attachment, names: Names) -> Iterator[None]:
-    """Puts a `RoutedPrefix` into every slot while inside; an outer route comes back afterwards.
+def routed(state: AdapterState, names: Names) -> Iterator[None]:
+    """Gives every slot a `RoutedPrefix` for this thread while inside.
 
     Raises:
         ConfigError: if the names are no list of attached adapters with a softmax of their own, or None.
@@ -108,30 +104,47 @@ def routed(attachment: Attachment, names: Names) -> Iterator[None]:
     if isinstance(names, str) or not route:
         raise ConfigError(f"a route is a list with an adapter's name or None for each sample; got {names!r}.")
     for name in dict.fromkeys(route):
-        if name is None:
-            continue
-        if name not in attachment.handles:
-            raise ConfigError(f"no adapter named {name!r} is attached.{did_you_mean(str(name), attachment.handles)}")
-        if not attachment.handles[name].config.separate_softmax:
-            raise ConfigError(
-                f"the adapter {name!r} shares the words' softmax (separate_softmax=False) and cannot be part of a "
-                f"route. Activate it and call the model with its samples alone."
-            )
-    before = {site: slot.route for site, slot in attachment.slots.items()}
-    here = {
-        site: RoutedPrefix(route, {name: slot[name] for name in slot})  # pyright: ignore[reportArgumentType]
-        for site, slot in attachment.slots.items()
-    }
-    _put(attachment, here)
-    attachment.routes += 1
+        if name is not None:
+            _check_routable(state, name)
+    here = Route(frozenset(route), {site: _at_slot(route, slot) for site, slot in state.slots.items()})
+    state.routes += 1
     try:
-        yield
+        with state.opened(Change(state.key, lambda scope: Scope(scope.on, here, scope.contexts))):
+            yield
     finally:
-        attachment.routes -= 1
-        _put(attachment, before)
+        state.routes -= 1
 
 
-def _put(attachment: Attachment, routes: Mapping[str, RoutedPrefix | None]) -> None:
-    for site, route in routes.items():
-        slot = attachment.slots[site]
-        slot.route, slot.frozen = route, None
+def _check_routable(state: AdapterState, name: str) -> None:
+    if name not in state.handles:
+        raise ConfigError(f"no adapter named {name!r} is attached.{did_you_mean(str(name), state.handles)}")
+    handle = state.handles[name]
+    if not all(part.config.separate_softmax for part in handle.parts.values()):
+        raise ConfigError(
+            f"the adapter {name!r} shares the words' softmax (separate_softmax=False) and cannot be part of a route. "
+            f"Activate it and call the model with its samples alone."
+        )
+    if handle.tuning is not None:
+        raise ConfigError(
+            f"the adapter {name!r} tunes modules of the host, which are the same for all samples of a batch, and cannot "
+            f"be part of a route. Activate it and call the model with its samples alone."
+        )
+    if name in state.scope().contexts:
+        raise ConfigError(
+            f"a route takes no context, and {name!r} has one: leave handle.context(...), or call the adapters one by one."
+        )
+
+
+def _at_slot(route: Names, slot: PrefixSlot) -> ActivePrefix | None:
+    """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route."""
+    own = {
+        name: [slot[key] for key in slot.members.get(name, ()) if slot[key].config.prompt != "context"]  # pyright: ignore
+        for name in dict.fromkeys(route)
+        if name is not None
+    }
+    ranks = range(max(map(len, own.values()), default=0))
+    routed = [
+        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)})  # pyright: ignore
+        for rank in ranks
+    ]
+    return together([prefix for prefix in routed if prefix.prefixes])

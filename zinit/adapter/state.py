@@ -1,80 +1,248 @@
-"""What zinit did to one model, and what of its prefixes is computed ahead."""
+"""What zinit did to one model, and which of its prefixes are on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from zinit.backbones.base import AttentionSite, Backbone, PrefixSlot
+from zinit.adapter.parts import Part, PrefixWithContext, together
+from zinit.adapter.scopes import CachedKV, Change, Scope, SwitchOn, changes_of, opened, refresh, scope_of
+from zinit.backbones.base import ActivePrefix, AttentionSite, Backbone, PrefixSlot
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
+from zinit.prefix import Context
 
-if TYPE_CHECKING:
-    from zinit.adapter.handle import Handle
+ATTRIBUTE = "_zinit"  # of the model, where its state is kept
+NO_SCOPE = Scope()
+_keys = itertools.count()
 
-ATTRIBUTE = "_zinit"
+
+class Attached(Protocol):
+    """What the state needs to know of an adapter (a `zinit.adapter.handle.Handle`).
+
+    Attributes:
+        parts: by name.
+        takes_context: keys in the slots of the prefixes that a context goes to.
+        tuning: what it changes in the host's own modules, if anything.
+    """
+
+    @property
+    def parts(self) -> Mapping[str, Part]: ...
+    @property
+    def takes_context(self) -> tuple[str, ...]: ...
+    @property
+    def tuning(self) -> nn.Module | None: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-@dataclass
-class Attachment:
-    """What zinit did to one model: enough to undo all of it. Lives on the model, shared by its adapters."""
+def state_of(model: nn.Module) -> AdapterState | None:
+    """What zinit did to a model; None if nothing. A compiled model is the one that was compiled."""
+    return getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
 
+
+@dataclass(eq=False)
+class AdapterState:
+    """What zinit did to one model: enough to undo all of it. Lives on the model, shared by its adapters.
+
+    Attributes:
+        model: the host.
+        backbone: that knows it.
+        sites: all its attention modules that can take a prefix.
+        handles: its adapters by name, each a handle (see `Attached`).
+        slots: {site: slot}, where prefixes are.
+        on: the adapters that are on, where no scope says otherwise.
+        trained_before: the host's parameters that were trained before the first adapter froze them.
+        wraps_generate: whether the model's ``generate`` is ours.
+        version: goes up whenever a prefix may give other keys and values than before.
+        key: names this model among the scopes of a thread.
+        open: the scopes that are open in any thread.
+        tuned: {module: the adapters that tune it}, and the hook that serves them in ``hooks``.
+    """
+
+    model: nn.Module
     backbone: Backbone
     sites: dict[str, AttentionSite]
-    handles: dict[str, Handle] = field(default_factory=dict)
+    handles: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, PrefixSlot] = field(default_factory=dict)
+    on: tuple[str, ...] = ()
     trained_before: list[nn.Parameter] = field(default_factory=list)
     wraps_generate: bool = False
-    generations: int = 0
+    version: int = 0
+    key: int = field(default_factory=lambda: next(_keys))
+    open: set[Change] = field(default_factory=set)
+    tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     routes: int = 0
+    warned: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "open": set(), "routes": 0, "warned": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, key=next(_keys))  # a copy has scopes of its own
+
+    # --- scopes ---
+
+    @contextmanager
+    def opened(self, change: Change) -> Iterator[None]:
+        """A scope of this thread, which other threads do not see."""
+        self.open.add(change)
+        try:
+            with opened(change):
+                yield
+        finally:
+            self.open.discard(change)
+
+    def scope(self) -> Scope:
+        """What this thread's scopes come to."""
+        found = scope_of(self.key)
+        if found is not None:
+            return found
+        if self.open and not self.warned and not torch.compiler.is_compiling():
+            self._warn()
+        return NO_SCOPE
+
+    def _warn(self) -> None:
+        self.warned = True
+        warnings.warn(
+            f"this {type(self.model).__name__} is called from a thread without a zinit scope while another thread has "
+            f"one open (handle.disabled, route or context). A scope belongs to the thread that opened it; to take it "
+            f"along, start the thread with zinit.in_scope(function).",
+            stacklevel=2,
+        )
 
     def check_no_route(self, what: str) -> None:
         """Adapters neither come nor go inside `Handle.route`.
 
         Raises:
-            ConfigError: if a route is open.
+            ConfigError: if a route is open in any thread.
         """
         if self.routes:
             raise ConfigError(f"{what} cannot be done inside handle.route(...). Leave that scope first.")
 
-    def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
-        """Takes the slot of one attention module away."""
-        self.backbone.uninstall(model, site)
-        self.slots.pop(site.name, None)
+    def switch_on(self, names: tuple[str, ...]) -> None:
+        """Exactly these adapters are on, inside the scopes of this thread too.
+
+        Raises:
+            ConfigError: if one of them shares the words' softmax and is not alone at a layer.
+        """
+        for site, slot in self.slots.items():
+            keys = [key for name in names for key in slot.members.get(name, ())]
+            joint = [key for key in keys if not slot[key].config.separate_softmax]  # pyright: ignore
+            if joint and len(keys) > 1:
+                raise ConfigError(
+                    f"the adapter {joint[0]!r} shares the words' softmax (separate_softmax=False), which stands alone, "
+                    f"but {', '.join(names)} would all be on in {site}. Activate it alone."
+                )
+        self.on = names
+        self.version += 1
+        for change in changes_of(self.key):
+            if isinstance(change, SwitchOn):
+                change.names = names
+        refresh(self.key)
+
+    # --- what a slot asks, see `zinit.backbones.base.SlotState` ---
+
+    def names_on(self) -> tuple[str, ...]:
+        """The adapters that are on for this thread."""
+        scope = self.scope()
+        return self.on if scope.on is None else scope.on
+
+    def names_at(self, slot: PrefixSlot) -> tuple[str, ...]:
+        """The adapters that are on at a slot."""
+        return tuple(name for name in self.names_on() if name in slot.members)
+
+    def is_per_sample(self, slot: PrefixSlot) -> bool:
+        """Whether samples of the batch differ in their prefix."""
+        scope = self.scope()
+        return scope.route is not None or any(name in scope.contexts for name in self.names_at(slot))
+
+    def prefix_at(self, slot: PrefixSlot, context: Tensor | Context | None = None) -> ActivePrefix | None:
+        """What is on at a slot, each prefix with its context.
+
+        Raises:
+            ConfigError: if a context comes with the call and it is not clear whose it is.
+        """
+        scope = self.scope()
+        if scope.route is not None:
+            if context is not None or scope.route.names & scope.contexts.keys():
+                raise ConfigError("a route takes no context: leave it out, or call the adapters one by one.")
+            return scope.route.at.get(slot.site)
+        names = self.on if scope.on is None else scope.on
+        if context is not None:
+            self._check_one_takes(names)
+        members: list[ActivePrefix] = []
+        for name in names:
+            takes = self.handles[name].takes_context if name in slot.members else ()
+            for key in slot.members.get(name, ()):
+                prefix: Any = slot[key]
+                own = None
+                if key in takes:
+                    own = scope.contexts.get(name) if context is None else context
+                if own is not None or prefix.config.prompt != "context":
+                    members.append(PrefixWithContext(prefix, own))
+        return together(members)
+
+    def _check_one_takes(self, names: Sequence[str]) -> None:
+        taking = [name for name in names if self.handles[name].takes_context]
+        if len(taking) > 1:
+            raise ConfigError(
+                f"zinit_context came with the call, and {', '.join(taking)} all take a context. Give each its own with "
+                f"handle.context(...)."
+            )
+
+    def cached_at(self, slot: PrefixSlot) -> tuple[Any, Any] | None:
+        """Keys and values that were computed ahead for this thread's scope and still hold."""
+        cached = self.scope().cached
+        if cached is None or cached.version != self.version:
+            return None
+        return cached.pairs.get(slot.site)
+
+    # --- keys and values ahead of time ---
+
+    @contextmanager
+    def cached_kv(self) -> Iterator[None]:
+        """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones."""
+        cached = self.scope().cached
+        if cached is None or cached.version != self.version:
+            cached = CachedKV(self.version, self._compute_ahead())
+        keep = cached
+
+        def apply(scope: Scope) -> Scope:
+            return Scope(scope.on, scope.route, scope.contexts, keep)
+
+        with self.opened(Change(self.key, apply)):
+            yield
+
+    @torch.no_grad()
+    def _compute_ahead(self) -> dict[str, tuple[Any, Any]]:
+        pairs: dict[str, tuple[Any, Any]] = {}
+        for name, slot in self.slots.items():
+            host, prefix = self.sites[name].module, self.prefix_at(slot)
+            weights = [p for part, p in host.named_parameters() if not part.startswith("zinit.")]
+            if prefix is None or any(map(is_shard, weights)):
+                continue  # sharded weights are complete only inside the host's own forward
+            floating = [weight.dtype for weight in weights if weight.is_floating_point()]
+            dtype = floating[0] if floating else self._dtype()  # a quantised module may have integer weights only
+            pairs[name] = slot.keys_values(host, prefix, dtype)
+        return pairs
 
     def _dtype(self) -> torch.dtype:
         """Of the model's first weight that is no integer."""
-        models = (handle.model for handle in self.handles.values())
-        floating = (p.dtype for model in models for p in model.parameters() if p.is_floating_point())
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
-    @contextmanager
-    def frozen_prefix(self) -> Iterator[None]:
-        """See `Handle.frozen_prefix`. Scopes nest; what the outermost ends is kept no longer."""
-        self.generations += 1
-        try:
-            for name, slot in self.slots.items():
-                if slot.frozen is None:
-                    _freeze(slot, self.sites[name].module, self._dtype())
-            yield
-        finally:
-            self.generations -= 1
-            if self.generations == 0:
-                for slot in self.slots.values():
-                    slot.frozen = None
+    # --- undoing ---
 
-
-@torch.no_grad()
-def _freeze(slot: PrefixSlot, host: nn.Module, default: torch.dtype) -> None:
-    prefix = slot.prefix()
-    weights = [p for name, p in host.named_parameters() if not name.startswith("zinit.")]
-    if prefix is None or any(map(is_shard, weights)):
-        return  # sharded weights are whole only inside the host's own forward
-    floating = [weight.dtype for weight in weights if weight.is_floating_point()]
-    dtype = floating[0] if floating else default  # all of a quantised module's weights may be integers
-    slot.frozen = slot.keys_values(host, prefix, dtype)
+    def uninstall(self, site: AttentionSite) -> None:
+        """Takes the slot of one attention module away."""
+        self.backbone.uninstall(self.model, site)
+        self.slots.pop(site.name, None)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zinit.backbones.base import AttentionSite, PrefixSlot
 from zinit.errors import BackboneError
-from zinit.prefix import join_words
+from zinit.prefix import concat_prefix
 
 IMPLEMENTATION = "zinit"
 NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
@@ -91,7 +91,7 @@ def attend(
     host = HostView(module, config.zinit_host) if "flash" in name else module
     context = kwargs.pop("zinit_context", None)
     slot: PrefixSlot = module.zinit  # pyright: ignore[reportAssignmentType]
-    prefix = slot.prefix()
+    prefix = slot.prefix(context)
     if prefix is None:
         return attention(host, query, key, value, attention_mask, **kwargs)
 
@@ -104,7 +104,7 @@ def attend(
             )
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        key, value, attention_mask = join_words(
+        key, value, attention_mask = concat_prefix(
             query, key, value, attention_mask, causal and name == "sdpa", (prompt_key, prompt_value)
         )
         if attention_mask is None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from zinit.prefix import ZeroGatedPrefix
-
-if TYPE_CHECKING:
-    from zinit.adapter.routing import RoutedPrefix
+from zinit.config import PrefixConfig
+from zinit.prefix import Context, ProjectKV
 
 ProjectHostKV = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(host module, (K, C) or (B, K, C)) to two of (1 or B, G, K, D). A plain function: a prefix never holds its host."""
@@ -95,52 +93,101 @@ class Backbone(Protocol):
         ...
 
 
+class ActivePrefix(Protocol):
+    """What a slot hands to the host's attention: one prefix, a sum of several, or one for each sample.
+
+    Attributes:
+        config: of the prefix; of one of them where there are several, which then all have a softmax of their own.
+    """
+
+    config: PrefixConfig
+
+    def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Keys and gated values, in whatever form the call below takes them."""
+        ...
+
+    def __call__(self, query: Tensor, key: Any, value: Any, scale: float) -> Tensor:
+        """The addition to the heads' output, (B, H, T, D); see `zinit.prefix.ZeroGatedPrefix.forward`."""
+        ...
+
+
+class SlotState(Protocol):
+    """Which of a model's prefixes are on, asked anew at each call: it depends on the thread's scopes."""
+
+    def prefix_at(self, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
+        """What is on at a slot; None if there is nothing to add."""
+        ...
+
+    def cached_at(self, slot: PrefixSlot) -> tuple[Any, Any] | None:
+        """Keys and values that were computed ahead for the scope at hand."""
+        ...
+
+    def names_at(self, slot: PrefixSlot) -> tuple[str, ...]:
+        """The adapters that are on at a slot."""
+        ...
+
+    def is_per_sample(self, slot: PrefixSlot) -> bool:
+        """Whether samples of the batch differ in their prefix: by a route or a context."""
+        ...
+
+
 class PrefixSlot(nn.ModuleDict):
-    """The child ``zinit`` of an attention module: its prefixes by adapter name, and which of them is on.
+    """The child ``zinit`` of an attention module: the prefixes that adapters have there.
 
     Args:
         project_kv: the host's key and value projections.
+        site: the attention module's name in the model.
+        state: says which prefixes are on. It is the model's, shared by all slots.
+
+    Attributes:
+        members: {adapter: keys of its prefixes here}, in the order of its parts.
     """
 
-    def __init__(self, project_kv: ProjectHostKV) -> None:
+    def __init__(self, project_kv: ProjectHostKV, site: str = "", state: SlotState | None = None) -> None:
         super().__init__()
         self.project_kv = project_kv
-        self.active: str | None = None
-        self.contexts: dict[str, Tensor] = {}
-        self.frozen: tuple[Tensor, Tensor] | None = None
-        self.route: RoutedPrefix | None = None
+        self.site = site
+        self.state = state
+        self.members: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def can_hold(cls, name: str) -> bool:
         """Whether a prefix may go by this name: an identifier that is no attribute of the slot itself."""
         return name.isidentifier() and not hasattr(cls(lambda host, tokens: (tokens, tokens)), name)
 
-    def prefix(self) -> ZeroGatedPrefix | RoutedPrefix | None:
-        """The active prefix, or the route's; None if there is nothing to add here."""
-        if self.route is not None:
-            return self.route if self.route.prefixes else None
-        if self.active is None or self.active not in self:
-            return None
-        return self[self.active]  # pyright: ignore[reportReturnType]
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that are on here."""
+        return () if self.state is None else self.state.names_at(self)
+
+    @property
+    def cached_kv(self) -> tuple[Any, Any] | None:
+        """Keys and values that were computed ahead, for the length of a generation, say."""
+        return None if self.state is None else self.state.cached_at(self)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether samples of the batch differ in their prefix: by a route or a context."""
+        return self.state is not None and self.state.is_per_sample(self)
+
+    def prefix(self, context: Tensor | Context | None = None) -> ActivePrefix | None:
+        """What is on here; None if there is nothing to add.
+
+        Args:
+            context: one that comes with this call; it goes before the one that `Handle.context` has set.
+        """
+        return None if self.state is None else self.state.prefix_at(self, context)
 
     def keys_values(
-        self,
-        host: nn.Module,
-        prefix: ZeroGatedPrefix | RoutedPrefix,
-        dtype: torch.dtype,
-        context: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The keys and gated values: frozen for the length of a generation, else computed anew.
+        self, host: nn.Module, prefix: ActivePrefix, dtype: torch.dtype, context: Tensor | Context | None = None
+    ) -> tuple[Any, Any]:
+        """The keys and gated values: computed ahead for the length of a generation, else computed anew.
 
-        Frozen ones are used only where no gradient could be wanted. A context given here comes before the one that
-        `Handle.context` has set for the active adapter.
+        Those computed ahead are used only where no gradient could be wanted and no context came with the call.
         """
-        if self.frozen is not None and context is None and not torch.is_grad_enabled():
-            return self.frozen
-        if context is None:
-            used = [self.active] if self.route is None else self.route.prefixes
-            context = next((self.contexts[name] for name in used if name in self.contexts), None)
-        return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype, context)
+        if context is None and not torch.is_grad_enabled() and (cached := self.cached_kv) is not None:
+            return cached
+        return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype)
 
 
 def with_real_weights(module: nn.Module) -> nn.Module:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +23,38 @@ from torch.nn import functional as F
 
 from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
 from zinit.errors import BackboneError, ConfigError
-from zinit.prefix import join_words
+from zinit.prefix import concat_prefix
 
 KNOWN = {"x", "rope", "attn_mask", "is_causal", "mask", "shared_rel_pos_bias", "shared_rel_pos"}
 NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
 
 
+@dataclass
+class Forward:
+    """One forward pass of one attention module, as far as it has come."""
+
+    host: Any
+    given: dict[str, Any]
+    query: Tensor | None = None
+
+
+_THREAD = threading.local()  # one model may be called by several threads: what its hooks pass on is each thread's own
+
+
+def _forward_here() -> Forward | None:
+    return getattr(_THREAD, "forward", None)
+
+
 class Seam:
-    """The hooks on one attention module, and what they pass to each other within one forward.
+    """The hooks on one attention module. They find the prefixes in the module that is called: copies have their own.
 
     Args:
         host: the attention module.
-        slot: its prefixes; None only listens (``query`` and ``out`` stay).
+        heard: only listen, and put each (query, heads' output) in this list.
     """
 
-    def __init__(self, host: nn.Module, slot: PrefixSlot | None) -> None:
-        self.host, self.slot = host, slot
-        self.given: dict[str, Any] = {}
-        self.query: Tensor | None = None
-        self.out: Tensor | None = None
+    def __init__(self, host: nn.Module, heard: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.heard = heard
         self.order = list(inspect.signature(type(host).forward).parameters)[1:]
         exit = getattr(host, "norm", None) or host.proj
         self.handles = [
@@ -58,49 +73,64 @@ class Seam:
 
     def begin(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps the module's arguments."""
-        self.given = dict(zip(self.order, args, strict=False)) | kwargs
+        _THREAD.forward = Forward(host, dict(zip(self.order, args, strict=False)) | kwargs)
 
     def catch(self, norm: nn.Module, args: tuple[Any, ...], query: Tensor) -> None:
         """Keeps the query."""
-        self.query = query
+        forward = _forward_here()
+        if forward is not None:
+            forward.query = query
 
     def catch_fused(self, projection: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
         """Keeps the query that a fused projection of the words gives; prompts pass it too, outside of a forward."""
-        if self.given:
-            self.query = in_heads(self.host, projected.chunk(3, dim=-1)[0])
+        forward = _forward_here()
+        if forward is not None:
+            forward.query = in_heads(forward.host, projected.chunk(3, dim=-1)[0])
 
     def add(self, exit: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Adds the prefix to what the heads give: (B, T, H * D) in ``args``."""
-        given, query = self.given, self.query
-        self.given, self.query = {}, None
-        prefix = None if self.slot is None else self.slot.prefix()
-        if self.slot is not None and prefix is None:
+        forward = _forward_here()
+        _THREAD.forward = None
+        if forward is None:
             return None
-        host: Any = self.host
-        if self.slot is not None and "mask" in self.order and (self.slot.route or self.slot.contexts):
+        if self.heard is not None:
+            self.heard.append((final_query(forward), args[0]))
+            return None
+        host, slot = forward.host, forward.host.zinit
+        prefix = slot.prefix()
+        if prefix is None:
+            return None
+        if "mask" in self.order and slot.per_sample:
             raise ConfigError(
                 f"{type(host).__name__} attends within windows and does not know which sample one is of: it takes "
                 f"neither a route nor a context. Activate one adapter for the whole batch."
             )
-        if query is None:
-            query = project_query(host, given["x"])
-        query = rotate(host, query, given.get("rope"))
-        if self.slot is None or prefix is None:
-            self.query, self.out = query, args[0]
-            return None
-        prompts = self.slot.keys_values(host, prefix, query.dtype)
+        query = final_query(forward)
+        prompts = slot.keys_values(host, prefix, query.dtype)
         if prefix.config.separate_softmax:
             return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)).view_as(args[0]), *args[1:])
-        key, value = project_kv(host, given["x"])  # plain prefix tuning attends once more, to prompts and words
-        key = rotate(host, key, given.get("rope"))
-        causal = given.get("is_causal", False)
-        mask = None if causal else added_to_scores(host, given)
-        key, value, mask = join_words(query, key, value, mask, causal, prompts)
-        shared_by = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
-        dropout = host.attn_drop.p if host.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=host.scale)
-        return (heads_side_by_side(out), *args[1:])
+        return (heads_side_by_side(attend_jointly(forward, query, prompts)), *args[1:])
+
+
+def final_query(forward: Forward) -> Tensor:
+    """(B, H, T, D): the query that meets the keys, rotated where the host rotates."""
+    host, given = forward.host, forward.given
+    query = project_query(host, given["x"]) if forward.query is None else forward.query
+    return rotate(host, query, given.get("rope"))
+
+
+def attend_jointly(forward: Forward, query: Tensor, prompts: tuple[Tensor, Tensor]) -> Tensor:
+    """Plain prefix tuning attends once more, to prompts and words: (B, H, T, D)."""
+    host, given = forward.host, forward.given
+    key, value = project_kv(host, given["x"])
+    key = rotate(host, key, given.get("rope"))
+    causal = given.get("is_causal", False)
+    mask = None if causal else added_to_scores(host, given)
+    key, value, mask = concat_prefix(query, key, value, mask, causal, prompts)
+    shared_by = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+    dropout = host.attn_drop.p if host.training else 0.0
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=host.scale)
 
 
 def heads_side_by_side(x: Tensor) -> Tensor:
@@ -207,7 +237,7 @@ class TimmBackbone:
     def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
         """Adds the child ``zinit`` and the hooks."""
         site.module.add_module("zinit", slot)
-        vars(slot)["seam"] = Seam(site.module, slot)
+        vars(slot)["seam"] = Seam(site.module)
 
     def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
         """Takes the hooks and the child away again."""
@@ -301,12 +331,13 @@ def has_foreign_bias(module: Any) -> bool:
 
 def difference(host: Any, site: AttentionSite, states: Tensor, given: dict[str, Tensor]) -> str:
     """How the module's attention of (1, T, C) differs from that of its projections; empty if it does not."""
-    seam = Seam(host, None)
+    heard: list[tuple[Tensor, Tensor]] = []
+    seam = Seam(host, heard)
     try:
         host(states, **given)
     finally:
         seam.remove()
-    query, out = seam.query, seam.out
+    query, out = heard[0] if heard else (None, None)
     if query is None or out is None or query.shape[1:] != (site.num_heads, states.shape[1], site.head_dim):
         return "its query does not leave q_norm as (batch, heads, tokens, width of a head)"
     key, value = project_kv(host, states)

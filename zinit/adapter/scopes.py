@@ -1,0 +1,146 @@
+"""Scopes: what a thread or task says about a model's adapters for a while, such as `disabled` or `route`.
+
+One model may be used by several threads at a time. So a scope is kept in a context variable, which each thread and each
+asyncio task has for itself; the model keeps only what holds for everybody. Scopes may overlap: each takes away what it
+brought, in whatever order they end.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from zinit.prefix import Context
+
+if TYPE_CHECKING:
+    from zinit.backbones.base import ActivePrefix
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class CachedKV:
+    """Keys and values that were computed ahead, and the version of the adapters that they belong to."""
+
+    version: int
+    pairs: dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Each sample's own adapter.
+
+    Attributes:
+        names: of the adapters in it, and None if some sample has none.
+        at: {site: what stands in for its prefixes, or None}.
+    """
+
+    names: frozenset[str | None]
+    at: Mapping[str, ActivePrefix | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """What the open scopes of one thread come to, for one model.
+
+    Attributes:
+        on: the adapters that are on; None is whatever is active on the model.
+        route: each sample's own adapter; it goes before ``on``.
+        contexts: {adapter: its context}.
+        cached: keys and values that hold as long as nothing else changes.
+    """
+
+    on: tuple[str, ...] | None = None
+    route: Route | None = None
+    contexts: Mapping[str, Context] = field(default_factory=dict)
+    cached: CachedKV | None = None
+
+
+class Change:
+    """One open scope: what it changes. Told apart by identity."""
+
+    def __init__(self, key: int, apply: Callable[[Scope], Scope]) -> None:
+        self.key, self.apply = key, apply
+
+
+class SwitchOn(Change):
+    """Exactly these adapters are on; `names` follows an activation that happens inside."""
+
+    def __init__(self, key: int, names: tuple[str, ...]) -> None:
+        self.names = names
+        super().__init__(key, lambda scope: replace(scope, on=self.names, route=None, cached=None))
+
+
+_CHANGES: contextvars.ContextVar[tuple[Change, ...]] = contextvars.ContextVar("zinit_changes", default=())
+_SCOPES: contextvars.ContextVar[Mapping[int, Scope]] = contextvars.ContextVar("zinit_scopes", default={})  # noqa: B039
+
+
+def scope_of(key: int) -> Scope | None:
+    """What this thread's open scopes come to for a model; None if none is open."""
+    return _SCOPES.get().get(key)
+
+
+def changes_of(key: int) -> list[Change]:
+    """This thread's open scopes for a model, outermost first."""
+    return [change for change in _CHANGES.get() if change.key == key]
+
+
+def refresh(key: int, changes: tuple[Change, ...] | None = None) -> None:
+    """Works out anew what this thread's scopes come to for one model.
+
+    Args:
+        key: the model's.
+        changes: all open scopes of this thread from now on; None leaves them.
+    """
+    if changes is None:
+        changes = _CHANGES.get()
+    _CHANGES.set(changes)
+    mine = [change for change in changes if change.key == key]
+    others = {known: scope for known, scope in _SCOPES.get().items() if known != key}
+    if mine:
+        others[key] = functools.reduce(lambda scope, change: change.apply(scope), mine, Scope())
+    _SCOPES.set(others)
+
+
+@contextmanager
+def opened(change: Change) -> Iterator[None]:
+    """A scope for this thread or task."""
+    refresh(change.key, (*_CHANGES.get(), change))
+    try:
+        yield
+    finally:
+        refresh(change.key, tuple(open for open in _CHANGES.get() if open is not change))
+
+
+@contextmanager
+def replaced(key: int, scope: Scope | None) -> Iterator[None]:
+    """A scope in which a model sees exactly what a call saw that is computed again."""
+    before = _SCOPES.get()
+    _SCOPES.set({known: other for known, other in before.items() if known != key} | ({key: scope} if scope else {}))
+    try:
+        yield
+    finally:
+        _SCOPES.set(before)
+
+
+def in_scope(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that keeps the scopes that are open now, for another thread to call.
+
+    Threads start without any scope. A thread that generates for a streamer, say, takes them along this way.
+
+    Example:
+        >>> with handle.route(["chat"]):  # doctest: +SKIP
+        ...     threading.Thread(target=zinit.in_scope(model.generate), kwargs=inputs).start()
+    """
+    context = contextvars.copy_context()
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+        return context.copy().run(function, *args, **kwargs)
+
+    return inside
