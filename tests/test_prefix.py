@@ -1,4 +1,4 @@
-"""The formula by itself: `ZeroGatedPrefix` and plain prefix tuning's `join_words`, against loops."""
+"""The formula by itself: `ZeroGatedPrefix` and plain prefix tuning's `concat_prefix`, against loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
-from zinit.prefix import ZeroGatedPrefix, for_each_sample, join_words
+from zinit.prefix import ZeroGatedPrefix, concat_prefix, for_each_sample
 
 B, T, S, H, G, D, K, C = 2, 3, 7, 6, 2, 5, 4, 11
 
@@ -219,7 +219,7 @@ def test_joining_prompts_and_words(kind: str, batch: int) -> None:
         mask = torch.zeros(B, 1, queries, S).masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     if kind == "longer-mask":  # a static cache's mask may be longer than the keys
         mask = F.pad(visible[:, None], (0, 3), value=False)
-    long_key, long_value, long_mask = join_words(query, key, value, mask, kind in ("causal", "decoding"), prompts)
+    long_key, long_value, long_mask = concat_prefix(query, key, value, mask, kind in ("causal", "decoding"), prompts)
     assert long_key.shape == long_value.shape == (B, G, K + S, D)
     got = F.scaled_dot_product_attention(query, long_key, long_value, attn_mask=long_mask, scale=0.4, enable_gqa=True)
     torch.testing.assert_close(got, joint_by_hand(query, key, value, visible, prompts, 0.4), atol=1e-5, rtol=1e-5)

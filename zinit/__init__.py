@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdapterConfig": "zinit.config",
     "PrefixConfig": "zinit.config",
+    "Context": "zinit.prefix",
+    "in_scope": "zinit.adapter.scopes",
     "ZeroGatedPrefix": "zinit.prefix",
     "Handle": "zinit.adapter.handle",
     "attach": "zinit.adapter.handle",
@@ -29,18 +32,21 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from zinit.adapter.handle import Handle, attach, get_handle, load
+    from zinit.adapter.scopes import in_scope
     from zinit.backbones.base import AttentionSite
-    from zinit.config import PrefixConfig
+    from zinit.config import AdapterConfig, PrefixConfig
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
     from zinit.interop.importing import import_adapter
-    from zinit.prefix import ZeroGatedPrefix
+    from zinit.prefix import Context, ZeroGatedPrefix
     from zinit.tasks.base import Task
 
 __all__ = [
+    "AdapterConfig",
     "AttentionSite",
     "BackboneError",
     "CheckpointError",
     "ConfigError",
+    "Context",
     "DataError",
     "Handle",
     "PrefixConfig",
@@ -50,6 +56,7 @@ __all__ = [
     "attach",
     "get_handle",
     "import_adapter",
+    "in_scope",
     "load",
     "register_backbone",
     "register_method",

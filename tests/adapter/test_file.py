@@ -17,7 +17,7 @@ import zinit
 from tests.contract.cases import causal_lm, text_batch
 from zinit.adapter import file as adapter_file
 from zinit.adapter.file import AdapterFile
-from zinit.adapter.handle import ATTRIBUTE
+from zinit.adapter.state import ATTRIBUTE
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import write_atomically
 

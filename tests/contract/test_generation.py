@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import zinit
 from tests.contract.cases import CASES, Case, causal_lm
-from zinit.adapter.handle import ATTRIBUTE
+from zinit.adapter.scopes import changes_of
+from zinit.adapter.state import ATTRIBUTE
 
 CLOSED = zinit.PrefixConfig(length=5, layers=2)
 OPEN = zinit.PrefixConfig(length=5, layers=2, gate_init=0.7)
@@ -61,8 +62,8 @@ def counted_projections(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def nothing_is_kept(model: nn.Module) -> bool:
-    attachment = getattr(model, ATTRIBUTE)
-    return attachment.generations == 0 and all(slot.frozen is None for slot in attachment.slots.values())
+    state = getattr(model, ATTRIBUTE)
+    return not state.open and not changes_of(state.key) and all(slot.cached_kv is None for slot in state.slots.values())
 
 
 def train_step(case: Case, model: Any, handle: zinit.Handle, learning_rate: float = 0.1) -> dict[str, Tensor]:

@@ -181,7 +181,7 @@ BROKEN = {
     "a closed gate must change no bit": ("return out + prefix", "return out + 1e-3 + prefix"),
     "open gates must change the output": ("return out + prefix", "return out + 0 * prefix"),
     "gets no gradient": ("*slot.keys_values(", "*(x.detach() for x in slot.keys_values("),
-    "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if slot.frozen else 1)"),
+    "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if slot.cached_kv else 1)"),
     "a disabled adapter must change no bit": ("    return out\n", "    return out if slot.active else 2 * out\n"),
     "detaching must give the model's own output": (
         ", site.module.attend",

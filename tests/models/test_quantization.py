@@ -166,7 +166,7 @@ def test_the_prompts_keys_are_kept_in_the_hosts_dtype(quantize: Any) -> None:
     model, _ = load_causal_lm(demo.llama_path(), dtype=torch.bfloat16, quantize=quantize, tokenizer=False)
     handle = zinit.attach(model, OPEN, seed=0)
     with handle.frozen_prefix():
-        kept = [slot.frozen for slot in handle.attachment.slots.values()]
+        kept = [slot.cached_kv for slot in handle.state.slots.values()]
     assert all(pair is not None and {tensor.dtype for tensor in pair} == {torch.bfloat16} for pair in kept)
 
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.build import build_modules
 from zinit.adapter.fingerprint import cosine, fingerprint
-from zinit.config import PrefixConfig
+from zinit.adapter.state import state_of
+from zinit.backbones import BACKBONES
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError, CheckpointError, ConfigError, first_line
 from zinit.files import check_tensors, write_atomically
 
@@ -44,7 +47,7 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
     def write(self, directory: str | Path) -> None:
-        """Writes ``adapter.safetensors``, ``source.safetensors`` if something makes a context, and ``adapter.json`` last.
+        """Writes ``adapter.safetensors``, ``source.safetensors`` (what makes a context), and ``adapter.json`` last.
 
         Each appears whole or not at all.
 
@@ -74,9 +77,7 @@ class AdapterFile:
 
         hashes: dict[str, str] = {}
         for file, key in FILES.items():
-            own = {
-                name: tensor for name, tensor in self.tensors.items() if (file == SOURCE) == name.startswith(OF_SOURCE)
-            }
+            own = {k: v for k, v in self.tensors.items() if k.startswith(OF_SOURCE) == (file == SOURCE)}
             if own or file == TENSORS:
                 data = save(own, metadata={"format": "pt"})
                 write_atomically(folder / file, data)

@@ -337,7 +337,7 @@ class Handle:
             ConfigError: if the shape does not fit, or no part takes a context (learned keys and values do not).
         """
         taking = [part for part in self.parts.values() if part.takes_context] or list(self.parts.values())
-        checked = [prefix.check_context(context) for part in taking for prefix in part.prefixes.values()][0]
+        checked = next(prefix.check_context(context) for part in taking for prefix in part.prefixes.values())
 
         def apply(scope: Any) -> Any:
             return replace(scope, contexts={**scope.contexts, self.name: checked}, cached=None)

@@ -126,12 +126,13 @@ def _check_routable(state: AdapterState, name: str) -> None:
         )
     if handle.tuning is not None:
         raise ConfigError(
-            f"the adapter {name!r} tunes modules of the host, which are the same for all samples of a batch, and cannot "
-            f"be part of a route. Activate it and call the model with its samples alone."
+            f"the adapter {name!r} tunes modules of the host, which are the same for all samples of a batch, and "
+            f"cannot be part of a route. Activate it and call the model with its samples alone."
         )
     if name in state.scope().contexts:
         raise ConfigError(
-            f"a route takes no context, and {name!r} has one: leave handle.context(...), or call the adapters one by one."
+            f"a route takes no context, and {name!r} has one: leave handle.context(...), or call the adapters one by "
+            f"one."
         )
 
 

@@ -102,8 +102,8 @@ def make_shared(
     taking = {part.length for part in config.parts.values() if part.prompt != "table"}
     if (hyper or config.context) and len(set(widths.values())) > 1:
         raise ConfigError(
-            f"layers that share a network of prompts or a context must be of one width; got {sorted(set(widths.values()))}."
-            f" Choose one tower: towers=[...]."
+            f"layers that share a network of prompts or a context must be of one width; got "
+            f"{sorted(set(widths.values()))}. Choose one tower: towers=[...]."
         )
     width = next(iter(widths.values()), 0)
     if hyper:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from zinit.adapter.handle import ATTRIBUTE
+from zinit.adapter.state import state_of
 from zinit.backbones import find_backbone
 from zinit.backbones.base import AttentionSite
 from zinit.compat import uncompiled
@@ -18,14 +18,13 @@ from zinit.errors import CheckpointError
 from zinit.interop.base import Gate, Imported
 
 if TYPE_CHECKING:
-    from zinit.adapter.handle import Attachment, Handle
+    from zinit.adapter.handle import Handle
 
 
 def sites_of(model: nn.Module) -> list[AttentionSite]:
-    """All attention modules that can take a prefix, lowest layer first; works on models that have adapters already."""
-    model = uncompiled(model)
-    attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
-    return list(attachment.sites.values()) if attachment else find_backbone(model).sites(model)
+    """All attention modules that can take a prefix, lowest layer first; the model may have adapters already."""
+    state = state_of(model)
+    return list(state.sites.values()) if state else find_backbone(uncompiled(model)).sites(model)
 
 
 def to_prefix(
@@ -124,7 +123,7 @@ def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
     Raises:
         CheckpointError: if the adapter has another form; the message says why.
     """
-    config, every = handle.config, list(handle.attachment.sites.values())
+    config, every = handle.config, list(handle.state.sites.values())
     if config.parametrization != "prompt":
         raise cannot(format, "it learns keys and values directly, and the format holds prompts")
     if not config.separate_softmax:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle, attach
-from zinit.adapter.state import ATTRIBUTE
-from zinit.compat import uncompiled
+from zinit.adapter.state import state_of
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
 from zinit.interop.base import Format, Gate
@@ -75,8 +74,8 @@ def attach_tensors(
 
 def handles_on(model: nn.Module) -> dict[str, Handle]:
     """The adapters of a model, by name."""
-    attachment = getattr(uncompiled(model), ATTRIBUTE, None)
-    return attachment.handles if attachment else {}
+    state = state_of(model)
+    return state.handles if state else {}
 
 
 def active_handle(model: nn.Module) -> Handle | None:

@@ -99,7 +99,7 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
     _check_base(handle, FORMAT)
     squashed = handle.config.gating and handle.config.gate == "tanh"
     tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
-    for index, layer in enumerate(layers, start=len(handle.attachment.sites) - len(layers)):
+    for index, layer in enumerate(layers, start=len(handle.state.sites) - len(layers)):
         if reader == "inference":
             gate = layer.effective
         else:

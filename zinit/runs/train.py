@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinit.adapter.file import AdapterFile
 from zinit.adapter.fingerprint import cosine
 from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError, DataError
@@ -233,7 +232,7 @@ def _check_same_run(output: Path, identity: dict[str, Any], built: Built) -> Non
 
 def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -> None:
     """As `Handle.save`; a sharded host cannot be asked for its weights any more, so the sample is handed in."""
-    file = AdapterFile.of(handle)
+    file = handle.to_file()
     sample = file.fingerprint["key_probe"] or key_probe
     try:
         dataclasses.replace(file, fingerprint={**file.fingerprint, "key_probe": sample}).write(output)
