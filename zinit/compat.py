@@ -229,3 +229,42 @@ def window_bias(module: Any) -> Tensor:
     ``_get_rel_pos_bias`` (timm 0.6): the module's forward adds them to the scores, and nothing public gives them.
     """
     return module._get_rel_pos_bias()
+
+
+# --- torch: what a layer that is computed again can be known by -------------------------------------------------------
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is running a backward pass; torch has no public name for it (torch 2.0)."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
+
+
+def storage_key(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """What a tensor is known by as long as its memory is in use; None where it has none (inside torch.func)."""
+    try:
+        return tensor.data_ptr(), tuple(tensor.shape)
+    except RuntimeError:
+        return None
+
+
+def storage_reference(tensor: Tensor) -> Any:
+    """A reference that does not keep a tensor's memory, and says by ``expired()`` when it is gone (torch 1.0)."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def wrap_checkpointing(block: nn.Module, wrap: Callable[[Any], Any], wrapper: type) -> None:
+    """Puts a wrapper around a block's own checkpointing function, once; transformers sets it per block (4.35)."""
+    checkpoint = vars(block).get("_gradient_checkpointing_func")
+    if checkpoint is not None and not isinstance(checkpoint, wrapper):
+        vars(block)["_gradient_checkpointing_func"] = wrap(checkpoint)
+
+
+def unwrap_checkpointing(block: nn.Module, wrapper: Any) -> None:
+    """Undoes `wrap_checkpointing`."""
+    checkpoint = vars(block).get("_gradient_checkpointing_func")
+    if isinstance(checkpoint, wrapper):
+        vars(block)["_gradient_checkpointing_func"] = checkpoint.checkpoint

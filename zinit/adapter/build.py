@@ -11,6 +11,7 @@ from torch import nn
 
 from zinit.adapter import tuning as tunings
 from zinit.adapter.parts import Part
+from zinit.adapter.recompute import unwatch, watch
 from zinit.adapter.select import select_sites
 from zinit.adapter.sources import HyperPrompts, SharedPrompts, make_shared
 from zinit.adapter.state import AdapterState
@@ -134,6 +135,7 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
                 state.backbone.install(state.model, site, slot)
                 undo.callback(state.uninstall, site)
                 state.slots[name] = slot
+                watch(state, name)
         undo.pop_all()
     # From here on nothing fails.
     for part in modules.parts.values():
@@ -159,6 +161,8 @@ def uninstall(state: AdapterState, adapter: str) -> None:
             del slot[key]
         if not len(slot):
             state.uninstall(state.sites[name])
+    if not state.slots:
+        unwatch(state)
     root = getattr(state.model, ROOT, None)
     if type(root) is nn.ModuleDict and adapter in root:
         del root[adapter]

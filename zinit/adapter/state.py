@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +65,7 @@ class AdapterState:
         key: names this model among the scopes of a thread.
         open: the scopes that are open in any thread.
         tuned: {module: the adapters that tune it}, and the hook that serves them in ``hooks``.
+        block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class AdapterState:
     open: set[Change] = field(default_factory=set)
     tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+    block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
 
@@ -109,6 +111,10 @@ class AdapterState:
         if self.open and not self.warned and not torch.compiler.is_compiling():
             self._warn()
         return NO_SCOPE
+
+    def snapshot(self) -> Scope:
+        """What this thread sees now, for a layer that is computed again later."""
+        return replace(self.scope(), on=self.names_on(), cached=None)
 
     def _warn(self) -> None:
         self.warned = True
@@ -193,6 +199,11 @@ class AdapterState:
 
     def _check_one_takes(self, names: Sequence[str]) -> None:
         taking = [name for name in names if self.handles[name].takes_context]
+        if names and not taking:
+            raise ConfigError(
+                f"zinit_context came with the call, but {', '.join(names)} take no context: learned keys and values do "
+                f"not; use parametrization='prompt'."
+            )
         if len(taking) > 1:
             raise ConfigError(
                 f"zinit_context came with the call, and {', '.join(taking)} all take a context. Give each its own with "

@@ -1,0 +1,138 @@
+"""Layers that are computed again in the backward pass see what their forward pass saw.
+
+Gradient checkpointing runs a block twice: in the forward pass, and again when its gradient is needed. By then a scope
+may have closed, another adapter may be active, and autograd may run in a thread of its own, which has no scopes. So
+what was on is carried along: by the checkpointing function of the block where it has one of its own (transformers), and
+else by the block's input, which checkpointing keeps (timm).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit import compat
+from zinit.adapter.scopes import Scope, replaced
+from zinit.adapter.state import AdapterState
+from zinit.errors import ConfigError
+
+_THREAD = threading.local()  # the blocks that this thread is computing again, and the scopes that were put back for it
+
+
+def blocks_around(site: str) -> list[str]:
+    """The repeated blocks that an attention module is in, by its path: "layers.0", "layers.0.blocks.1"."""
+    parts = site.split(".")
+    return [".".join(parts[: index + 1]) for index, part in enumerate(parts[:-1]) if part.isdigit()]
+
+
+def watch(state: AdapterState, site: str) -> None:
+    """Puts hooks on the blocks around an attention module."""
+    for name in blocks_around(site):
+        if name not in state.block_hooks:
+            block, calls = state.model.get_submodule(name), BlockCalls(state)
+            state.block_hooks[name] = [
+                block.register_forward_pre_hook(calls.before, with_kwargs=True),
+                block.register_forward_hook(calls.after, always_call=True),
+            ]
+
+
+def unwatch(state: AdapterState) -> None:
+    """Takes all these hooks off a model."""
+    for name, hooks in state.block_hooks.items():
+        compat.unwrap_checkpointing(state.model.get_submodule(name), CarryScope)
+        for hook in hooks:
+            hook.remove()
+    state.block_hooks.clear()
+
+
+class CarryScope:
+    """A block's checkpointing function that puts the scope of the forward pass back when the block is computed again.
+
+    Args:
+        state: the model's.
+        checkpoint: the function that the block had.
+    """
+
+    def __init__(self, state: AdapterState, checkpoint: Callable[..., Any]) -> None:
+        self.state, self.checkpoint = state, checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoints a function; see `torch.utils.checkpoint.checkpoint`."""
+        scope = self.state.snapshot()
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with replaced(self.state.key, scope):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(inside, *args, **kwargs)
+
+
+class BlockCalls:
+    """What was on at the calls of one block that may be computed again, by their input.
+
+    Args:
+        state: the model's.
+    """
+
+    def __init__(self, state: AdapterState) -> None:
+        self.state = state
+        self.seen: dict[Hashable, tuple[Any, Scope]] = {}
+        self.purge_at = 64
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "seen": {}}  # inputs are this process's
+
+    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In the forward pass, notes what is on; in the backward pass, puts it back."""
+        if torch.compiler.is_compiling() or not (block.training or torch.is_grad_enabled()):
+            return
+        compat.wrap_checkpointing(block, lambda checkpoint: CarryScope(self.state, checkpoint), CarryScope)
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if given is None:
+            return
+        call = compat.storage_key(given)
+        if call is None:  # inside a transformation of torch.func
+            return
+        if not compat.is_in_backward():
+            self._note(call, given)
+            return
+        found = self.seen.get(call)
+        if found is None:
+            self._check_nothing_differs(block)
+            return
+        scope: AbstractContextManager[None] = replaced(self.state.key, found[1])
+        scope.__enter__()
+        _put_back().append((block, scope))
+
+    def after(self, block: nn.Module, args: Any, output: Any) -> None:
+        """Ends what `before` has put back, after an error too."""
+        if not torch.compiler.is_compiling() and (stack := _put_back()) and stack[-1][0] is block:
+            stack.pop()[1].__exit__(None, None, None)
+
+    def _note(self, call: Hashable, given: Tensor) -> None:
+        if len(self.seen) >= self.purge_at:  # inputs that nobody keeps will not come again
+            self.seen = {key: noted for key, noted in self.seen.items() if not noted[0].expired()}
+            self.purge_at = max(64, 2 * len(self.seen))
+        self.seen[call] = (compat.storage_reference(given), self.state.snapshot())
+
+    def _check_nothing_differs(self, block: nn.Module) -> None:
+        """An input that is not known again (it was moved to the CPU meanwhile, say) is of no matter without scopes."""
+        now = self.state.names_on()
+        scopes = [scope for reference, scope in self.seen.values() if not reference.expired()]
+        if any(scope.on != now or scope.contexts or scope.route for scope in (*scopes, self.state.scope())):
+            raise ConfigError(
+                f"{type(block).__name__} is computed again in the backward pass, and its input does not tell which of "
+                f"several calls it was: adapters or contexts changed in between. Run forward and backward pass in one "
+                f"scope, or pass the context with the call: model(..., zinit_context=context)."
+            )
+
+
+def _put_back() -> list[tuple[nn.Module, AbstractContextManager[None]]]:
+    if not hasattr(_THREAD, "stack"):
+        _THREAD.stack = []
+    return _THREAD.stack
