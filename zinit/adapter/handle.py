@@ -24,6 +24,7 @@ from zinit.adapter.state import ATTRIBUTE, AdapterState, state_of
 from zinit.adapter.tuning import Tuning
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones.base import AttentionSite, PrefixSlot
+from zinit.compat import uncompiled
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.files import check_tensors
@@ -68,7 +69,7 @@ def attach(
         >>> handle.num_trainable  # 3 layers x (5 prompts x 32 + 4 gates)
         492
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled model: its graph is remade at the next call
+    model = uncompiled(model)  # a compiled model: its graph is remade at the next call
     given = config or PrefixConfig()
     whole = AdapterConfig.of(given)
     _check_names(model, name, whole)
@@ -442,7 +443,7 @@ def load(
             field that differs. The model is unchanged then.
     """
     file = AdapterFile.read(source, revision=revision)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     file.check_model(model, weights=check_weights)
     handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
     handle.load_state_dict(file.tensors)

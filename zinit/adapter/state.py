@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zinit import compat
 from zinit.adapter.parts import Part, PrefixWithContext, together
 from zinit.adapter.scopes import CachedKV, Change, Scope, SwitchOn, changes_of, opened, refresh, scope_of
 from zinit.backbones.base import ActivePrefix, AttentionSite, Backbone, PrefixSlot
@@ -45,7 +46,7 @@ class Attached(Protocol):
 
 def state_of(model: nn.Module) -> AdapterState | None:
     """What zinit did to a model; None if nothing. A compiled model is the one that was compiled."""
-    return getattr(getattr(model, "_orig_mod", model), ATTRIBUTE, None)
+    return getattr(compat.uncompiled(model), ATTRIBUTE, None)
 
 
 @dataclass(eq=False)
