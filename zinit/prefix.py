@@ -68,7 +68,7 @@ class GivenPrompts:
         """(B, K, C)."""
         if context is None:
             raise ConfigError("a part with prompt='context' was called without one; pass it with handle.context(...).")
-        return context.tokens
+        return context.for_present(context.tokens)
 
 
 class ZeroGatedPrefix(nn.Module):

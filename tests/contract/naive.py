@@ -9,6 +9,7 @@ and runs in float64, so that it can be checked by reading. The model's weights c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,24 @@ def squashed(gate: Tensor, head: int, squash: str) -> Tensor:
     return (torch.exp(2 * number) - 1) / (torch.exp(2 * number) + 1) if squash == "tanh" else number
 
 
+@dataclass(frozen=True)
+class Addition:
+    """One more prefix on the same model: its prompts by site, (K, C), and its gates by site; for one sample."""
+
+    prompts: Tensors
+    gates: Tensors
+    squash: str = "tanh"
+
+
+def added(addition: Addition, q: Tensor, head: int, mine: slice, site: str, weights: Tensors, scale: float) -> Tensor:
+    """What one more prefix adds to one head's output for one query (D,)."""
+    if site not in addition.prompts:
+        return torch.zeros_like(q)
+    keys, values = (linear(addition.prompts[site], weights, f"{site}.{part}_proj") for part in "kv")
+    scores = [q @ k[mine] * scale for k in keys]
+    return squashed(addition.gates[site], head, addition.squash) * weighted(scores, [v[mine] for v in values])
+
+
 def attention(
     x: Tensor,
     visible: list[bool],
@@ -82,6 +101,7 @@ def attention(
     prefix: NaivePrefix,
     adapter: Tensors,
     context: Tensor | None,
+    more: Sequence[Addition] = (),
 ) -> Tensor:
     """(T, C) of one sample to (T, C): what one attention module adds to the residual stream."""
     size, scale = model.head_dim, 1 / math.sqrt(model.head_dim)
@@ -92,6 +112,10 @@ def attention(
         prompts = prompts if context is None else prompts + context
         prompt_keys, prompt_values = (linear(prompts, weights, f"{site}.{part}_proj") for part in "kv")
     groups = [slice(g * size, (g + 1) * size) for g in range(model.num_kv_heads)]
+
+    def mine_of(head: int) -> slice:
+        return groups[head // (model.num_heads // model.num_kv_heads)]
+
     turned = [[rotate(key[s, mine], s, model.rope_theta) for s in range(length)] for mine in groups]
     rows: list[Tensor] = []
     for t in range(length):
@@ -119,6 +143,8 @@ def attention(
             if own_scores and not prefix.joint:
                 gate = squashed(adapter[f"{site}.gate"], h, prefix.squash) if prefix.gated else 1.0
                 out = out + gate * weighted(own_scores, own_values)
+            for addition in more:
+                out = out + added(addition, q, h, mine_of(h), site, weights, scale)
             heads.append(out)
         rows.append(torch.cat(heads))
     return linear(torch.stack(rows), weights, f"{site}.o_proj")
@@ -132,6 +158,7 @@ def naive_logits(
     prefix: NaivePrefix,
     adapter: Tensors,
     context: Tensor | None = None,
+    more: Sequence[Sequence[Addition]] = (),
 ) -> Tensor:
     """(B, T) to (B, T, vocabulary).
 
@@ -143,6 +170,7 @@ def naive_logits(
         prefix: which variant of the formula.
         adapter: the adapter's tensors by name, float64; layers without any are plain.
         context: (B, 1 or K, C), added to each sample's prompts.
+        more: further prefixes of each sample, whose additions sum.
     """
     samples: list[Tensor] = []
     for b in range(input_ids.shape[0]):
@@ -160,6 +188,7 @@ def naive_logits(
                 prefix,
                 adapter,
                 None if context is None else context[b],
+                more[b] if more else (),
             )
             normed = rms_norm(x, weights[f"{layer}.post_attention_layernorm.weight"], model.norm_eps)
             up = linear(normed, weights, f"{layer}.mlp.up_proj")

@@ -128,6 +128,7 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
         _check_root(state.model)
     needed = {site: None for part in modules.parts.values() for site in part.prefixes}
     with ExitStack() as undo:  # an installation that fails takes the earlier ones back
+        undo.callback(unwatch, state)
         for name in needed:
             if name not in state.slots:
                 site = state.sites[name]
@@ -161,8 +162,7 @@ def uninstall(state: AdapterState, adapter: str) -> None:
             del slot[key]
         if not len(slot):
             state.uninstall(state.sites[name])
-    if not state.slots:
-        unwatch(state)
+    unwatch(state)
     root = getattr(state.model, ROOT, None)
     if type(root) is nn.ModuleDict and adapter in root:
         del root[adapter]

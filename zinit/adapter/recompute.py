@@ -42,7 +42,9 @@ def watch(state: AdapterState, site: str) -> None:
 
 
 def unwatch(state: AdapterState) -> None:
-    """Takes all these hooks off a model."""
+    """Takes all these hooks off a model that has no prefix any more."""
+    if state.slots:
+        return
     for name, hooks in state.block_hooks.items():
         compat.unwrap_checkpointing(state.model.get_submodule(name), CarryScope)
         for hook in hooks:
