@@ -265,6 +265,6 @@ def wrap_checkpointing(block: nn.Module, wrap: Callable[[Any], Any], wrapper: ty
 
 def unwrap_checkpointing(block: nn.Module, wrapper: Any) -> None:
     """Undoes `wrap_checkpointing`."""
-    checkpoint = vars(block).get("_gradient_checkpointing_func")
+    checkpoint: Any = vars(block).get("_gradient_checkpointing_func")
     if isinstance(checkpoint, wrapper):
         vars(block)["_gradient_checkpointing_func"] = checkpoint.checkpoint

@@ -187,13 +187,10 @@ def test_a_replica_uses_its_own_prefix(host: Case) -> None:
 def replicate(model: Any) -> Any:
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
-        twin._former_parameters = {}
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else copies[child]
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(twin, name, parameter.detach().clone())
-                twin._former_parameters[name] = getattr(twin, name)
+            twin._parameters[name] = None if parameter is None else torch.nn.Parameter(parameter.detach().clone())
     return copies[model]
 
 

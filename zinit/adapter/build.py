@@ -94,8 +94,9 @@ def build_modules(
 
     def source(part: PrefixConfig, site: AttentionSite) -> PromptSource | None:
         hyper = shared.get("hyper")
-        is_hyper = part.prompts == "hyper" and isinstance(hyper, HyperPrompts)
-        return SharedPrompts(hyper, number[site.name]) if is_hyper else None
+        if part.prompts != "hyper" or not isinstance(hyper, HyperPrompts):
+            return None
+        return SharedPrompts(hyper, number[site.name])
 
     def prefix(part: PrefixConfig, site: AttentionSite) -> ZeroGatedPrefix:
         where = _device_of(site.module) if device is None else device
