@@ -33,7 +33,7 @@ def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
     assert np.array_equal(found.numpy().transpose(1, 2, 0), array)
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
     grey = images.read_image(save(tmp_path / "grey.png", "L"))
     clear = Image.new("RGBA", (3, 3), (255, 0, 0, 0))
     deep = Image.fromarray(np.full((2, 2), 65535, dtype=np.uint16))
@@ -44,35 +44,35 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path) -> None:
     assert images.read_image(half_deep).getpixel((0, 0)) == (128, 128, 128)
 
 
-def bad_pictures(folder: Path) -> dict[str, Path]:
+def bad_images(folder: Path) -> dict[str, Path]:
     whole = save(folder / "whole.jpg", size=(64, 64)).read_bytes()
     (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     Image.new("1", (12_000, 12_000)).save(folder / "large.png")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     return {
         "truncated": folder / "truncated.jpg",
-        "no picture": folder / "text.png",
-        "no picture that can be read": folder / "empty.png",
+        "no image": folder / "text.png",
+        "no image that can be read": folder / "empty.png",
         "git lfs pull": folder / "pointer.png",
         "12000 x 12000 pixels": folder / "large.png",
         "too many pixels": folder / "bomb.png",
-        "there is no picture": folder / "missing.png",
+        "there is no image": folder / "missing.png",
     }
 
 
-def test_a_bad_picture_is_named(tmp_path: Path) -> None:
-    for expected, path in bad_pictures(tmp_path).items():
+def test_a_bad_image_is_named(tmp_path: Path) -> None:
+    for expected, path in bad_images(tmp_path).items():
         with pytest.raises(DataError) as caught:
             images.read_image(path)
         assert expected in str(caught.value)
         assert str(path) in str(caught.value)
 
 
-def test_bad_pictures_are_counted_when_skipped(tmp_path: Path) -> None:
-    bad = list(bad_pictures(tmp_path).values())
+def test_bad_images_are_counted_when_skipped(tmp_path: Path) -> None:
+    bad = list(bad_images(tmp_path).values())
     good = save(tmp_path / "good.png")
     found = images.Images([bad[0], good, *bad[1:], good], half, on_bad="skip")
     assert found.kept == [1, len(bad) + 1]
@@ -82,7 +82,7 @@ def test_bad_pictures_are_counted_when_skipped(tmp_path: Path) -> None:
         images.Images([good, bad[0]], half)
 
 
-def test_pictures_beyond_the_memory_limit_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_memory_limit_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [save(tmp_path / f"{i}.png", size=(4 + i, 4)) for i in range(3)]
     whole = list(images.Images(paths, half))
     monkeypatch.setattr(images, "KEPT_BYTES", 50)  # one of 48 bytes
@@ -95,12 +95,12 @@ def test_class_folders(tmp_path: Path) -> None:
     for name in ("b", "a", ".hidden"):
         (tmp_path / name).mkdir()
         save(tmp_path / name / "1.PNG")
-    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
     names, found = images.class_folders(tmp_path)
     assert names == ["a", "b"]
     assert found == [(tmp_path / "a" / "1.PNG", 0), (tmp_path / "b" / "1.PNG", 1)]
     (tmp_path / "c").mkdir()
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no image"):
         images.class_folders(tmp_path)
     with pytest.raises(DataError, match="at least two sub-folders"):
         images.class_folders(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Labelled pictures, read for both tasks: the Hub's Parquet shards, tables, lists and CoOp's split files."""
+"""Labelled images, read for both tasks: the Hub's Parquet shards, tables, lists and CoOp's split files."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from tests.tasks.vit import balanced, picture, save_classes, save_vtab, task
+from tests.tasks.vit import balanced, make_image, save_classes, save_vtab, task
 from zinit import demo
 from zinit.data.images import read_image
 from zinit.data.labelled.few_shot import draw_shots, few_shot_split
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.labelled.sources import read_pictures
+from zinit.data.labelled.sources import read_images
 from zinit.errors import DataError
+from zinit.tasks.vtab.lists import vtab_layout
 
 NAMES = ("ant", "bee", "cow", "dog")
 
 
 def read(source: Path | str, **how: Any) -> Parts:
-    return read_pictures(str(source), Reading(**how), demo.base_to_novel)
+    return read_images(str(source), Reading(**how), demo.base_to_novel)
 
 
 def records(numbers: range, kind: Any = None, image: Any = None) -> datasets.Dataset:
-    """Record i shows picture i of class i % 4."""
+    """Record i shows image i of class i % 4."""
     cells = []
     for i in numbers:
         buffer = io.BytesIO()
-        picture(i % 4, i).save(buffer, "PNG")
+        make_image(i % 4, i).save(buffer, "PNG")
         cells.append(buffer.getvalue() if image is not None else {"bytes": buffer.getvalue(), "path": None})
     features = datasets.Features(
         {"image": image or datasets.Image(), "label": kind or datasets.ClassLabel(names=[*NAMES])}
@@ -41,7 +42,7 @@ def records(numbers: range, kind: Any = None, image: Any = None) -> datasets.Dat
 
 
 def save_shards(folder: Path, *, hashed: bool = False) -> Path:
-    """40 training pictures in three files, 8 for the test in one."""
+    """40 training images in three files, 8 for the test in one."""
     folder.mkdir(parents=True)
     end = "-0a1b2c3d" if hashed else ""
     for shard, numbers in enumerate((range(14), range(14, 28), range(28, 40))):
@@ -63,7 +64,7 @@ def test_shards_are_read_in_their_order(tmp_path: Path, where: str, hashed: bool
     for examples, first in ((found.train, 0), (found.test, 40)):
         assert [example.label for example in examples] == [NAMES[i % 4] for i in range(first, first + len(examples))]
         for i, example in enumerate(examples, start=first):
-            assert read_image(example.picture).tobytes() == picture(i % 4, i).tobytes()
+            assert read_image(example.image).tobytes() == make_image(i % 4, i).tobytes()
     assert (len(found.train), len(found.test), len(found)) == (40, 8, 48)
     end = "-0a1b2c3d" if hashed else ""
     assert found.train[15].where.endswith(f"train-00001-of-00003{end}.parquet, record 2")
@@ -113,19 +114,19 @@ def test_what_a_record_must_hold(tmp_path: Path) -> None:
     raw = records(range(4), image=datasets.Value("binary"))
     raw.to_parquet(tmp_path / "raw.parquet")
     for i, example in enumerate(read(tmp_path / "raw.parquet").train):
-        assert read_image(example.picture).tobytes() == picture(i % 4, i).tobytes()
+        assert read_image(example.image).tobytes() == make_image(i % 4, i).tobytes()
     empty = records(range(4)).to_list()
     empty[2]["image"] = {"bytes": None, "path": "/etc/hosts"}
     unseen = records(range(4)).features
     datasets.Dataset.from_list(empty, features=unseen).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(DataError, match=r"empty\.parquet, record 3: the field 'image' holds no picture"):
-        read_image(read(tmp_path / "empty.parquet").train[2].picture)
+    with pytest.raises(DataError, match=r"empty\.parquet, record 3: the field 'image' holds no image"):
+        read_image(read(tmp_path / "empty.parquet").train[2].image)
     records(range(4), kind=datasets.Value("int64")).to_parquet(tmp_path / "numbers.parquet")
     assert read(tmp_path / "numbers.parquet").train[3].label == "3"
     with pytest.raises(DataError, match="expected the names of the classes, which the text tower reads"):
         read(tmp_path / "numbers.parquet", named=True)
     datasets.Dataset.from_dict({"image": ["a.png"], "label": ["x"]}).to_parquet(tmp_path / "paths.parquet")
-    with pytest.raises(DataError, match=r"the field 'image' holds .*; expected pictures"):
+    with pytest.raises(DataError, match=r"the field 'image' holds .*; expected images"):
         read(tmp_path / "paths.parquet")
 
 
@@ -192,7 +193,7 @@ def test_split_files_and_tables_serve_both_tasks(tmp_path: Path) -> None:
 
 def test_vtabs_lists_are_for_vtab_alone(tmp_path: Path) -> None:
     root = save_vtab(tmp_path / "kitti")
-    assert read(root, split="train800").vtab == "kitti"
+    assert read(root, layouts=[vtab_layout("train800", None)]).dataset == "kitti"
     with pytest.raises(DataError, match="at least two sub-folders"):
         read(root)
 
@@ -215,12 +216,12 @@ def test_another_shot_is_drawn_for_one_that_cannot_be_read(tmp_path: Path) -> No
     examples = []
     for i in range(8):
         file = tmp_path / f"{i}.png"
-        picture(0, i).save(file)
+        make_image(0, i).save(file)
         if i % 2:
             file.write_bytes(file.read_bytes()[:60])
         examples.append(Labelled(file, "ant"))
     drawn, counts = draw_shots(examples, 3, ["ant"], seed=0, few="error", on_bad="skip")
-    assert all(int(str(example.picture)[-5]) % 2 == 0 for example in drawn)
+    assert all(int(str(example.image)[-5]) % 2 == 0 for example in drawn)
     assert len(drawn) == 3
     assert counts["train_not_drawn"] + counts["train_skipped_unreadable"] == 5
     with pytest.raises(DataError, match="class 'ant' has 4 images for 5 shots"):

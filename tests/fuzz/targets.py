@@ -24,7 +24,7 @@ from tests.fuzz import mutate
 from tests.golden.formats import K, litgpt_file, litgpt_tensors, llama, official_file, peft_folder, trained
 from zinit.data.images import read_image
 from zinit.data.labelled.parts import Reading
-from zinit.data.labelled.sources import read_pictures
+from zinit.data.labelled.sources import read_images
 from zinit.data.records import read_records
 from zinit.runs.settings import RunConfig, resolve
 from zinit.tasks.ner.sentences import read_sentences
@@ -142,7 +142,7 @@ def class_list(rng: Random, folder: Path) -> Call:
         for name in ("train.txt", "test.txt"):
             (folder / name).write_bytes(mutate.content(rng, lines) if rng.random() < 0.7 else lines)
     reading = Reading(on_bad=rng.choice(("error", "skip")), named=rng.random() < 0.5)
-    return lambda: read_pictures(str(source), reading, lambda: ([], {}))
+    return lambda: read_images(str(source), reading, lambda: ([], {}))
 
 
 def sentences(rng: Random, folder: Path) -> Call:

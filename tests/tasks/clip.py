@@ -1,4 +1,4 @@
-"""A tiny CLIP, pictures, and base-to-novel tasks on them."""
+"""A tiny CLIP, images, and base-to-novel tasks on them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def clip() -> Any:
     return model.eval()
 
 
-def picture(seed: int, width: int = 40, height: int = 36) -> Image.Image:
+def make_image(seed: int, width: int = 40, height: int = 36) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
@@ -57,7 +57,7 @@ def folders(root: Path, classes: int = 5, each: int = 6, start: int = 0) -> Path
         folder = root / f"kind_{label}"
         folder.mkdir(parents=True)
         for i in range(each):
-            picture(start + 100 * label + i).save(folder / f"{i}.png")
+            make_image(start + 100 * label + i).save(folder / f"{i}.png")
     return root
 
 

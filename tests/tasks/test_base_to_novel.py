@@ -37,7 +37,7 @@ def test_zero_shot_logits_are_the_models_own(tmp_path: Path) -> None:
     batch = t.collate(t.held_out_stream, [0, 4, 7])
     prompts = [f"a photo of a kind {i}." for i in range(3)]
     encoded = tokenizer()(prompts, padding=True, return_tensors="pt")
-    files = [t._tested["base"][0].pictures[i] for i in (0, 4, 7)]
+    files = [t._tested["base"][0].sources[i] for i in (0, 4, 7)]
     processor = transformers.CLIPImageProcessorPil(  # pyright: ignore
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
     )
@@ -134,7 +134,7 @@ def test_gradients_reach_the_prefixes_and_kept_features_never_go_stale(
 
 
 def test_a_sharded_tower_runs_at_every_call(tmp_path: Path) -> None:
-    """Every process calls it equally often, whichever pictures it has seen."""
+    """Every process calls it equally often, whichever images it has seen."""
     model = clip().requires_grad_(False)
     t = task(folders(tmp_path), model)
     next(model.vision_model.parameters()).ds_id = 0  # as DeepSpeed marks what it shards
@@ -239,7 +239,7 @@ def test_a_run_from_end_to_end(saved: Path, tmp_path: Path) -> None:
         data=str(data),
         prefix=PrefixConfig(length=3),
         train=TrainConfig(steps=8, warmup_steps=1, batch_size=9, micro_batch_size=5, learning_rate=0.03),
-        options=BaseToNovelConfig(shots=3),  # 9 pictures: every step sees all of them
+        options=BaseToNovelConfig(shots=3),  # 9 images: every step sees all of them
     )
     results = train_run(config, tmp_path / "run")
     frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]

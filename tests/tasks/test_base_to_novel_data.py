@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 
 from tests.shared import SHARED
-from tests.tasks.clip import SIZE, accounted, clip, evaluate, folders, picture, task, tokenizer
+from tests.tasks.clip import SIZE, accounted, clip, evaluate, folders, make_image, task, tokenizer
 from zinit import demo
 from zinit.data import crops as _crops
 from zinit.errors import ConfigError, DataError
@@ -37,21 +37,21 @@ def test_class_folders_are_split_in_halves_that_no_seed_moves(tmp_path: Path) ->
     assert (counts["train"], counts["train_not_drawn"], counts["train_of_novel_classes"]) == (6, 6, 8)
     assert accounted(t)
     again = task(tmp_path, seed=7)
-    assert again._tested["base"][0].pictures == t._tested["base"][0].pictures
+    assert again._tested["base"][0].sources == t._tested["base"][0].sources
     other = task(tmp_path, split_seed=7)
-    assert other._tested["base"][0].pictures != t._tested["base"][0].pictures
-    tested = {*t._tested["base"][0].pictures, *t._tested["novel"][0].pictures}
-    assert not tested & set(t._train.pictures)
+    assert other._tested["base"][0].sources != t._tested["base"][0].sources
+    tested = {*t._tested["base"][0].sources, *t._tested["novel"][0].sources}
+    assert not tested & set(t._train.sources)
 
 
 def test_the_seed_decides_the_shots(tmp_path: Path) -> None:
     folders(tmp_path, each=8)
     first, same, other = (task(tmp_path, seed=seed) for seed in (1, 1, 2))
-    assert first._train.pictures == same._train.pictures
-    assert first._train.pictures != other._train.pictures
+    assert first._train.sources == same._train.sources
+    assert first._train.sources != other._train.sources
     assert first.fingerprint() == same.fingerprint() != other.fingerprint()
     assert first._train_labels == [0, 0, 1, 1, 2, 2]
-    for path, label in zip(first._train.pictures, first._train_labels, strict=True):
+    for path, label in zip(first._train.sources, first._train_labels, strict=True):
         assert path.parent.name == f"kind_{label}"
 
 
@@ -59,15 +59,15 @@ def test_own_train_and_test_folders(tmp_path: Path) -> None:
     folders(tmp_path / "train", classes=4, each=3)
     folders(tmp_path / "test", classes=4, each=2, start=50)
     t = task(tmp_path)
-    assert {path.parents[1].name for path in t._train.pictures} == {"train"}
-    assert {path.parents[1].name for path in t._tested["novel"][0].pictures} == {"test"}
+    assert {path.parents[1].name for path in t._train.sources} == {"train"}
+    assert {path.parents[1].name for path in t._tested["novel"][0].sources} == {"test"}
     assert (t.data_report()["base_test"], t.data_report()["novel_test"]) == (4, 4)
     assert accounted(t)
 
 
 def split_file(root: Path, **changes: Any) -> Path:
     """Labels in another order than the names, one left out, as such files may have them."""
-    folders(root / "pictures", classes=4, each=4)
+    folders(root / "images", classes=4, each=4)
     entries = [[f"kind_{c}/{i}.png", 9 - 2 * c, f"kind {c}"] for c in range(4) for i in range(4)]
     document = {"train": [e for e in entries if e[0][-5] in "01"], "val": [e for e in entries if e[0][-5] == "2"]}
     document["test"] = [e for e in entries if e[0][-5] == "3"]
@@ -79,9 +79,9 @@ def split_file(root: Path, **changes: Any) -> Path:
 def test_split_files_of_coop(tmp_path: Path) -> None:
     file = split_file(tmp_path)
     for data in (file, tmp_path):
-        t = task(data, folder="pictures")
+        t = task(data, folder="images")
         assert t.classes == {"base": ["kind 3", "kind 2"], "novel": ["kind 1", "kind 0"]}  # by label: 3, 5, 7, 9
-        found = {f"{path.parent.name}/{path.name}" for path in t._train.pictures}
+        found = {f"{path.parent.name}/{path.name}" for path in t._train.sources}
         assert found == {"kind_3/0.png", "kind_3/1.png", "kind_2/0.png", "kind_2/1.png"}
         assert t.data_report()["unused"] == 4  # val
         assert accounted(t)
@@ -99,7 +99,7 @@ def test_split_files_of_coop(tmp_path: Path) -> None:
 )
 def test_wrong_split_files_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        task(split_file(tmp_path, **changes), folder="pictures")
+        task(split_file(tmp_path, **changes), folder="images")
 
 
 def rows(feature: Any, classes: int = 4, each: int = 4) -> Any:
@@ -109,7 +109,7 @@ def rows(feature: Any, classes: int = 4, each: int = 4) -> Any:
     labels = [c for c in range(classes) for _ in range(each)]
     named = labels if hasattr(feature, "names") else [f"kind {c}" for c in labels]
     features = Features({"picture": ImageFeature(), "kind": feature})
-    return Dataset.from_dict({"picture": [picture(i) for i in range(len(labels))], "kind": named}, features=features)
+    return Dataset.from_dict({"picture": [make_image(i) for i in range(len(labels))], "kind": named}, features=features)
 
 
 def test_parquet_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +120,8 @@ def test_parquet_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     t = task(tmp_path / "data.parquet", fields=("picture", "kind"))
     assert t.labels == ["z", "y", "x", "w"]
     assert accounted(t)
-    position = int(t._train.pictures[0].name.rpartition(" ")[2]) - 1
-    expected = torch.from_numpy(np.asarray(_crops.plain(picture(position), SIZE)).transpose(2, 0, 1).copy())
+    position = int(t._train.sources[0].name.rpartition(" ")[2]) - 1
+    expected = torch.from_numpy(np.asarray(_crops.plain(make_image(position), SIZE)).transpose(2, 0, 1).copy())
     assert torch.equal(t._train[0], expected)
     both = datasets.DatasetDict(train=named, validation=named.select(range(0, 16, 4)))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split=None: both if split is None else both[split])
@@ -138,11 +138,11 @@ def test_parquet_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         task("someone/kinds", fields=("picture", "kind"))
 
 
-def test_a_truncated_picture_in_parquet_names_its_record(tmp_path: Path) -> None:
+def test_a_truncated_image_in_parquet_names_its_record(tmp_path: Path) -> None:
     import datasets
 
     file = io.BytesIO()
-    picture(0).save(file, "JPEG")
+    make_image(0).save(file, "JPEG")
     whole = file.getvalue()
     cells = [{"bytes": whole[: len(whole) // 2] if i == 5 else whole, "path": None} for i in range(16)]
     table = datasets.Dataset.from_dict({"image": cells, "label": [f"k{i // 4}" for i in range(16)]})
@@ -152,7 +152,7 @@ def test_a_truncated_picture_in_parquet_names_its_record(tmp_path: Path) -> None
 
 
 def demo_data() -> tuple[list[str], dict[str, list[tuple[Image.Image, int]]]]:
-    part = [(picture(10 * label + i), label) for label in range(4) for i in range(3)]
+    part = [(make_image(10 * label + i), label) for label in range(4) for i in range(3)]
     return ["red_disc", "blue disc", "disc", "box"], {"train": part, "test": part[::3]}
 
 
@@ -181,7 +181,7 @@ def test_caltech101() -> None:
         task(CALTECH, shots=16)
 
 
-def test_too_few_pictures_for_the_shots(tmp_path: Path) -> None:
+def test_too_few_images_for_the_shots(tmp_path: Path) -> None:
     folders(tmp_path / "train", classes=4, each=16)
     folders(tmp_path / "test", classes=4, each=1)
     for i in range(1, 16):
@@ -194,7 +194,7 @@ def test_too_few_pictures_for_the_shots(tmp_path: Path) -> None:
     assert accounted(t)
 
 
-def test_bad_pictures_are_named_or_counted(tmp_path: Path) -> None:
+def test_bad_images_are_named_or_counted(tmp_path: Path) -> None:
     folders(tmp_path / "train", classes=4, each=3)
     folders(tmp_path / "test", classes=4, each=3)
     bad = tmp_path / "train" / "kind_0" / "0.png"
@@ -202,9 +202,9 @@ def test_bad_pictures_are_named_or_counted(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(DataError, match=r"0\.png is damaged or truncated"):
         task(tmp_path, shots=3)
-    t = task(tmp_path, on_bad="skip")  # another picture is drawn in its place
+    t = task(tmp_path, on_bad="skip")  # another image is drawn in its place
     assert t._train_labels == [0, 0, 1, 1]
-    assert bad not in t._train.pictures
+    assert bad not in t._train.sources
     assert t.data_report()["test_skipped_unreadable"] == 1
     assert t.data_report()["novel_test"] == 5
     assert accounted(t)
@@ -240,19 +240,19 @@ def test_data_of_other_classes_is_refused_for_a_finished_run(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("shape", [(40, 36), (31, 90), (32, 32), (200, 65)])
-def test_plain_pictures_are_those_of_the_reference_processor(shape: tuple[int, int]) -> None:
+def test_plain_images_are_those_of_the_reference_processor(shape: tuple[int, int]) -> None:
     size = {"shortest_edge": SIZE}
     crop = {"height": SIZE, "width": SIZE}
     processor = transformers.CLIPImageProcessorPil(size=size, crop_size=crop, do_normalize=False, do_rescale=False)  # pyright: ignore
-    image = picture(0, *shape)
+    image = make_image(0, *shape)
     expected = np.asarray(processor(image)["pixel_values"][0]).round().astype(np.uint8)
     assert np.array_equal(np.asarray(_crops.plain(image, SIZE)).transpose(2, 0, 1), expected)
 
 
-def test_views_are_functions_of_seed_picture_and_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_functions_of_seed_image_and_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, classes=4)
     t = task(tmp_path, views=3)
-    assert len(t.train_stream) == 3 * len(t._train.pictures) == 12
+    assert len(t.train_stream) == 3 * len(t._train.sources) == 12
     assert t._train_labels == [0, 0, 1, 1] * 3
     made = torch.stack(list(t._train))
     assert made.shape == (12, 3, SIZE, SIZE)
@@ -264,7 +264,7 @@ def test_views_are_functions_of_seed_picture_and_view(tmp_path: Path, monkeypatc
     assert torch.equal(torch.stack(list(lean._train)), made)
 
 
-def test_a_crop_is_a_part_of_the_picture() -> None:
+def test_a_crop_is_a_part_of_the_image() -> None:
     import random
 
     ramp = np.add.outer(np.arange(60), 3 * np.arange(60)).astype(np.uint8)  # a linear ramp: every crop is one too

@@ -19,7 +19,7 @@ import zinit
 from tests.tasks.vit import (
     SHAPE,
     balanced,
-    picture,
+    make_image,
     save_classes,
     save_tiny,
     save_vtab,
@@ -152,7 +152,7 @@ def test_the_fingerprint_sees_pixels_labels_and_preprocessing(tmp_path: Path) ->
     assert task(root).fingerprint() != before
     file.write_text(lines)
     assert task(root).fingerprint() == before
-    picture(2, 77).save(root / "images" / "test" / "000005.png")
+    make_image(2, 77).save(root / "images" / "test" / "000005.png")
     assert task(root).fingerprint() != before
 
 
@@ -167,7 +167,7 @@ def test_another_size_resamples_the_positions(tmp_path: Path) -> None:
     assert found.train_stream.lengths[0] == 36
     with pytest.raises(ConfigError, match="a multiple of the patch's 4 pixels; got 18"):
         task(root, image_size=18)
-    with pytest.raises(ConfigError, match="Recorder cannot change its picture's size"):
+    with pytest.raises(ConfigError, match="Recorder cannot change its image's size"):
         task(root, Recorder(), image_size=24)
 
 

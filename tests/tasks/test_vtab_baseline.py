@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from tests.tasks.vit import picture, save_tiny, save_vtab, task
+from tests.tasks.vit import make_image, save_tiny, save_vtab, task
 from zinit.cli import main
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.runs.evaluate import evaluate_run
@@ -43,7 +43,7 @@ def test_the_frozen_baseline_is_scikit_learns(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on pictures that are hard to tell apart. Treat it as read-only."""
+    """A finished run on images that are hard to tell apart. Treat it as read-only."""
     folder = tmp_path_factory.mktemp("run")
     config = RunConfig(
         backbone="vit",
@@ -60,11 +60,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """Other pictures of the same classes, darker ones."""
+    """Other images of the same classes, darker ones."""
     for label in range(6):
         (tmp_path / "other" / str(label)).mkdir(parents=True)
         for i in range(5):
-            picture(label, 50 + i).point(lambda value: value * 3 // 4).save(
+            make_image(label, 50 + i).point(lambda value: value * 3 // 4).save(
                 tmp_path / "other" / str(label) / f"{i}.png"
             )
     return tmp_path / "other"
@@ -97,7 +97,7 @@ def test_a_baseline_that_was_not_kept_is_left_out(
     for file in run.iterdir():
         if file.is_file() and file.name != "baseline.safetensors":
             (old / file.name).write_bytes(file.read_bytes())
-    assert evaluate_run(old)["metrics"] == whole  # the training pictures are read: the baseline is made anew
+    assert evaluate_run(old)["metrics"] == whole  # the training images are read: the baseline is made anew
     found = evaluate_run(old, data=str(other))
     assert list(found["metrics"]) == ["adapted"]
     assert found["metrics"]["adapted"] == evaluate_run(run, data=str(other))["metrics"]["adapted"]

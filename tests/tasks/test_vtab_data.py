@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.shared import SHARED, needs_data
-from tests.tasks.vit import balanced, picture, save_classes, save_vtab, task, task_pixels
+from tests.tasks.vit import balanced, make_image, save_classes, save_vtab, task, task_pixels
 from zinit import demo
 from zinit.errors import DataError
 from zinit.tasks.vtab.task import VTAB_TASKS
@@ -27,7 +27,7 @@ def test_the_layout_of_vtab(tmp_path: Path) -> None:
     assert final.data_report()["test_images_of_vtab"] == 5_400
     assert final.collate(final.held_out_stream, [1, 4])["labels"].tolist() == [1, 1]
     assert task(save_vtab(tmp_path / "mine")).labels == ["0", "1", "2"]
-    assert [e.picture for e in selection.held_out_examples] == [
+    assert [e.image for e in selection.held_out_examples] == [
         root / "images" / "val200" / f"{i:06d}.png" for i in range(4)
     ]
 
@@ -50,10 +50,10 @@ BAD_LINES = {
     "images/train800/000001.png 4": "the label is 4, but kitti has 4 classes",
     "../../etc/passwd.png 1": "leaves the folder",
     "/etc/passwd.png 1": "leaves the folder",
-    "images/train800/none.png 1": "there is no picture",
+    "images/train800/none.png 1": "there is no image",
     "images/truncated.png 1": "damaged or truncated",
     "images/bomb.png 1": "more than the|too many pixels",
-    "images/text.png 1": "no picture that can be read",
+    "images/text.png 1": "no image that can be read",
 }
 
 
@@ -62,7 +62,7 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: str) -> None:
     root = save_vtab(tmp_path / "kitti")
     whole = (root / "images" / "train800" / "000000.png").read_bytes()
     (root / "images" / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    (root / "images" / "text.png").write_text("no picture")
+    (root / "images" / "text.png").write_text("no image")
     if "bomb" in line:
         Image.new("1", (12_000, 12_000)).save(root / "images" / "bomb.png")
     file = root / "train800val200.txt"
@@ -85,10 +85,10 @@ def test_bad_lists(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no list .*val200\.txt"):
         task(root, split="train800", on_bad="skip")
     (root / "test.txt").write_text("\n \n")
-    with pytest.raises(DataError, match=r"test\.txt lists no picture"):
+    with pytest.raises(DataError, match=r"test\.txt lists no image"):
         task(root, on_bad="skip")
     (root / "test.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match=r"test\.txt is not readable as UTF-8"):
+    with pytest.raises(DataError, match=r"test\.txt is not UTF-8 text: byte 0 cannot be read"):
         task(root)
     (root / "test.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(DataError, match="git lfs pull"):
@@ -98,11 +98,11 @@ def test_bad_lists(tmp_path: Path) -> None:
         task(root, on_bad="skip")
     other = save_vtab(tmp_path / "mine")
     (other / "test.txt").write_text("images/test/000000.png 1000000\n")
-    with pytest.raises(DataError, match="the labels go up to 1000000, but there are only 13 pictures"):
+    with pytest.raises(DataError, match="the labels go up to 1000000, but there are only 13 images"):
         task(other)
     with pytest.raises(DataError, match="there is no"):
         task(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="expected a folder of pictures"):
+    with pytest.raises(DataError, match="expected a folder of images"):
         task(root / "test.txt")
 
 
@@ -112,12 +112,12 @@ def test_one_folder_is_split_class_by_class(tmp_path: Path) -> None:
     assert first.labels == ["cat", "dog"]
     assert [sum(e.label == name for e in first.held_out_examples) for name in first.labels] == [2, 2]
     assert balanced(first)["train"] == 36
-    assert not {e.picture for e in first.train_examples} & {e.picture for e in first.held_out_examples}
+    assert not {e.image for e in first.train_examples} & {e.image for e in first.held_out_examples}
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
     selection = task(root, split="train800")  # the tenth for the test stays untouched
     assert balanced(selection)["not_used"] == 4
-    test = {e.picture for e in first.held_out_examples}
-    assert not test & {e.picture for e in (*selection.train_examples, *selection.held_out_examples)}
+    test = {e.image for e in first.held_out_examples}
+    assert not test & {e.image for e in (*selection.train_examples, *selection.held_out_examples)}
     assert len(selection.held_out_examples) == 6
 
 
@@ -141,7 +141,7 @@ def test_parquet(tmp_path: Path) -> None:
 
     def encoded(label: int, number: int) -> dict[str, Any]:
         buffer = BytesIO()
-        picture(label, number).save(buffer, "PNG")
+        make_image(label, number).save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": None}
 
     images = [encoded(i % 2, i) for i in range(20)]
@@ -154,7 +154,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert found.labels == ["cat", "dog"]
     assert balanced(found)["train"] == 18
     index = next(i for i, e in enumerate(found.train_examples) if e.where.endswith("record 4"))
-    expected = task_pixels(picture(1, 3))
+    expected = task_pixels(make_image(1, 3))
     assert torch.equal(found.collate(found.train_stream, [index])["images"][0], expected)
 
     images[6]["bytes"] = images[6]["bytes"][:100]
@@ -179,9 +179,9 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> Any:
         if name != "some/flowers":
             raise FileNotFoundError(f"no {name}\nand more")
-        pictures = [picture(i % 2, i) for i in range(12)]
+        images = [make_image(i % 2, i) for i in range(12)]
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["rose", "lily"])})
-        whole = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(12)]}, features=features)
+        whole = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(12)]}, features=features)
         parts = {"train": range(6), "validation": range(6, 8), "test": range(8, 12)}
         return datasets.DatasetDict({part: whole.select(rows) for part, rows in parts.items()})
 
@@ -199,7 +199,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_csv_without_what_is_needed(tmp_path: Path) -> None:
-    picture(0, 0).save(tmp_path / "a.png")
+    make_image(0, 0).save(tmp_path / "a.png")
     (tmp_path / "data.csv").write_text("filepath,label\na.png,x\na.png,\n")
     with pytest.raises(DataError, match=r"data\.csv, line 3: label is empty"):
         task(tmp_path / "data.csv")
@@ -207,7 +207,7 @@ def test_csv_without_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'image' or .* for the image; it has 'name', 'label'"):
         task(tmp_path / "data.csv")
     (tmp_path / "data.csv").write_text("image,label\n")
-    with pytest.raises(DataError, match="lists no picture"):
+    with pytest.raises(DataError, match="lists no image"):
         task(tmp_path / "data.csv")
 
 
@@ -215,7 +215,7 @@ def embedded(dataset: str) -> tuple[list[str], dict[str, list[tuple[Image.Image,
     """What `zinit.demo.labelled_images` promises."""
     names = [f"{dataset} {i}" for i in range(4)]
     sizes = {"train800": 16, "val200": 8, "test": 12}
-    return names, {part: [(picture(i % 4, i), i % 4) for i in range(n)] for part, n in sizes.items()}
+    return names, {part: [(make_image(i % 4, i), i % 4) for i in range(n)] for part, n in sizes.items()}
 
 
 def test_the_embedded_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,11 +232,11 @@ def test_the_embedded_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_data
 def test_real_caltech101() -> None:
     root = SHARED / "data" / "caltech101"
-    lists = task(root)  # train.txt and test.txt beside one folder, a picture's folder is its class
+    lists = task(root)  # train.txt and test.txt beside one folder, an image's folder is its class
     report = balanced(lists)
     assert (report["train"], report["held_out"], report["classes"]) == (536, 280, 102)
     expected = root / "101_ObjectCategories" / "accordion" / "image_0001.jpg"
-    assert lists.held_out_examples[0].picture == expected
+    assert lists.held_out_examples[0].image == expected
     assert lists.labels[int(lists.collate(lists.held_out_stream, [0])["labels"])] == "accordion"
     assert torch.equal(lists.collate(lists.held_out_stream, [0])["images"][0], task_pixels(Image.open(expected)))
     folders = balanced(task(root / "101_ObjectCategories"))
@@ -256,5 +256,5 @@ def test_real_mnist(tmp_path: Path, on_bad: str) -> None:
         assert (report["train"], report["held_out"]) == (600, 400)
         assert found.labels == [str(digit) for digit in range(10)]
     assert sorted(e.label for e in table.train_examples) == sorted(e.label for e in folders.train_examples)
-    example = next(e for e in table.train_examples if str(e.picture).endswith("train/0/28325.png"))
+    example = next(e for e in table.train_examples if str(e.image).endswith("train/0/28325.png"))
     assert example.label == "0"

@@ -1,4 +1,4 @@
-"""Tiny ViTs, pictures and folders of them for the tests of VTAB-1k."""
+"""Tiny ViTs, images and folders of them for the tests of VTAB-1k."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
-def picture(label: int, number: int) -> Image.Image:
+def make_image(label: int, number: int) -> Image.Image:
     """Tells its class by its colour."""
     pixels = np.random.default_rng(100 * label + number).integers(0, 60, (14, 18, 3))
     pixels[..., label % 3] += 60 * (1 + label // 3)
@@ -54,7 +54,7 @@ def save_vtab(root: Path, *, classes: int = 3, train: int = 8, val: int = 4, tes
     for split, count in (("train800", train), ("val200", val), ("test", test)):
         (root / "images" / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            picture(i % classes, i).save(root / "images" / split / f"{i:06d}.png")
+            make_image(i % classes, i).save(root / "images" / split / f"{i:06d}.png")
             lists.setdefault(split, []).append(f"images/{split}/{i:06d}.png {i % classes}")
     lists["train800val200"] = lists["train800"] + lists["val200"]
     for split, lines in lists.items():
@@ -83,7 +83,7 @@ def save_classes(root: Path, count: int = 20, names: tuple[str, ...] = ("cat", "
     for label, name in enumerate(names, start=first):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            picture(label, i).save(root / name / f"{i}.png")
+            make_image(label, i).save(root / name / f"{i}.png")
     return root
 
 

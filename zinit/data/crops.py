@@ -1,4 +1,4 @@
-"""From a picture to the square a vision tower takes: CLIP's plain way, and random crops for training."""
+"""From an image to the square a vision tower takes: CLIP's plain way, and random crops for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from zinit.data import images
-from zinit.data.images import Picture, read_image
+from zinit.data.images import ImageSource, read_image
 
 ASPECTS = (math.log(3 / 4), math.log(4 / 3))  # of random crops
 
@@ -27,12 +27,12 @@ def plain(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, smallest: float, draw: random.Random) -> Image.Image:
-    """A random part of a picture scaled to a square, mirrored half of the time, as CoOp does.
+    """A random part of an image scaled to a square, mirrored half of the time, as CoOp does.
 
     Args:
         image: RGB.
         size: of the result.
-        smallest: least share of the picture's area.
+        smallest: least share of the image's area.
         draw: where chance comes from.
     """
     width, height = image.size
@@ -49,40 +49,40 @@ def random_crop(image: Image.Image, size: int, smallest: float, draw: random.Ran
 
 
 class Views(Sequence[Tensor]):
-    """Random crops of pictures as uint8 tensors (3, size, size): all pictures once, then all of them anew, and so on.
+    """Random crops of images as uint8 tensors (3, size, size): all images once, then all of them anew, and so on.
 
-    A view is a pure function of (seed, picture's position, number of the view).
+    A view is a pure function of (seed, image's position, number of the view).
 
     Args:
-        pictures: files or pictures in memory.
+        sources: files or images in memory.
         size: of a crop.
-        views: how many of each picture.
+        views: how many of each image.
         smallest: see `random_crop`.
         seed: of the crops.
     """
 
-    def __init__(self, pictures: Sequence[Picture], *, size: int, views: int, smallest: float, seed: int) -> None:
-        self.pictures, self.size, self.views, self.smallest, self.seed = pictures, size, views, smallest, seed
+    def __init__(self, sources: Sequence[ImageSource], *, size: int, views: int, smallest: float, seed: int) -> None:
+        self.sources, self.size, self.views, self.smallest, self.seed = sources, size, views, smallest, seed
         room = images.KEPT_BYTES // (3 * size * size)
         self._made: dict[int, Tensor] = {}
-        for position, picture in enumerate(pictures):
-            image = read_image(picture)
+        for position, source in enumerate(sources):
+            image = read_image(source)
             for view in range(views):
                 if len(self._made) < room:
-                    self._made[view * len(pictures) + position] = self._make(image, position, view)
+                    self._made[view * len(sources) + position] = self._make(image, position, view)
 
     def _make(self, image: Image.Image, position: int, view: int) -> Tensor:
         crop = random_crop(image, self.size, self.smallest, random.Random(f"{self.seed} {position} {view}"))
         return torch.from_numpy(np.asarray(crop, dtype=np.uint8).transpose(2, 0, 1).copy())
 
     def __len__(self) -> int:
-        return len(self.pictures) * self.views
+        return len(self.sources) * self.views
 
     def __getitem__(self, index: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if index in self._made:
             return self._made[index]
-        view, position = divmod(index, len(self.pictures))
-        return self._make(read_image(self.pictures[position]), position, view)
+        view, position = divmod(index, len(self.sources))
+        return self._make(read_image(self.sources[position]), position, view)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

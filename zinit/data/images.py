@@ -1,4 +1,4 @@
-"""Pictures from files and memory: checked once, kept small, with errors that name the file."""
+"""Images from files and memory: checked once, kept small, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from zinit.errors import DataError, first_line
 from zinit.files import is_lfs_pointer
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_PIXELS = 100_000_000  # of one picture; more is taken for a decompression bomb
-KEPT_BYTES = 4 * 2**30  # decoded pictures held in memory; those beyond it are read again each time
+MAX_PIXELS = 100_000_000  # of one image; more is taken for a decompression bomb
+KEPT_BYTES = 4 * 2**30  # decoded images held in memory; those beyond it are read again each time
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture file that lies in a data set instead of a folder.
+    """An image file that lies in a data set instead of a folder.
 
     Args:
         name: for messages.
@@ -38,46 +38,46 @@ class Encoded:
         return self.name
 
 
-Picture = Path | Encoded | Image.Image
+ImageSource = Path | Encoded | Image.Image
 OnBad = Literal["error", "skip"]
 Prepare = Callable[[Image.Image], Image.Image]
 
 
-def read_image(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A whole picture in RGB: greyscale, palette and transparent ones are converted (transparency onto white).
+def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A whole image in RGB: greyscale, palette and transparent ones are converted (transparency onto white).
 
     Args:
-        picture: a file, an encoded picture, or one in memory.
+        source: a file, an encoded image, or one in memory.
         max_pixels: more than this is refused before anything is decoded.
 
     Raises:
-        DataError: naming the file, if it is missing, no picture, truncated, or too large.
+        DataError: naming the file, if it is missing, no image, truncated, or too large.
     """
-    if isinstance(picture, Image.Image):
-        return _rgb(picture)
+    if isinstance(source, Image.Image):
+        return _rgb(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
-            with Image.open(io.BytesIO(picture.read()) if isinstance(picture, Encoded) else picture) as image:
+            with Image.open(io.BytesIO(source.read()) if isinstance(source, Encoded) else source) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(
-                        f"{picture} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
+                        f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
                         f"Scale it down, or leave it out."
                     )
                 image.load()
                 return _rgb(image)
     except FileNotFoundError as error:
-        raise DataError(f"there is no picture {picture}.") from error
+        raise DataError(f"there is no image {source}.") from error
     except UnidentifiedImageError as error:
         hint = ""
-        if isinstance(picture, Path) and is_lfs_pointer(picture):
-            hint = " It is a Git LFS pointer, not the picture itself: fetch the file with 'git lfs pull'."
-        raise DataError(f"{picture} is no picture that can be read.{hint}") from error
+        if isinstance(source, Path) and is_lfs_pointer(source):
+            hint = " It is a Git LFS pointer, not the image itself: fetch the file with 'git lfs pull'."
+        raise DataError(f"{source} is no image that can be read.{hint}") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{picture} would unpack to too many pixels ({error}). Leave it out.") from error
+        raise DataError(f"{source} would unpack to too many pixels ({error}). Leave it out.") from error
     except (OSError, SyntaxError, ValueError, IndexError, MemoryError, EOFError) as error:
-        raise DataError(f"{picture} is damaged or truncated: {first_line(error)}.") from error
+        raise DataError(f"{source} is damaged or truncated: {first_line(error)}.") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -105,13 +105,13 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """A folder with one sub-folder of pictures per class.
+    """A folder with one sub-folder of images per class.
 
     Returns:
         The sorted class names, and (file, class) pairs, sorted.
 
     Raises:
-        DataError: if there is no such folder, it has fewer than two classes, or a class has no picture.
+        DataError: if there is no such folder, it has fewer than two classes, or a class has no image.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}.")
@@ -122,46 +122,46 @@ def class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     for label, name in enumerate(names):
         files = sorted(file for file in (root / name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
-            raise DataError(f"{root / name} holds no picture ({', '.join(SUFFIXES)}). Remove the folder, or fill it.")
+            raise DataError(f"{root / name} holds no image ({', '.join(SUFFIXES)}). Remove the folder, or fill it.")
         found += [(file, label) for file in files]
     return names, found
 
 
 class Images(Sequence[Tensor]):
-    """Decoded, resized pictures as uint8 tensors (3, H, W).
+    """Decoded, resized images as uint8 tensors (3, H, W).
 
     All are decoded once when this is made, so that a bad file shows at once and not an hour into a run.
 
     Args:
-        pictures: files or pictures in memory.
-        prepare: brings a picture to its final size (a pure function).
-        on_bad: "error" stops at the first picture that cannot be read; "skip" leaves it out and notes why.
-        progress: called with the number of pictures read so far.
+        sources: files or images in memory.
+        prepare: brings an image to its final size (a pure function).
+        on_bad: "error" stops at the first image that cannot be read; "skip" leaves it out and notes why.
+        progress: called with the number of images read so far.
 
     Attributes:
-        kept: positions in ``pictures`` of what is here, ascending.
+        kept: positions in ``sources`` of what is here, ascending.
         skipped: {position: why}.
 
     Raises:
-        DataError: naming the picture, unless it is to be skipped.
+        DataError: naming the image, unless it is to be skipped.
     """
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        sources: Sequence[ImageSource],
         prepare: Prepare,
         *,
         on_bad: OnBad = "error",
         progress: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.pictures, self.prepare = pictures, prepare
+        self.sources, self.prepare = sources, prepare
         self.kept: list[int] = []
         self.skipped: dict[int, str] = {}
         self._decoded: list[Tensor] = []
         room = KEPT_BYTES
-        for position, picture in enumerate(pictures):
+        for position, source in enumerate(sources):
             try:
-                decoded = self._decode(picture)
+                decoded = self._decode(source)
             except DataError as error:
                 if on_bad == "error":
                     raise
@@ -173,8 +173,8 @@ class Images(Sequence[Tensor]):
                 self._decoded.append(decoded)
             progress(position + 1)
 
-    def _decode(self, picture: Picture) -> Tensor:
-        image = self.prepare(read_image(picture))
+    def _decode(self, source: ImageSource) -> Tensor:
+        image = self.prepare(read_image(source))
         return torch.from_numpy(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).copy())
 
     def __len__(self) -> int:
@@ -183,7 +183,7 @@ class Images(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if index < len(self._decoded):
             return self._decoded[index]
-        return self._decode(self.pictures[self.kept[index]])
+        return self._decode(self.sources[self.kept[index]])
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

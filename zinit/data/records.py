@@ -55,7 +55,7 @@ def read_document(source: str) -> tuple[Any, str]:
         return _read_file(path), str(path)
     if _looks_like_path(source):
         raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
-    return _read_hub(source), source
+    return load_hub(source, split=source.partition(":")[2] or "train"), source
 
 
 def _pick(
@@ -106,21 +106,27 @@ def _read_file(path: Path) -> Any:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, may_be_empty: bool = False) -> str:
     """The text of a UTF-8 file.
+
+    Args:
+        path: of the file.
+        may_be_empty: whether an empty file is read as empty text.
 
     Raises:
         DataError: if it is empty, the pointer to a file that was not fetched, or no UTF-8.
     """
-    _check_content(path)
+    _check_content(path, may_be_empty=may_be_empty)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
 
 
-def _check_content(path: Path) -> None:
-    if path.stat().st_size == 0:
+def _check_content(path: Path, *, may_be_empty: bool = False) -> None:
+    if not may_be_empty and path.stat().st_size == 0:
         raise DataError(f"{path} is empty.")
     if is_lfs_pointer(path):
         raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
@@ -147,16 +153,25 @@ def _read_parquet(path: Path) -> Iterable[Any]:
     return Dataset(table)
 
 
-def _read_hub(source: str) -> Iterable[Any]:
+def load_hub(source: str, *, split: str | None = None, expected: str = "data file") -> Any:
+    """A data set on the Hub.
+
+    Args:
+        source: Hub id; what follows a colon is ignored here.
+        split: its name, or a slice of it such as ``train[:100]``; None gives all of them by name.
+        expected: what else ``source`` could have been, for messages.
+
+    Raises:
+        DataError: if the Hub has none of that name, or cannot be reached.
+    """
     from datasets import load_dataset
 
-    name, _, split = source.partition(":")
+    name = source.partition(":")[0]
     try:
-        return load_dataset(name, split=split or "train")  # pyright: ignore[reportReturnType]
+        return load_dataset(name) if split is None else load_dataset(name, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
-        reason = first_line(error)
         raise DataError(
-            f"there is no data file {source}, and the Hub did not give a data set of that name: {reason}"
+            f"there is no {expected} {source}, and the Hub did not give a data set of that name: {first_line(error)}"
         ) from error
 
 

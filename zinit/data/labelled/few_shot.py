@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from zinit.data.images import OnBad, Picture, read_image
+from zinit.data.images import ImageSource, OnBad, read_image
 from zinit.data.labelled.parts import Labelled, Parts
 from zinit.data.labelled.splits import hold_out, tested
 from zinit.errors import ConfigError, DataError
@@ -25,21 +25,21 @@ def few_shot_split(
     dropped: Sequence[str],
     seed: int,
 ) -> tuple[list[str], list[Labelled], list[Labelled], dict[str, int]]:
-    """Training and test pictures of a run.
+    """Training and test images of a run.
 
     Where the source has no split of its own, half of each class (rounded down, but at least one) is tested on.
 
     Args:
-        data: see `zinit.data.labelled.sources.read_pictures`.
-        held_out_data: a source of its own for the test pictures; None takes them from ``data``.
+        data: see `zinit.data.labelled.sources.read_images`.
+        held_out_data: a source of its own for the test images; None takes them from ``data``.
         read: reads a source.
-        train: False leaves the training pictures out.
+        train: False leaves the training images out.
         labels: the only class names allowed, in label order; None takes those of the data.
         dropped: names of classes to leave out.
         seed: of the half that is tested on.
 
     Returns:
-        Class names, training and test pictures, and how many were read, dropped with their class, skipped and unused.
+        Class names, training and test images, and how many were read, dropped with their class, skipped and unused.
 
     Raises:
         DataError: if a source cannot be read or has other classes.
@@ -109,18 +109,18 @@ def draw_shots(
     few: Literal["error", "use_all"],
     on_bad: OnBad,
 ) -> tuple[list[Labelled], dict[str, int]]:
-    """Up to ``shots`` pictures of each class, by chance, class after class.
+    """Up to ``shots`` images of each class, by chance, class after class.
 
     Args:
         examples: of these classes.
         shots: per class.
         classes: in the order in which chance goes through them.
         seed: of the draw.
-        few: whether a class with fewer pictures is an error, or all it has are used.
-        on_bad: "skip" draws another picture in place of one that cannot be read.
+        few: whether a class with fewer images is an error, or all it has are used.
+        on_bad: "skip" draws another image in place of one that cannot be read.
 
     Returns:
-        What was drawn, and how many pictures were not drawn, not readable, and how many classes have too few.
+        What was drawn, and how many images were not drawn, not readable, and how many classes have too few.
 
     Raises:
         DataError: naming a class that has none, or too few.
@@ -137,7 +137,7 @@ def draw_shots(
         for position in torch.randperm(len(pool), generator=generator).tolist():
             if len(mine) == shots:
                 break
-            if on_bad == "error" or _is_readable(pool[position].picture):
+            if on_bad == "error" or _is_readable(pool[position].image):
                 mine.append(pool[position])
             else:
                 refused += 1
@@ -152,9 +152,9 @@ def draw_shots(
     return drawn, counts
 
 
-def _is_readable(picture: Picture) -> bool:
+def _is_readable(source: ImageSource) -> bool:
     try:
-        read_image(picture)
+        read_image(source)
     except DataError:
         return False
     return True

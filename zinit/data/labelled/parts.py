@@ -1,28 +1,28 @@
-"""Labelled pictures and the parts of a data set, and how one is read."""
+"""Labelled images and the parts of a data set, and how one is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from zinit.data.images import OnBad, Picture, inside
+from zinit.data.images import ImageSource, OnBad, inside
 from zinit.errors import DataError
 
 COLUMNS = {"image": ("image", "img", "filepath", "file", "path"), "label": ("label", "labels", "class")}
 
 
 class Labelled(NamedTuple):
-    """A picture and its class.
+    """An image and its class.
 
     Attributes:
-        picture: file, bytes, or in memory.
+        image: file, bytes, or in memory.
         label: name of its class.
-        where: file and line, or the like, for messages; empty where the picture's own name says it.
+        where: file and line, or the like, for messages; empty where the image's own name says it.
     """
 
-    picture: Picture
+    image: ImageSource
     label: str
     where: str = ""
 
@@ -37,7 +37,7 @@ class Parts:
         test: None if the source has none.
         labels: names of the classes in order, if the source knows them; else those that occur.
         skipped: why some were left out.
-        vtab: the task of VTAB-1k that this is, if it is one.
+        dataset: name of the published data set that this is, if a layout knows it.
     """
 
     train: list[Labelled]
@@ -45,7 +45,7 @@ class Parts:
     test: list[Labelled] | None = None
     labels: list[str] | None = None
     skipped: list[str] = field(default_factory=list)
-    vtab: str | None = None
+    dataset: str | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, list[Labelled]], labels: list[str] | None = None) -> Parts:
@@ -53,7 +53,7 @@ class Parts:
         return cls(train=found["train"], val=found.get("val"), test=found.get("test"), labels=labels)
 
     def __iter__(self) -> Iterator[Labelled]:
-        """Every picture of every part."""
+        """Every image of every part."""
         return (example for part in (self.train, self.val, self.test) for example in part or ())
 
     def __len__(self) -> int:
@@ -65,17 +65,19 @@ class Parts:
         return self.val is None and self.test is None
 
 
+Layout = Callable[[Path, "Reading"], Parts | None]
+
+
 @dataclass(kw_only=True)
 class Reading:
     """How one source is read, and what of it could not be used.
 
     Args:
         on_bad: "error" stops at the first bad entry; "skip" leaves it out and notes why.
-        fields: what CSV, Parquet and Hub data call picture and class; None tries the usual names.
+        fields: what CSV, Parquet and Hub data call image and class; None tries the usual names.
         named: whether classes must have names, because a text tower reads them: numbers in a table are refused then.
-        split: which of VTAB-1k's lists are read, see `zinit.data.labelled.splits.vtab_split`; None looks for none.
-        dataset: which task of a folder that holds several of VTAB-1k's.
-        folder: where the pictures of a split_zhou_*.json file are, seen from that file.
+        layouts: a task's own layouts of folders, tried before all others: each reads a folder, or returns None.
+        folder: where the images of a split_zhou_*.json file are, seen from that file.
 
     Attributes:
         skipped: why entries were left out.
@@ -85,8 +87,7 @@ class Reading:
     on_bad: OnBad = "error"
     fields: Sequence[str] | None = None
     named: bool = False
-    split: str | None = None
-    dataset: str | None = None
+    layouts: Sequence[Layout] = ()
     folder: str = "."
     skipped: list[str] = field(default_factory=list, init=False)
     names: list[str] | None = field(default=None, init=False)
@@ -110,7 +111,7 @@ class Reading:
             return None
 
     def columns(self, there: Iterable[str], name: str) -> tuple[str, str]:
-        """Which columns of a table hold picture and class.
+        """Which columns of a table hold image and class.
 
         Raises:
             DataError: if one is missing; it names those that are there.
@@ -122,7 +123,7 @@ class Reading:
             if column is None and self.fields is not None:
                 raise DataError(
                     f"{name} has no field {wanted[0]!r}; it has {', '.join(there) or 'none'}. "
-                    f"Name picture and class: -o task.fields={','.join(there[:2])}"
+                    f"Name image and class: -o task.fields={','.join(there[:2])}"
                 )
             if column is None:
                 raise DataError(

@@ -1,4 +1,4 @@
-"""Tables of labelled pictures: CSV, Parquet in one file or in the Hub's shards, and data sets on the Hub."""
+"""Tables of labelled images: CSV, Parquet in one file or in the Hub's shards, and data sets on the Hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from zinit.data.images import Encoded
 from zinit.data.labelled.lists import read_text
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.records import read_document
-from zinit.errors import DataError, first_line
+from zinit.data.records import load_hub, read_document
+from zinit.errors import DataError
 
 VALIDATION = ("val", "validation", "valid", "dev")
 PARTS = {"train": "train", "test": "test", **dict.fromkeys(VALIDATION, "val")}
@@ -32,15 +32,15 @@ def read_csv(file: Path, reading: Reading) -> list[Labelled]:
         path, name = (row[image] or "").strip(), (row[label] or "").strip()
         if not path or not name:
             reading.bad(f"{where}: {image if not path else label} is empty.")
-        elif picture := reading.inside(file.parent, path, where):
-            found.append(Labelled(picture, name, where))
+        elif found_file := reading.inside(file.parent, path, where):
+            found.append(Labelled(found_file, name, where))
     if not found and not reading.skipped:
-        raise DataError(f"{file} lists no picture.")
+        raise DataError(f"{file} lists no image.")
     return found
 
 
 def split_column(file: Path) -> str | None:
-    """The column of a table that says which part a picture is of, if there is one."""
+    """The column of a table that says which part an image is of, if there is one."""
     header = next(csv.reader(io.StringIO(read_text(file), newline="")), [])
     return next((name for name in header if name.strip().lower() in ("split", "part", "fold", "subset")), None)
 
@@ -97,18 +97,10 @@ def read_hub(source: str, reading: Reading) -> Parts:
     Raises:
         DataError: if there is none, or it has no such part.
     """
-    from datasets import load_dataset
-
     name, _, part = source.partition(":")
-    try:
-        found: Any = load_dataset(name)
-        if "[" in part:  # a slice, which load_dataset cuts
-            found = {part: load_dataset(name, split=part)}
-    except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
-        reason = first_line(error)
-        raise DataError(
-            f"there is no folder {source}, and the Hub did not give a data set of that name: {reason}"
-        ) from error
+    found: Any = load_hub(source, expected="folder")
+    if "[" in part:  # a slice, which the Hub's loader cuts
+        found = {part: load_hub(source, split=part, expected="folder")}
     train = part or (next(iter(found)) if len(found) == 1 else "train")
     if train not in found:
         raise DataError(f"{name} has no part {train!r}; it has {', '.join(found)}. Name one: --data {name}:PART")
@@ -119,14 +111,14 @@ def read_hub(source: str, reading: Reading) -> Parts:
 
 
 def _records(rows: Any, name: str, reading: Reading) -> list[Labelled]:
-    """Records with the bytes of a picture, which are not read yet, and a label, which may be a number with a name."""
+    """Records with the bytes of an image, which are not read yet, and a label, which may be a number with a name."""
     from datasets import ClassLabel, Image, Value
 
     image, label = reading.columns(rows.column_names, name)
     kind, labels = rows.features[image], rows.features[label]
     encoded = isinstance(kind, Value) and "binary" in kind.dtype
     if not (encoded or isinstance(kind, Image) or (isinstance(kind, dict) and "bytes" in kind)):
-        raise DataError(f"{name}: the field {image!r} holds {kind}; expected pictures.")
+        raise DataError(f"{name}: the field {image!r} holds {kind}; expected images.")
     names = list(labels.names) if isinstance(labels, ClassLabel) else None
     if reading.named and names is None and not (isinstance(labels, Value) and "string" in labels.dtype):
         raise DataError(
@@ -135,7 +127,7 @@ def _records(rows: Any, name: str, reading: Reading) -> list[Labelled]:
         )
     if names is not None:
         reading.names = list(dict.fromkeys([*(reading.names or ()), *names]))
-    pictures = rows.select_columns([image]).cast_column(image, Image(decode=False))
+    encoded_images = rows.select_columns([image]).cast_column(image, Image(decode=False))
     found = []
     for row, target in enumerate(rows[label]):
         where = f"{name}, record {row + 1}"
@@ -144,13 +136,13 @@ def _records(rows: Any, name: str, reading: Reading) -> list[Labelled]:
         elif names and not (isinstance(target, int) and 0 <= target < len(names)):
             reading.bad(f"{where}: {label!r} is {target!r}, but there are {len(names)} classes, from 0.")
         else:
-            picture = Encoded(where, partial(_content, pictures, row, image, where))
-            found.append(Labelled(picture, names[int(target)] if names else str(target), where))
+            source = Encoded(where, partial(_content, encoded_images, row, image, where))
+            found.append(Labelled(source, names[int(target)] if names else str(target), where))
     return found
 
 
-def _content(pictures: Any, row: int, image: str, where: str) -> bytes:
-    content = (pictures[row][image] or {}).get("bytes")
+def _content(images: Any, row: int, image: str, where: str) -> bytes:
+    content = (images[row][image] or {}).get("bytes")
     if not content:  # a path alone could lead anywhere
-        raise DataError(f"{where}: the field {image!r} holds no picture.")
+        raise DataError(f"{where}: the field {image!r} holds no image.")
     return content

@@ -1,4 +1,4 @@
-"""Labelled pictures from wherever they lie: folders, lists, tables, the Hub, or the embedded demo."""
+"""Labelled images from any source: folders, lists, tables, the Hub, or the embedded demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from zinit.data.images import class_folders
-from zinit.data.labelled.lists import VTAB_LISTS, read_coop, read_list, read_vtab
+from zinit.data.labelled.lists import read_coop, read_list
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.records import PARTS, VALIDATION, read_csv, read_hub, read_parquet, read_shards, split_column
 from zinit.errors import DataError
@@ -17,15 +17,16 @@ SUFFIXES = (".csv", ".json", ".parquet")
 Embedded = tuple[Sequence[str], Mapping[str, Sequence[tuple[Image.Image, int]]]]
 
 
-def read_pictures(source: str | None, reading: Reading, demo: Callable[[], Embedded]) -> Parts:
-    """Reads which pictures there are, not the pictures.
+def read_images(source: str | None, reading: Reading, demo: Callable[[], Embedded]) -> Parts:
+    """The images of a source and their labels; no image is read.
 
     Args:
         source: a folder of class folders, or with such folders in ``train`` and ``test``; a folder with lists, tables
-            or Parquet shards named after the parts; one of VTAB-1k's; a ``split_zhou_*.json`` of CoOp, or the folder
-            of one; a CSV or Parquet file; a Hub id (``id:part`` names one part). None is the embedded demo's.
+            or Parquet shards named after the parts; a ``split_zhou_*.json`` of CoOp, or the folder of one; a CSV or
+            Parquet file; a Hub id (``id:part`` names one part). None is the embedded demo's.
         reading: how, and where what cannot be used is noted.
-        demo: class names of the embedded data, and (picture, label) pairs by part.
+        demo: class names of the embedded data, and (image, label) pairs by part: "train", "val" or "test", perhaps
+            followed by its size.
 
     Raises:
         DataError: if it is missing, or nothing of the kind that is expected.
@@ -38,7 +39,7 @@ def read_pictures(source: str | None, reading: Reading, demo: Callable[[], Embed
         parts = _file(path, reading)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in SUFFIXES:
         raise DataError(
-            f"there is no {source}. Expected a folder of pictures, a .csv, .parquet or split_zhou_*.json file, or a "
+            f"there is no {source}. Expected a folder of images, a .csv, .parquet or split_zhou_*.json file, or a "
             f"Hub id."
         )
     else:
@@ -47,13 +48,11 @@ def read_pictures(source: str | None, reading: Reading, demo: Callable[[], Embed
     return parts
 
 
-def _embedded(names: Sequence[str], pictures: Mapping[str, Sequence[tuple[Image.Image, int]]]) -> Parts:
-    found = {
-        {"train800": "train", "val200": "val"}.get(part, part): [
-            Labelled(image, names[label], f"{part} {i}") for i, (image, label) in enumerate(pairs)
-        ]
-        for part, pairs in pictures.items()
-    }
+def _embedded(names: Sequence[str], images: Mapping[str, Sequence[tuple[Image.Image, int]]]) -> Parts:
+    found: dict[str, list[Labelled]] = {}
+    for name, pairs in images.items():
+        part = PARTS[name.rstrip("0123456789")]
+        found[part] = [Labelled(image, names[label], f"{name} {i}") for i, (image, label) in enumerate(pairs)]
     return Parts.of(found, list(names))
 
 
@@ -62,17 +61,18 @@ def _file(path: Path, reading: Reading) -> Parts:
         return read_coop(path, reading)
     if path.suffix == ".csv" and (column := split_column(path)):
         raise DataError(
-            f"{path} has a column {column!r}, which is not read: pictures to test on would be trained on. "
+            f"{path} has a column {column!r}, which is not read: images to test on would be trained on. "
             f"Make a file of each part (train.csv, test.csv) and name their folder, or remove the column."
         )
     if path.suffix in (".csv", ".parquet"):
         return Parts(train=(read_csv if path.suffix == ".csv" else read_parquet)(path, reading))
-    raise DataError(f"{path}: expected a folder of pictures, a .csv, .parquet or split_zhou_*.json file, or a Hub id.")
+    raise DataError(f"{path}: expected a folder of images, a .csv, .parquet or split_zhou_*.json file, or a Hub id.")
 
 
 def _folder(root: Path, reading: Reading) -> Parts:
-    if reading.split is not None and (lists := _vtab_folder(root, reading.dataset)) is not None:
-        return read_vtab(lists, reading)
+    for read_layout in reading.layouts:
+        if (parts := read_layout(root, reading)) is not None:
+            return parts
     splits = sorted(root.glob("split_zhou_*.json"))
     if len(splits) > 1:
         raise DataError(f"{root} holds several split files, {', '.join(f.name for f in splits)}. Name one of them.")
@@ -96,21 +96,3 @@ def _folder(root: Path, reading: Reading) -> Parts:
 def _classes(folder: Path) -> tuple[list[str], list[Labelled]]:
     labels, found = class_folders(folder)
     return labels, [Labelled(file, labels[label]) for file, label in found]
-
-
-def _vtab_folder(root: Path, dataset: str | None) -> Path | None:
-    """The folder of one task in VTAB-1k's layout; None if there is none."""
-    tasks = sorted(p.name for p in root.iterdir() if any((p / file).is_file() for file, _ in VTAB_LISTS.values()))
-    here = any((root / file).is_file() for file, _ in VTAB_LISTS.values())
-    if here and dataset in (None, root.name):
-        return root
-    if tasks and dataset is None:
-        raise DataError(f"{root} holds several tasks: {', '.join(tasks)}. Name one: -o task.dataset={tasks[0]}")
-    if dataset is None:
-        return None
-    if dataset not in tasks:
-        raise DataError(
-            f"{root} holds no task {dataset!r} in VTAB-1k's layout ({dataset}/train800val200.txt); "
-            f"found {', '.join(tasks) or 'none'}. For class folders and tables leave task.dataset out."
-        )
-    return root / dataset

@@ -1,6 +1,6 @@
 """CLIP's generalisation from base to novel classes (LLaMA-Adapter, ICLR 2024, Table 14; protocol of CoOp and CoCoOp).
 
-The classes are sorted; the first half is the base, trained on with a few pictures each, the rest is novel. Each half is
+The classes are sorted; the first half is the base, trained on with a few images each, the rest is novel. Each half is
 tested among its own classes only. The classifier of a class is the text tower's reading of "a photo of a <class>.", so
 there is no head, and the frozen model's evaluation is zero-shot CLIP.
 """
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.data.crops import Views, plain
-from zinit.data.images import Images, OnBad, Picture, normalise
+from zinit.data.images import Images, ImageSource, OnBad, normalise
 from zinit.data.labelled.few_shot import draw_shots, few_shot_split
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.labelled.sources import read_pictures
+from zinit.data.labelled.sources import read_images
 from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
@@ -36,7 +36,7 @@ Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
 TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
 TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
-BATCH = 64  # pictures, or texts, per forward pass without gradients
+BATCH = 64  # images, or texts, per forward pass without gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +44,19 @@ class BaseToNovelConfig(JsonConfig):
     """What the task does with its data.
 
     Args:
-        shots: training pictures per base class, drawn by the run's seed.
+        shots: training images per base class, drawn by the run's seed.
         template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
         drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
-        folder: where the pictures of a split_zhou_*.json file are, seen from that file.
-        fields: what CSV, Parquet and Hub data call picture and class; None tries the usual names.
-        views: 1 trains on the plain pictures; more make so many random crops of each, all of them once per epoch.
-        crop_scale: smallest share of a picture that a crop covers.
-        few: whether a class with fewer pictures than shots is an error, or all it has are used.
-        on_bad: whether an entry or picture that cannot be read is an error, or skipped and counted (in training
-            another picture is drawn instead).
+        folder: where the images of a split_zhou_*.json file are, seen from that file.
+        fields: what CSV, Parquet and Hub data call image and class; None tries the usual names.
+        views: 1 trains on the plain images; more make so many random crops of each, all of them once per epoch.
+        crop_scale: smallest share of an image that a crop covers.
+        few: whether a class with fewer images than shots is an error, or all it has are used.
+        on_bad: whether an entry or image that cannot be read is an error, or skipped and counted (in training
+            another image is drawn instead).
         split_seed: of the half of each class that is tested on, where the data has no test part. Not the run's seed:
-            all runs are tested on the same pictures.
-        held_out_data: a source of its own for the test pictures instead.
+            all runs are tested on the same images.
+        held_out_data: a source of its own for the test images instead.
     """
 
     shots: int = 16
@@ -86,7 +86,7 @@ class BaseToNovelConfig(JsonConfig):
             raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
         fields = self.fields
         if fields is not None and (len(fields) != 2 or not all(isinstance(name, str) and name for name in fields)):
-            raise ConfigError(f"fields must name picture and class; got {fields!r}.")
+            raise ConfigError(f"fields must name image and class; got {fields!r}.")
         scale = self.crop_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
             raise ConfigError(f"crop_scale must be above 0 and at most 1; got {scale!r}.")
@@ -124,12 +124,12 @@ class BaseToNovel(Task):
             raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
         middle = (len(self.labels) + 1) // 2
         self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
-        pictures, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
+        sources, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
         if config.views > 1:
             crop = {"size": self.size, "smallest": config.crop_scale, "seed": inputs.seed}
-            self._train = Views(pictures, views=config.views, **crop)
+            self._train = Views(sources, views=config.views, **crop)
         else:
-            self._train = Images(pictures, self._prepare)
+            self._train = Images(sources, self._prepare)
         self._train_labels *= config.views
         self._tested = {half: self._open(tested, self.classes[half]) for half in HALVES}
         for half in HALVES:
@@ -137,7 +137,7 @@ class BaseToNovel(Task):
             self._counts[f"{half}_test"] = len(self._tested[half][0])
             self._counts[f"{half}_classes_without_test"] = len(self.classes[half]) - len(set(self._tested[half][1]))
             if not self._tested[half][0]:
-                raise DataError(f"there is no picture of a {half} class to test on: {self._counts}.")
+                raise DataError(f"there is no image of a {half} class to test on: {self._counts}.")
             for key, tokens in self._tokenise(self.classes[half], host).items():
                 self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
         self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
@@ -146,7 +146,7 @@ class BaseToNovel(Task):
         held_out = len(self._tested["base"][0])
         self.held_out_stream = Stream(name="held_out", lengths=[patches] * held_out, counts=[1] * held_out)
         self._text_features: dict[Half, tuple[Any, Tensor]] = {}
-        self._known: Tensor | None = None  # which pictures' features are kept
+        self._known: Tensor | None = None  # which images' features are kept
         self._kept: Tensor | None = None
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ class BaseToNovel(Task):
 
         config = self.config
         how = Reading(on_bad=config.on_bad, fields=config.fields, named=True, folder=config.folder)
-        return read_pictures(source, how, demo.base_to_novel)
+        return read_images(source, how, demo.base_to_novel)
 
-    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[Picture], list[int]]:
+    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[ImageSource], list[int]]:
         """The shots of the base classes, and their labels."""
         config = self.config
         number = {name: label for label, name in enumerate(self.classes["base"])}
@@ -173,13 +173,13 @@ class BaseToNovel(Task):
             "train_of_novel_classes": len(training) - len(mine),
             **counts,
         }
-        return [example.picture for example in drawn], [number[example.label] for example in drawn]
+        return [example.image for example in drawn], [number[example.label] for example in drawn]
 
     def _open(self, tested: list[Labelled], names: list[str]) -> tuple[Images, list[int]]:
-        """The pictures of some classes, decoded, and their labels among these."""
+        """The images of some classes, decoded, and their labels among these."""
         number = {name: label for label, name in enumerate(names)}
         mine = [example for example in tested if example.label in number]
-        opened = Images([example.picture for example in mine], self._prepare, on_bad=self.config.on_bad)
+        opened = Images([example.image for example in mine], self._prepare, on_bad=self.config.on_bad)
         self._counts["test_skipped_unreadable"] += len(opened.skipped)
         return opened, [number[mine[position].label] for position in opened.kept]
 
@@ -200,7 +200,7 @@ class BaseToNovel(Task):
         return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
-        """``pixels`` uint8 (B, 3, size, size), ``labels`` (B,) and ``index`` (B,), among all pictures."""
+        """``pixels`` uint8 (B, 3, size, size), ``labels`` (B,) and ``index`` (B,), among all images."""
         if stream is self.train_stream:
             return self._batch(self._train, self._train_labels, indices, 0)
         return self._batch(*self._tested["base"], indices, len(self._train))
@@ -215,20 +215,20 @@ class BaseToNovel(Task):
     # --- model ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy of the pictures among the base classes, summed."""
+        """Cross-entropy of the images among the base classes, summed."""
         return F.cross_entropy(self.logits(batch, "base"), batch["labels"], reduction="sum")
 
     def logits(self, batch: Batch, half: Half) -> Tensor:
-        """CLIP's scaled cosines of pictures with the classes of one half: (B, classes), float32.
+        """CLIP's scaled cosines of images with the classes of one half: (B, classes), float32.
 
         Args:
             batch: of `collate`.
             half: whose classes compete.
         """
         scale: Any = self.model.logit_scale
-        pictures, classes = self.image_features(batch), self.class_features(half)
-        with torch.autocast(pictures.device.type, enabled=False):
-            return scale.float().exp() * pictures @ classes.T
+        images, classes = self.image_features(batch), self.class_features(half)
+        with torch.autocast(images.device.type, enabled=False):
+            return scale.float().exp() * images @ classes.T
 
     def class_features(self, half: Half) -> Tensor:
         """Unit features of the classes of one half: (classes, D), float32. Kept while the text tower cannot change."""
@@ -242,9 +242,9 @@ class BaseToNovel(Task):
         return self._text_features[half][1]
 
     def image_features(self, batch: Batch) -> Tensor:
-        """Unit features of pictures: (B, D), float32. Kept while the vision tower cannot change.
+        """Unit features of images: (B, D), float32. Kept while the vision tower cannot change.
 
-        Not those of a sharded tower: all processes must call it equally often, and each has seen other pictures.
+        Not those of a sharded tower: all processes must call it equally often, and each has seen other images.
         """
         if self._may_change("vision") or any(map(is_shard, self.model.parameters())):
             return self._encode_images(batch["pixels"])
@@ -288,7 +288,7 @@ class BaseToNovel(Task):
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
-        """Accuracy on the test pictures of each half among its own classes, and the harmonic mean of the two."""
+        """Accuracy on the test images of each half among its own classes, and the harmonic mean of the two."""
         self.eval()
         evaluation = Evaluation(metrics={})
         if limit == 0:
@@ -340,7 +340,7 @@ class BaseToNovel(Task):
         return known[dataset.lower()][names.index(metric)] / 100
 
     def data_report(self) -> dict[str, Any]:
-        """Counts of pictures read, dropped, drawn, skipped and tested on."""
+        """Counts of images read, dropped, drawn, skipped and tested on."""
         return dict(self._counts)
 
     def fingerprint(self) -> str:
@@ -370,7 +370,7 @@ def _spread(count: int, limit: int | None) -> list[int]:
 
 
 def _describe(images: Images, index: int, half: str) -> str:
-    picture = images.pictures[images.kept[index]]
-    if isinstance(picture, Path):
-        return f"{picture.parent.name}/{picture.name}"
-    return f"{half} picture {index + 1}"
+    source = images.sources[images.kept[index]]
+    if isinstance(source, Path):
+        return f"{source.parent.name}/{source.name}"
+    return f"{half} image {index + 1}"

@@ -1,4 +1,4 @@
-"""Image classification in VTAB-1k's protocol (arXiv 1910.04867): 1,000 training pictures, plain resize, linear head."""
+"""Image classification in VTAB-1k's protocol (arXiv 1910.04867): 1,000 training images, plain resize, linear head."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.data.images import Images, OnBad, normalise
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.labelled.sources import read_pictures
-from zinit.data.labelled.splits import NAMED, Split, vtab_split
+from zinit.data.labelled.sources import read_images
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._linear_probe import solve_head
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
+from zinit.tasks.vtab.lists import Split, vtab_layout
+from zinit.tasks.vtab.split import NAMED, vtab_split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,11 +44,11 @@ class VTABConfig(JsonConfig):
     Args:
         dataset: which task of a folder that holds several (``cifar``), or which embedded data (``digits``, the
             default, ``textures``, ``counts``).
-        split: "train800val200" trains on everything but the test pictures, which are evaluated. "train800" evaluates
-            on the validation part, for choosing hyper-parameters; test pictures are not touched.
+        split: "train800val200" trains on everything but the test images, which are evaluated. "train800" evaluates
+            on the validation part, for choosing hyper-parameters; test images are not touched.
         held_out_data: a source of its own for what is evaluated: its part for that, or all of it if it has no parts.
-        on_bad: "error" stops at the first picture or line that cannot be used; "skip" leaves it out and counts it.
-        fields: columns of picture and label in CSV, Parquet and Hub data; None tries the usual names.
+        on_bad: "error" stops at the first image or line that cannot be used; "skip" leaves it out and counts it.
+        fields: columns of image and label in CSV, Parquet and Hub data; None tries the usual names.
         interpolation: of the resize: "bicubic" (FacT) or "bilinear" (VPT).
         normalisation: "imagenet" (VPT) or the "model"'s own mean and deviation in pretraining; "none" leaves [0, 1].
         image_size: pixels a side; None is the model's own. Position embeddings are resampled to another.
@@ -83,7 +84,7 @@ class VTABConfig(JsonConfig):
             raise ConfigError(f"drop_path must be a rate in [0, 1); got {rate!r}.")
         fields = self.fields
         if fields is not None and (len(fields) != 2 or not all(isinstance(f, str) and f for f in fields)):
-            raise ConfigError(f"fields must name the columns of picture and label; got {fields!r}.")
+            raise ConfigError(f"fields must name the columns of image and label; got {fields!r}.")
         for name in ("dataset", "held_out_data"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be text; got {getattr(self, name)!r}.")
@@ -146,8 +147,9 @@ class VTAB(Task):
         from zinit import demo
 
         config = self.config
-        how = Reading(on_bad=config.on_bad, fields=config.fields, split=config.split, dataset=config.dataset)
-        return read_pictures(source, how, lambda: demo.labelled_images(config.dataset or "digits"))
+        layout = vtab_layout(config.split, config.dataset)
+        reading = Reading(on_bad=config.on_bad, fields=config.fields, layouts=(layout,))
+        return read_images(source, reading, lambda: demo.labelled_images(config.dataset or "digits"))
 
     def _check_labels(self, examples: list[Labelled]) -> None:
         if len(self.classes) < 2:
@@ -156,13 +158,13 @@ class VTAB(Task):
         if unknown := sorted({example.label for example in examples} - known):
             example = next(example for example in examples if example.label == unknown[0])
             raise DataError(
-                f"{example.where or example.picture}: the class {unknown[0]!r} is none of the {len(known)} that are "
+                f"{example.where or example.image}: the class {unknown[0]!r} is none of the {len(known)} that are "
                 f"trained ({', '.join(self.classes[:5])}{', ...' if len(known) > 5 else ''}); unknown in all: "
                 f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
             )
 
     def _decode(self, examples: list[Labelled], part: str) -> tuple[list[Labelled], Images]:
-        """Reads and resizes every picture; what cannot be read is named, or counted."""
+        """Reads and resizes every image; what cannot be read is named, or counted."""
         height, width = self.image_size
         resample = Image.Resampling[self.config.interpolation.upper()]
         done = 0
@@ -173,13 +175,13 @@ class VTAB(Task):
 
         try:
             images = Images(
-                [example.picture for example in examples],
+                [example.image for example in examples],
                 lambda image: image.resize((width, height), resample),
                 on_bad=self.config.on_bad,
                 progress=count,
             )
         except DataError as error:
-            where = examples[done].where  # pictures are read in order
+            where = examples[done].where  # images are read in order
             raise DataError(f"{where}: {error}" if where and where not in str(error) else str(error)) from error
         reasons = [f"{examples[i].where}: {why}".removeprefix(": ") for i, why in images.skipped.items()]
         self._counts["reasons"] = (self._counts["reasons"] + reasons)[:NAMED]
@@ -212,7 +214,7 @@ class VTAB(Task):
             return self.head(pooled)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy, summed over the pictures."""
+        """Cross-entropy, summed over the images."""
         return F.cross_entropy(self._logits(batch["images"]), batch["labels"], reduction="sum")
 
     def prepare(self) -> None:
@@ -223,7 +225,7 @@ class VTAB(Task):
     @contextmanager
     def frozen_baseline(self) -> Iterator[None]:
         """With a head that logistic regression makes of the frozen features, while inside."""
-        if not len(self.train_stream):  # only held-out pictures were read
+        if not len(self.train_stream):  # only held-out images were read
             yield
             return
         untrained = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
@@ -311,13 +313,13 @@ class VTAB(Task):
 
 
 def _title(example: Labelled, index: int) -> str:
-    if isinstance(example.picture, Path):
-        return "/".join(example.picture.parts[-2:])
-    return example.where or f"picture {index + 1}"
+    if isinstance(example.image, Path):
+        return "/".join(example.image.parts[-2:])
+    return example.where or f"image {index + 1}"
 
 
 def _fit_model(model: Any, processor: dict[str, Any], config: VTABConfig) -> tuple[int, int]:
-    """Brings the model to the picture's size and drop path; (height, width) in pixels."""
+    """Brings the model to the image's size and drop path; (height, width) in pixels."""
     if getattr(model, "num_classes", None) != 0:
         raise ConfigError(
             f"the task vtab needs a model of timm's without classifier: timm.create_model(..., num_classes=0); got "
@@ -329,7 +331,7 @@ def _fit_model(model: Any, processor: dict[str, Any], config: VTABConfig) -> tup
     if size is not None and (size, size) != (height, width):
         patch = tuple(getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1)))
         if not hasattr(model, "set_input_size"):
-            raise ConfigError(f"{type(model).__name__} cannot change its picture's size; leave task.image_size out.")
+            raise ConfigError(f"{type(model).__name__} cannot change its image's size; leave task.image_size out.")
         if size % math.lcm(*patch):
             raise ConfigError(f"image_size must be a multiple of the patch's {patch[0]} pixels; got {size}.")
         with torch.no_grad():
