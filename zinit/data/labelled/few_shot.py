@@ -48,21 +48,7 @@ def few_shot_split(
     first = train or held_out_data is None  # whether ``data`` is read at all
     sources = [*([data] if first else []), *([] if held_out_data is None else [held_out_data])]
     found = [read(source) for source in sources]
-    there = [_class_names(parts) for parts in found]
-    for name in dropped:
-        if first and name not in there[0]:
-            raise ConfigError(
-                f"task.drop_classes: {data or 'the demo data'} has no class {name!r}.{did_you_mean(name, there[0])}"
-            )
-    names = [name for name in there[0] if name not in dropped] if labels is None else labels
-    for source, own in zip(sources, there, strict=True):
-        unknown = [name for name in own if name not in names and name not in dropped]
-        if unknown:
-            raise DataError(
-                f"{source or 'the demo data'} has the classes {', '.join(unknown[:5])}"
-                f"{', ...' if len(unknown) > 5 else ''}, which are not among the {len(names)} of the run. "
-                f"Use data with the run's classes."
-            )
+    names = _names(list(zip(sources, found, strict=True)), dropped, labels, check_dropped=first)
     kept = [_only(parts, set(names) - set(dropped)) for parts in found]
     if held_out_data is not None:
         training, evaluated = kept[0].train, tested(kept[-1])
@@ -73,17 +59,38 @@ def few_shot_split(
     training = training if train else []
     skipped = sum(len(parts.skipped) for parts in found)
     read_in, remain = sum(map(len, found)), sum(map(len, kept))
-    return (
-        names,
-        training,
-        evaluated,
-        {
-            "read": read_in + skipped,
-            "dropped": read_in - remain,
-            "lines_skipped": skipped,
-            "unused": remain - len(training) - len(evaluated),
-        },
-    )
+    counts = {
+        "read": read_in + skipped,
+        "dropped": read_in - remain,
+        "lines_skipped": skipped,
+        "unused": remain - len(training) - len(evaluated),
+    }
+    return names, training, evaluated, counts
+
+
+def _names(
+    sources: Sequence[tuple[str | None, Parts]],
+    dropped: Sequence[str],
+    labels: list[str] | None,
+    *,
+    check_dropped: bool,
+) -> list[str]:
+    """The run's classes: those of an earlier run, or else the first source's without the dropped ones."""
+    there = [_class_names(parts) for _, parts in sources]
+    for name in dropped:
+        if check_dropped and name not in there[0]:
+            where = sources[0][0] or "the demo data"
+            raise ConfigError(f"task.drop_classes: {where} has no class {name!r}.{did_you_mean(name, there[0])}")
+    names = [name for name in there[0] if name not in dropped] if labels is None else labels
+    for (source, _), own in zip(sources, there, strict=True):
+        unknown = [name for name in own if name not in names and name not in dropped]
+        if unknown:
+            raise DataError(
+                f"{source or 'the demo data'} has the classes {', '.join(unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''}, which are not among the {len(names)} of the run. "
+                f"Use data with the run's classes."
+            )
+    return names
 
 
 def _class_names(parts: Parts) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,6 @@ from zinit.data.records import read_records
 from zinit.demo import instructions
 from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_texts, format_prompt
-
-if TYPE_CHECKING:
-    from zinit.tasks.alpaca.task import AlpacaConfig
 
 Record = dict[str, str]
 COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
@@ -79,20 +76,22 @@ def encode_records(
 
 
 def split_records(
-    config: AlpacaConfig, data: str | None, seed: int, *, train: bool
+    data: str | None, held_out_data: str | None, *, fields: Sequence[str], held_out: int, seed: int, train: bool
 ) -> tuple[list[Record], list[Record], dict[str, int]]:
     """Training and held-out records: no (instruction, input) is in both.
 
     Args:
-        config: names the fields, and perhaps a source of held-out records.
         data: source of the records; None is the embedded demo's.
+        held_out_data: a source of held-out records; None takes them from ``data``.
+        fields: names of instruction, input and output.
+        held_out: most records to take from ``data``.
         seed: of the choice of held-out records, where the data is one file.
         train: False leaves training records out.
 
     Returns:
         Both parts, and counts for the task's report.
     """
-    instruction, input, output = config.fields
+    instruction, input, output = fields
 
     def read(source: str) -> list[Record]:
         return read_records(
@@ -102,20 +101,20 @@ def split_records(
             renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT",
         )
 
-    if config.held_out_data is not None:
-        held_out, training = read(config.held_out_data), []
+    if held_out_data is not None:
+        evaluated, training = read(held_out_data), []
         if train:
             training = read(data) if data is not None else instructions()[0]
     elif data is None:
-        training, held_out = instructions()
+        training, evaluated = instructions()
     else:
-        training, held_out = _hold_out(read(data), config.held_out, seed, data)
-    counts = {"read": len(training) + len(held_out)}
+        training, evaluated = _hold_out(read(data), held_out, seed, data)
+    counts = {"read": len(training) + len(evaluated)}
     counts |= {f"{part}{kind}": 0 for part in ("train", "held_out") for kind in COUNTED}
-    asked = {(record[instruction], record[input]) for record in held_out}
+    asked = {(record[instruction], record[input]) for record in evaluated}
     clean = [record for record in training if (record[instruction], record[input]) not in asked]
     counts["train_skipped_also_held_out"] = len(training) - len(clean)
-    return clean, held_out, counts
+    return clean, evaluated, counts
 
 
 def _hold_out(records: list[Record], most: int, seed: int, name: str) -> tuple[list[Record], list[Record]]:

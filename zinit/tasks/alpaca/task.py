@@ -87,7 +87,14 @@ class Alpaca(Task):
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
         self._capacity = _capacity(model, config) if config.packing else None
-        training, held_out, self._counts = split_records(config, inputs.data, inputs.seed, train=inputs.train)
+        training, held_out, self._counts = split_records(
+            inputs.data,
+            config.held_out_data,
+            fields=config.fields,
+            held_out=config.held_out,
+            seed=inputs.seed,
+            train=inputs.train,
+        )
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
         if not self.held_out_examples:
