@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import zinit
 from scripts.tiny_models import floats, randomized, tiny_transformer
-from zinit.adapter.handle import get_handle
+from zinit.adapter.attach import get_handle
 from zinit.backbones._discover import FOREIGN, Replay, states_of
 from zinit.errors import BackboneError
 

@@ -22,12 +22,8 @@ LONGEST_FUNCTION = 60  # lines, from "def" to the end; the goal is 30
 TABLES = {"cli.py"}
 # Longer than the limit today. Entries may only go.
 TOO_LONG = {
-    "adapter/check.py:check_backbone",
-    "adapter/handle.py:attach",
     "bench/plan.py:make_benchmark",
     "data/labelled/few_shot.py:few_shot_split",
-    "demo/facts.py:_relations",
-    "interop/convert.py:convert",
     "runs/settings.py:resolve",
     "runs/train.py:train_run",
     "train/loop.py:fit",

@@ -17,9 +17,9 @@ _WHERE = {
     "in_scope": "zinit.adapter.scopes",
     "ZeroGatedPrefix": "zinit.prefix",
     "Handle": "zinit.adapter.handle",
-    "attach": "zinit.adapter.handle",
-    "load": "zinit.adapter.handle",
-    "get_handle": "zinit.adapter.handle",
+    "attach": "zinit.adapter.attach",
+    "load": "zinit.adapter.attach",
+    "get_handle": "zinit.adapter.attach",
     "import_adapter": "zinit.interop.importing",
     "AttentionSite": "zinit.backbones.base",
     "Task": "zinit.tasks.base",
@@ -31,7 +31,8 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from zinit.adapter.handle import Handle, attach, get_handle, load
+    from zinit.adapter.attach import attach, get_handle, load
+    from zinit.adapter.handle import Handle
     from zinit.adapter.scopes import in_scope
     from zinit.backbones.base import AttentionSite
     from zinit.config import AdapterConfig, PrefixConfig

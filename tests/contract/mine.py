@@ -39,6 +39,18 @@ class Mine(nn.Module):
         return x
 
 
+class MixerWithPrefix(Mixer):
+    """The one thing that differs; it asks its own child, so copies use their own prefixes."""
+
+    zinit: PrefixSlot
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, prefix = super().attend(query, key, value), self.zinit.prefix()
+        if prefix is None:
+            return out
+        return out + prefix(query, *self.zinit.keys_values(self, prefix, query.dtype), query.shape[-1] ** -0.5)
+
+
 class MineBackbone:
     """All that the author writes."""
 
@@ -61,21 +73,12 @@ class MineBackbone:
         return key, value
 
     def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
-        host = site.module
-        assert isinstance(host, Mixer)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            out, prefix = Mixer.attend(host, query, key, value), slot.prefix()
-            if prefix is None:
-                return out
-            return out + prefix(query, *slot.keys_values(host, prefix, query.dtype), query.shape[-1] ** -0.5)
-
-        host.add_module("zinit", slot)
-        vars(host)["attend"] = attend
+        site.module.add_module("zinit", slot)
+        site.module.__class__ = MixerWithPrefix
 
     def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
         del site.module.zinit
-        del vars(site.module)["attend"]
+        site.module.__class__ = Mixer
 
 
 MINE = MineBackbone()

@@ -180,14 +180,23 @@ def test_the_other_methods_run_on_the_backbone(backbone: Guide) -> None:
 BROKEN = {
     "a closed gate must change no bit": ("return out + prefix", "return out + 1e-3 + prefix"),
     "open gates must change the output": ("return out + prefix", "return out + 0 * prefix"),
-    "gets no gradient": ("*slot.keys_values(", "*(x.detach() for x in slot.keys_values("),
-    "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if slot.cached_kv else 1)"),
-    "a disabled adapter must change no bit": ("    return out\n", "    return out if slot.active else 2 * out\n"),
-    "detaching must give the model's own output": (
-        ", site.module.attend",
-        "\n        site.module.attend = lambda q, k, v: q",
+    "gets no gradient": ("*self.zinit.keys_values(", "*(x.detach() for x in self.zinit.keys_values("),
+    "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if self.zinit.cached_kv else 1)"),
+    "a disabled adapter must change no bit": ("    return out\n", "    return out if self.zinit.active else 2 * out\n"),
+    "a copy must use its own prefixes": (
+        "site.module.__class__ = AttentionWithPrefix",
+        "host = site.module\n        host.__class__ = AttentionWithPrefix\n"
+        "        host.attend = lambda q, k, v: AttentionWithPrefix.attend(host, q, k, v)",
     ),
-    "detaching must leave the model's own parts only": ("del site.module.zinit, ", "del "),
+    "a saved model cannot be made": (
+        "site.module.__class__ = AttentionWithPrefix",
+        "site.module.__class__ = AttentionWithPrefix\n        site.module.note = lambda: 0",
+    ),
+    "detaching must give the model's own output": (
+        "__class__ = Attention\n",
+        "__class__ = Attention\n        site.module.attend = lambda q, k, v: q\n",
+    ),
+    "detaching must leave the model's own parts only": ("del site.module.zinit\n", "pass\n"),
 }
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.tiny import ROOT, environment, save_records, save_tiny_llama
 from tests.train.test_crash import steps
-from zinit.adapter.handle import attach
+from zinit.adapter.attach import attach
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.directory import read_run

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.tasks import clip
 from tests.tasks.vit import tiny
-from zinit.adapter.handle import attach
+from zinit.adapter.attach import attach
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.adapter.parts import together
-from zinit.adapter.scopes import Change, Route, Scope
+from zinit.adapter.scopes import Change, Route, Scope, scope_of
 from zinit.adapter.state import AdapterState
 from zinit.backbones.base import ActivePrefix, PrefixSlot
 from zinit.errors import ConfigError
@@ -129,7 +129,7 @@ def _check_routable(state: AdapterState, name: str) -> None:
             f"the adapter {name!r} tunes modules of the host, which are the same for all samples of a batch, and "
             f"cannot be part of a route. Activate it and call the model with its samples alone."
         )
-    if name in state.scope().contexts:
+    if name in (scope_of(state.key) or Scope()).contexts:
         raise ConfigError(
             f"a route takes no context, and {name!r} has one: leave handle.context(...), or call the adapters one by "
             f"one."

@@ -223,15 +223,12 @@ class AdapterState:
     @contextmanager
     def cached_kv(self) -> Iterator[None]:
         """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones."""
-        cached = self.scope().cached
-        if cached is None or cached.version != self.version:
-            cached = CachedKV(self.version, self._compute_ahead())
-        keep = cached
-
-        def apply(scope: Scope) -> Scope:
-            return Scope(scope.on, scope.route, scope.contexts, keep)
-
-        with self.opened(Change(self.key, apply)):
+        outer = (scope_of(self.key) or NO_SCOPE).cached
+        holds = outer is not None and outer.version == self.version
+        cached = outer if outer is not None and holds else CachedKV(self.version, {})
+        with self.opened(Change(self.key, lambda scope: replace(scope, cached=cached))):
+            if not holds:
+                cached.pairs.update(self._compute_ahead())
             yield
 
     @torch.no_grad()

@@ -224,7 +224,7 @@ class TimmBackbone:
         for name, module in model.named_modules():
             if "zinit" in name.split(".") or not is_attention(module):
                 continue
-            if reason := objection(module):
+            if reason := why_unsupported(module):
                 raise BackboneError(f"{name} ({type(module).__name__}) cannot take a prefix: {reason}. {NEXT_STEP}")
             found.append(site_of(name, module))
         if not found:
@@ -256,7 +256,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def site_of(name: str, module: Any) -> AttentionSite:
-    """The facts about an attention module that `objection` has nothing against."""
+    """The facts about an attention module that `why_unsupported` has nothing against."""
     fused = getattr(module, "qkv", None)
     keys = fused.out_features // 3 if fused is not None else module.k_proj.out_features
     return AttentionSite(
@@ -272,7 +272,7 @@ def site_of(name: str, module: Any) -> AttentionSite:
 
 
 @torch.no_grad()
-def objection(module: Any) -> str:
+def why_unsupported(module: Any) -> str:
     """Why an attention module cannot take a prefix; empty if it can."""
     if has_foreign_bias(module):
         return "it adds relative position biases, which zinit does not reproduce"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from zinit.adapter.attach import attach
 from zinit.adapter.formats import FORMATS
-from zinit.adapter.handle import Handle, attach
+from zinit.adapter.handle import Handle
 from zinit.adapter.state import state_of
 from zinit.config import PrefixConfig
 from zinit.errors import ConfigError

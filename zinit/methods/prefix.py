@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from zinit.adapter.handle import attach, load
+from zinit.adapter.attach import attach, load
 from zinit.config import PrefixConfig
 from zinit.methods.base import Adapted, ApplyContext, Method
 

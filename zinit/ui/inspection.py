@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinit.adapter.attach import attach
 from zinit.adapter.file import AdapterFile
-from zinit.adapter.handle import attach
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.config import PrefixConfig
 from zinit.errors import ZinitError
