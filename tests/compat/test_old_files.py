@@ -47,24 +47,24 @@ def methods() -> list[str]:
 
 
 def evaluate(run: Path, limit: int) -> dict[str, Any]:
-    from zinit.run import evaluate_run
+    from zinit.runs.evaluate import evaluate_run
 
     return evaluate_run(run, limit=limit)
 
 
 def resume(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The results, and the events on the way."""
-    from zinit.run import train_run
-    from zinit.run_directory import read_run
+    from zinit.runs.train import train_run
+    from zinit.runs.directory import read_run
 
     events: list[dict[str, Any]] = []
     return train_run(read_run(run)[0], run, resume=True, on_event=events.append), events
 
 
 def answer(run: Path, instruction: str, max_new_tokens: int) -> str:
-    from zinit.chat import Speaker
+    from zinit.ui.chat import ChatSession
 
-    speaker = Speaker(run, temperature=0, max_new_tokens=max_new_tokens)
+    speaker = ChatSession(run, temperature=0, max_new_tokens=max_new_tokens)
     return speaker.answer(instruction, stream=False)
 
 
