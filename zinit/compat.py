@@ -25,6 +25,12 @@ OLD_SETTINGS = {
     "train.trunk_cache": "train.activation_cache",
 }
 
+# Settings that version 0.1.0 did not know, and what it did: a run that it began goes on where they are so still.
+NEW_SETTINGS: dict[str, Any] = {
+    "prefix.prompt": "table",
+    "prefix.prompts": "table",
+}
+
 # Renamed keys of `metrics.json` and of the cells and summaries of a benchmark: (place, old key) to new key. A place is
 # the path to the mapping that holds the key; lists on the way are passed through.
 OLD_RESULTS = {

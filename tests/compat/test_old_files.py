@@ -54,8 +54,8 @@ def evaluate(run: Path, limit: int) -> dict[str, Any]:
 
 def resume(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The results, and the events on the way."""
-    from zinit.runs.train import train_run
     from zinit.runs.directory import read_run
+    from zinit.runs.train import train_run
 
     events: list[dict[str, Any]] = []
     return train_run(read_run(run)[0], run, resume=True, on_event=events.append), events

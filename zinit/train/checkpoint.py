@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zinit import compat
 from zinit.distributed import sum_over_processes
 from zinit.errors import CheckpointError
 from zinit.train.strategy import share_of, whole
@@ -136,6 +137,7 @@ def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) 
     Raises:
         CheckpointError: naming the field that differs.
     """
+    saved, now = ({**compat.NEW_SETTINGS, **identity} for identity in (saved, now))
     for field in sorted(saved.keys() | now.keys()):
         if saved.get(field) != now.get(field):
             raise CheckpointError(
