@@ -29,7 +29,7 @@ from zinit.config import TrainConfig
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train.activation_cache import KEY, kept_trunk
-from zinit.train.loop import make_accelerator
+from zinit.train.strategy import make_accelerator
 
 
 def images(folder: Path, count: int, size: int) -> Path:
@@ -55,8 +55,8 @@ def task_of(options: argparse.Namespace, data: Path) -> VTAB:
     return VTAB(TaskInputs(model=model, handle=handle, data=str(data)), VTABConfig()).to(options.device)
 
 
-def step_of(options: argparse.Namespace, task: VTAB, stored: Any = None) -> Callable[[], None]:
-    """A training step on the next examples; with ``stored`` the outputs of the frozen blocks are read from it."""
+def step_of(options: argparse.Namespace, task: VTAB, collate: Any = None) -> Callable[[], None]:
+    """A training step on the next examples; with ``collate`` the outputs of the frozen blocks come with it."""
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)
     count, position = len(task.train_stream), 0
 

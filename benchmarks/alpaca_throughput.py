@@ -36,7 +36,9 @@ from zinit.config import TrainConfig
 from zinit.tasks.alpaca.examples import Example
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.base import Stream, TaskInputs
-from zinit.train.loop import Plan, cut, fit, held_out_loss
+from zinit.train.held_out import held_out_loss
+from zinit.train.loop import fit
+from zinit.train.plan import Plan, cut
 
 DATA = SHARED / "data" / "alpaca" / "alpaca_5000.json"
 TOKENIZER = SHARED / "data" / "tokenizers" / "llama" / "tokenizer.model"

@@ -67,8 +67,8 @@ def train(
         given = {"--backbone": backbone, "--task": task, "--preset": preset, "--config": config}
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
-        saved, document = read_run(output)
-        preset_name: str | None = document.get("preset")
+        saved, record = read_run(output)
+        preset_name: str | None = record.preset
         settings = override(saved, model=model, data=data, seed=seed, options=option or ())
     else:
         settings, preset_name = resolve(

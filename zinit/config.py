@@ -253,7 +253,7 @@ class TrainConfig(JsonConfig):
         save_every: steps between resume checkpoints; 0 never, None ten times a run.
         workers: processes that prepare batches; 0 does it in the training process.
         tensorboard: also log to TensorBoard, in the run's folder.
-        trunk_cache: folder for what the frozen layers below the lowest adapted one give for each training example, so
+        activation_cache: folder for what the frozen layers below the lowest adapted one give for each training example, so
             that they run once and not every epoch; runs share it. For examples of one size (pictures); see
             `zinit.train.activation_cache`. None computes it anew each time.
     """
@@ -279,7 +279,7 @@ class TrainConfig(JsonConfig):
     save_every: int | None = None
     workers: int = 0
     tensorboard: bool = False
-    trunk_cache: str | None = None
+    activation_cache: str | None = None
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -290,8 +290,8 @@ class TrainConfig(JsonConfig):
         for name in ("decay_gates", "gradient_checkpointing", "compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false; got {getattr(self, name)!r}.")
-        if self.trunk_cache is not None and not (isinstance(self.trunk_cache, str) and self.trunk_cache):
-            raise ConfigError(f"trunk_cache must be a folder, or none; got {self.trunk_cache!r}.")
+        if self.activation_cache is not None and not (isinstance(self.activation_cache, str) and self.activation_cache):
+            raise ConfigError(f"activation_cache must be a folder, or none; got {self.activation_cache!r}.")
         if not _is_finite(self.epochs) or self.epochs <= 0:
             raise ConfigError(f"epochs must be a number above 0; got {self.epochs!r}.")
         if self.steps == 0:

@@ -24,9 +24,8 @@ from zinit.runs.directory import save_trained
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import train_run
-from zinit.train.loop import _checkpoint_activations
-from zinit.train.strategy import loading_device
 from zinit.ui.chat import ChatSession
+from zinit.train.strategy import checkpoint_activations, loading_device
 
 CPU = torch.device("cpu")
 RUN = ("prefix.length=3", "steps=4", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=2", "save_every=2",
@@ -47,7 +46,7 @@ def adapted(case: Case, method: str) -> tuple[Any, dict[str, Tensor]]:
     settings = found.Config(dropout=0.0) if method == "lora" else found.Config()
     context = ApplyContext(prefix=prefix, backbone=case.backbone, seed=0)
     model = found(settings).apply(case.build(), context).model.train()
-    _checkpoint_activations(model)
+    checkpoint_activations(model)
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -16,7 +16,7 @@ from zinit.config import TrainConfig
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
-from zinit.train.loop import make_accelerator
+from zinit.train.strategy import make_accelerator
 
 SIZE = 32
 ACCOUNTED = (

@@ -22,7 +22,7 @@ from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.ner.sentences import read_sentences
 from zinit.tasks.ner.task import TokenClassification, TokenClassificationConfig
-from zinit.train.loop import make_accelerator
+from zinit.train.strategy import make_accelerator
 
 COLUMNS = """-DOCSTART- -X- -X- O
 

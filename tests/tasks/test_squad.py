@@ -21,7 +21,7 @@ from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, list_presets, read_preset
 from zinit.runs.train import train_run
 from zinit.tasks.squad.task import Squad, SquadConfig
-from zinit.train.loop import make_accelerator
+from zinit.train.strategy import make_accelerator
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])

@@ -18,7 +18,8 @@ from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
 from zinit.tasks.vtab.task import VTABConfig
-from zinit.train.loop import held_out_loss, make_accelerator
+from zinit.train.held_out import held_out_loss
+from zinit.train.strategy import make_accelerator
 
 
 def test_the_frozen_baseline_is_scikit_learns(tmp_path: Path) -> None:

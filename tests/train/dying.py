@@ -6,7 +6,7 @@ import os
 import signal
 
 from zinit.cli import main
-from zinit.train.loop import Plan
+from zinit.train.plan import Plan
 
 count = Plan.count
 

@@ -16,7 +16,8 @@ from zinit.config import TrainConfig
 from zinit.errors import CheckpointError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.train import checkpoint
-from zinit.train.loop import NonFiniteLoss, fit, held_out_loss
+from zinit.train.held_out import held_out_loss
+from zinit.train.loop import NonFiniteLoss, fit
 
 
 class Regression(Task):
@@ -95,7 +96,7 @@ def test_micro_batches_do_not_change_the_step(micro: int) -> None:
 def test_first_step_against_plain_torch() -> None:
     task, reference = Regression(), Regression()
     events = run(task, steps=1, weight_decay=0.0, clip_norm=None, warmup_steps=0)
-    from zinit.train.loop import Plan
+    from zinit.train.plan import Plan
 
     config = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05, steps=1, warmup_steps=0)
     chosen = Plan(config, reference.train_stream, 3).examples(0)

@@ -9,7 +9,7 @@ import pytest
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.tasks.base import Stream
-from zinit.train.loop import Plan
+from zinit.train.plan import Plan
 
 LENGTHS = [(37 * i) % 53 + 5 for i in range(103)]
 

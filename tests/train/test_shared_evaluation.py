@@ -14,7 +14,7 @@ from tests.tiny import save_records, save_tiny_llama
 from zinit.distributed import shard_indices
 from zinit.runs.build import build_model, build_task
 from zinit.runs.settings import resolve
-from zinit.train.loop import held_out_loss
+from zinit.train.held_out import held_out_loss
 
 
 def process(rank: int, world: int) -> Any:

@@ -18,6 +18,7 @@ from zinit.models.offload import move
 from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
 from zinit.runs.directory import read_finished_run
+from zinit.runs.record import Record
 from zinit.runs.settings import RunConfig
 from zinit.tasks import TASKS
 from zinit.tasks.base import TaskInputs, load_host, make_task
@@ -95,18 +96,18 @@ def build_model(
     )
 
 
-def check_models(directory: str | Path, document: Mapping[str, Any], built: Built) -> None:
+def check_models(directory: str | Path, record: Record, built: Built) -> None:
     """The task's further models are those that a run was made with.
 
     Args:
         directory: of the run, for messages.
-        document: its ``run.json``.
+        record: of the run.
         built: the models as loaded now.
 
     Raises:
         CheckpointError: naming the model and what differs.
     """
-    recorded: dict[str, Any] = document.get("models", {})
+    recorded = record.models
     for name in sorted(recorded.keys() | built.identities.keys()):
         if name not in recorded or name not in built.identities:
             where = "the run was made with" if name in recorded else "the task now has"
@@ -159,14 +160,14 @@ def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, An
         CheckpointError: if there is no run, or it has no adapter yet.
         ConfigError: if its method has no prefix.
     """
-    config, document = read_finished_run(directory)
+    config, record = read_finished_run(directory)
     if not (Path(directory) / "adapter.json").is_file():
         raise ConfigError(
             f"the run in {directory} was made by the method {config.method!r}, which has no prefix. "
             f"Only runs with a prefix can chat and generate; 'zinit eval' takes any."
         )
     built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
-    check_models(directory, document, built)
+    check_models(directory, record, built)
     assert built.adapted.handle is not None
     move(built.adapted.model, device, offload=config.offload)
     return config, built.adapted.model, built.processor, built.adapted.handle

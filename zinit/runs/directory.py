@@ -1,10 +1,9 @@
-"""The files of one run: where it may go, what was said and measured, and what was trained beside the prefix."""
+"""The files of one run: its folder, its log, and the weights beside the prefix."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,10 @@ from torch import nn
 from zinit.config import to_json
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import check_tensors, write_atomically
+from zinit.runs.record import RECORD, Record
 from zinit.runs.settings import RunConfig
-from zinit.train.loop import Event
-from zinit.train.strategy import share_of, whole
+from zinit.train.events import Event, Listener
+from zinit.train.strategy import gather_full, shard_like
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task
@@ -26,36 +26,36 @@ TRAINED = "trained.safetensors"
 BASELINE = "baseline.safetensors"
 
 
-def read_run(directory: str | Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings of a run and all of its ``run.json``.
+def read_run(directory: str | Path) -> tuple[RunConfig, Record]:
+    """The settings of a run, and its record.
 
     Raises:
         CheckpointError: if the folder holds no run.
     """
-    path = Path(directory) / "run.json"
+    path = Path(directory) / RECORD
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no run: there is no run.json. Expected a folder of 'zinit train'.")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        config = RunConfig.from_dict(document["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        record = Record.read(Path(directory))
+        config = RunConfig.from_dict(record.config)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
-    return config, document
+    return config, record
 
 
-def read_finished_run(directory: str | Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings of a run that was trained to its end, and all of its ``run.json``.
+def read_finished_run(directory: str | Path) -> tuple[RunConfig, Record]:
+    """The settings of a run that was trained to its end, and its record.
 
     Raises:
         CheckpointError: if there is no run, or it has not come to its end.
     """
-    config, document = read_run(directory)
-    if not all((Path(directory) / name).is_file() for name in document.get("weights", ["adapter.json"])):
+    config, record = read_run(directory)
+    if not all((Path(directory) / name).is_file() for name in record.weights):
         raise CheckpointError(
             f"the run in {directory} has not finished: there is no adapter yet. "
             f"Go on with: zinit train --resume --output {directory}"
         )
-    return config, document
+    return config, record
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -91,15 +91,7 @@ def was_restarted(output: Path) -> bool:
     """Whether torchrun (--max-restarts) has started this process anew and the run in ``output`` began before that."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (output / "run.json").is_file():
         return False
-    return read_run(output)[1].get("launch") == launch_id()
-
-
-def read_results(output: Path) -> dict[str, Any]:
-    """What ``metrics.json`` holds; nothing if it is not there or torn."""
-    try:
-        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return read_run(output)[1].launch == launch_id()
 
 
 def save_trained(task: Task, directory: Path, *, writes: bool = True) -> None:
@@ -141,7 +133,7 @@ def load_baseline(task: Task, directory: Path) -> bool:
 def _save(own: Mapping[str, nn.Parameter], path: Path, writes: bool) -> None:
     from safetensors.torch import save
 
-    tensors = {name: whole(parameter).cpu().contiguous() for name, parameter in own.items()}
+    tensors = {name: gather_full(parameter).cpu().contiguous() for name, parameter in own.items()}
     if tensors and writes:
         with writing(path):
             write_atomically(path, save(tensors, metadata={"format": "pt"}))
@@ -163,7 +155,7 @@ def _load(own: Mapping[str, nn.Parameter], path: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit the run's settings: {error}") from error
     for name, parameter in own.items():
-        parameter.copy_(share_of(tensors[name], parameter))
+        parameter.copy_(shard_like(tensors[name], parameter))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -174,7 +166,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk or a read-only folder is the user's to mend, not a fault of ours."""
+    """Turns a full disk or a read-only folder into an error that says what to do."""
     try:
         yield
     except OSError as error:
@@ -193,7 +185,7 @@ class Log:
         on_event: gets every event too.
     """
 
-    def __init__(self, output: Path, writes: bool, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, output: Path, writes: bool, on_event: Listener) -> None:
         self.path, self.writes, self.on_event = output / "log.jsonl", writes, on_event
         if writes and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with self.path.open("a", encoding="utf-8") as file:  # a kill tore the last line: it must not take the next
@@ -202,5 +194,5 @@ class Log:
     def __call__(self, event: Event) -> None:
         if self.writes:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(event) + "\n")
+                file.write(to_json(event.to_dict()) + "\n")
         self.on_event(event)

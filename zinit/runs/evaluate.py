@@ -12,7 +12,7 @@ from zinit.models.offload import weights_in_place
 from zinit.runs.build import build_model, build_task, check_models
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run
 from zinit.runs.settings import RunConfig, absolute_path
-from zinit.train.loop import held_out_loss
+from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
 
 if TYPE_CHECKING:
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 
 def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Frozen and adapted model of a finished run on its held-out examples, or on other data.
+    """The base and the adapted model of a finished run on its held-out examples, or on other data.
 
-    The frozen model is left out where its baseline needs training data that are not read, and the run kept none.
+    The base is left out where its baseline needs training data that are not read, and the run kept none.
 
     Args:
         directory: of the run.
         data: evaluate on all of this instead.
         limit: examples an answer is generated for.
     """
-    config, document = read_finished_run(directory)
+    config, record = read_finished_run(directory)
     if data is not None:
         options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
         config = dataclasses.replace(config, options=options)
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
     built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
-    check_models(directory, document, built)
-    task = build_task(config, built, labels=document.get("labels"), train=data is None)
+    check_models(directory, record, built)
+    task = build_task(config, built, labels=record.labels, train=data is None)
     place(task, accelerator, offload=config.offload)
     metrics = {}
     kept = load_baseline(task, Path(directory))
     if known := kept or data is None or not task.baseline_parameters():
         with built.adapted.disabled(), nullcontext() if kept else task.frozen_baseline():
-            metrics["frozen"] = evaluate(task, config, accelerator, limit).metrics
-    load_trained(task, Path(directory))  # not before: the frozen model is without them
+            metrics["base"] = evaluate(task, config, accelerator, limit).metrics
+    load_trained(task, Path(directory))  # not before: the base is without them
     adapted = evaluate(task, config, accelerator, limit)
     return {
         "metrics": metrics | {"adapted": adapted.metrics},

@@ -1,11 +1,22 @@
-"""What a run says about itself."""
+"""What a run says about itself: its record (``run.json``) and its results (``metrics.json``).
+
+Both are written by the run and read by resuming, evaluation, the report and the benchmark, whatever version wrote them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
+from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from zinit.compat import modern_results
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
+RECORD, RESULTS = "run.json", "metrics.json"
 
 
 def versions() -> dict[str, str]:
@@ -17,3 +28,133 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run is: written once, before it trains. A file of another version may lack a field or hold others.
+
+    Attributes:
+        config: the settings, as `RunConfig.to_dict` gives them.
+        backbone: registered name.
+        task: registered name.
+        model: folder or Hub id, or "embedded demo".
+        data: file, folder or Hub id, or "embedded demo".
+        demo: whether the model is the embedded one.
+        seed: of everything random.
+        preset: its full name.
+        method: registered name.
+        prefix: the prefix's settings, for methods that have one.
+        labels: class names, for tasks that have classes.
+        weights: files that a finished run has.
+        train: settings of the loop.
+        fingerprint: a hash of the examples.
+        identity: what decides the result; see `zinit.train.checkpoint.check_identity`.
+        key_probe: a sample of the host's weights; None for a model that no backbone knows.
+        models: what tells the task's further models from others, by name.
+        counts: what was read, split, truncated and skipped.
+        num_trainable: how many numbers train.
+        processes: how many trained.
+        strategy: how Accelerate calls what spreads the run.
+        launch: torchrun's name of the launch.
+        device: of the main process.
+        versions: of Python and libraries.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    backbone: str | None = None
+    task: str | None = None
+    model: str | None = None
+    data: str | None = None
+    demo: bool = False
+    seed: int | None = None
+    preset: str | None = None
+    method: str | None = None
+    prefix: dict[str, Any] | None = None
+    labels: list[str] | None = None
+    weights: list[str] = field(default_factory=lambda: ["adapter.json"])
+    train: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    key_probe: list[float] | None = None
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    num_trainable: int | None = None
+    processes: int | None = None
+    strategy: str | None = None
+    launch: str | None = None
+    device: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``run.json``; further models only where a task has some."""
+        return {name: value for name, value in vars(self).items() if name != "models" or value}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads ``run.json`` of any version."""
+        return cls(**_known(cls, values))
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The record of a run.
+
+        Raises:
+            OSError, ValueError: if it is missing or damaged.
+        """
+        return cls.from_dict(_read_json(directory / RECORD))
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What a run measured so far.
+
+    Attributes:
+        metrics: of the base ("base": the adapter switched off) and, once trained, of the "adapted" model.
+        baseline: what the base is, in words.
+        seed: of everything random.
+        counts: what was read and evaluated.
+        samples: inputs with the expected output, the base's and the adapted model's.
+        steps: optimizer steps; None until the run is finished.
+        seconds: of training; None until the run is finished.
+        num_trainable: how many numbers were trained; None until the run is finished.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    baseline: str | None = None
+    seed: int | None = None
+    counts: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    steps: int | None = None
+    seconds: float | None = None
+    num_trainable: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``metrics.json``; what only a finished run has is left out before."""
+        finished = ("steps", "seconds", "num_trainable")
+        return {name: value for name, value in vars(self).items() if name not in finished or value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads ``metrics.json`` of any version."""
+        return cls(**_known(cls, modern_results(values)))
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The results of a run; empty if there are none, or a kill tore the file."""
+        try:
+            return cls.from_dict(_read_json(directory / RESULTS))
+        except (OSError, ValueError):
+            return cls()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError(f"it holds {type(document).__name__}, not named values")
+    return document
+
+
+def _known(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a class has a field for."""
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zinit.backbones import BACKBONES
+from zinit.compat import modern_setting, modern_settings
 from zinit.config import JsonConfig, PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
@@ -87,7 +88,7 @@ class RunConfig(JsonConfig):
         needed = {
             "quantize=none (what is quantised stays on the GPU)": self.quantize is not None,
             "train.compile=false": self.train.compile,
-            "train.trunk_cache=none (it reads the weights)": self.train.trunk_cache is not None,
+            "train.activation_cache=none (it reads the weights)": self.train.activation_cache is not None,
             "train.gradient_checkpointing=true (without it the weights would wait on the GPU for the backward pass)": (
                 not self.train.gradient_checkpointing
             ),
@@ -112,7 +113,7 @@ class RunConfig(JsonConfig):
         Raises:
             ConfigError: naming the setting that is unknown or wrong.
         """
-        values = dict(values)
+        values = modern_settings(values)
         if isinstance(values.get("method"), str):
             values["method"] = {"name": values["method"]}
         sections = {name: dict(values.pop(name, {})) for name in SECTIONS}
@@ -292,8 +293,10 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     if "held_out_data" in values.get("task", {}):
         values["task"]["held_out_data"] = absolute_path(values["task"]["held_out_data"])
-    if isinstance(folder := values.get("train", {}).get("trunk_cache"), str) and folder:  # it need not be there yet
-        values["train"]["trunk_cache"] = str(Path(folder).expanduser().absolute())
+    if (
+        isinstance(folder := values.get("train", {}).get("activation_cache"), str) and folder
+    ):  # it need not be there yet
+        values["train"]["activation_cache"] = str(Path(folder).expanduser().absolute())
     return values
 
 
@@ -307,6 +310,7 @@ def _named_method(options: Iterable[str]) -> str | None:
 
 def _parse_option(option: str, task: str, method: str) -> dict[str, Any]:
     name, equals, text = option.partition("=")
+    name = modern_setting(name)
     if not equals:
         raise ConfigError(f"an option is key=value, such as train.epochs=3; got {option!r}.")
     if name in ("method", "method.name"):

@@ -1,10 +1,10 @@
-"""One run: built from its settings, trained, evaluated; its directory holds everything."""
+"""One run, part by part: build, preflight, baseline, fit, publish. Its directory holds everything."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from zinit.runs.directory import (
     Log,
     check_output,
     launch_id,
-    read_results,
     read_run,
     save_baseline,
     save_trained,
@@ -29,12 +28,15 @@ from zinit.runs.directory import (
     writing,
 )
 from zinit.runs.evaluate import evaluate
-from zinit.runs.record import versions
+from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
 from zinit.runs.settings import SECTIONS, RunConfig
+from zinit.tasks import TASKS
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity
-from zinit.train.loop import Event, Interrupted, Plan, fit
-from zinit.train.strategy import in_words, loading_device, make_accelerator, place
+from zinit.train.events import Ended, Evaluated, Event, Listener, Stage, Step, Stopped
+from zinit.train.loop import Interrupted, fit, ignore
+from zinit.train.plan import Plan
+from zinit.train.strategy import describe, loading_device, make_accelerator, place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,13 +44,50 @@ if TYPE_CHECKING:
     from zinit.tasks.base import Task
 
 # Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
-# Where model and data lie is indifferent too: what is in them is compared.
-INDIFFERENT = (
+# The places of model and data may change too: what is in them is compared.
+MAY_CHANGE_ON_RESUME = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
-    *("train.workers", "train.tensorboard", "train.trunk_cache", "task.packing"),
+    *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
 )
 SAME_MODEL = 0.999  # cosine of two samples of the weights
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run that is being made.
+
+    Attributes:
+        config: its settings.
+        output: its folder.
+        resume: whether it goes on from what is there.
+        accelerator: its processes.
+        built: its model and method.
+        task: on the model.
+        on_event: gets every event.
+        log: writes events to ``log.jsonl`` and passes them on.
+        identity: what a resumed run must have in common with the one that saved.
+    """
+
+    config: RunConfig
+    output: Path
+    resume: bool
+    accelerator: Accelerator
+    built: Built
+    task: Task
+    on_event: Listener
+    log: Log
+    identity: dict[str, Any]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.task.parameters() if p.requires_grad)
 
 
 def train_run(
@@ -57,7 +96,7 @@ def train_run(
     *,
     preset: str | None = None,
     resume: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = ignore,
 ) -> dict[str, Any]:
     """Trains and evaluates; the run's directory holds everything.
 
@@ -75,159 +114,251 @@ def train_run(
         ConfigError: if the folder already holds something.
         Interrupted: on a signal, after saving.
     """
-    output = Path(output)
-    resume = resume or was_restarted(output)
-    check_output(output, resume)
-    extra = _tensorboard(output) if config.train.tensorboard else {}
-    accelerator = make_accelerator(config.train, **extra)
+    run = build(config, Path(output), resume=resume, on_event=on_event)
+    preflight(run, preset=preset)
+    results = baseline(run)
+    steps, seconds = train(run)
+    publish(run, results, steps=steps, seconds=seconds)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return results.to_dict()
+
+
+def build(config: RunConfig, output: Path, *, resume: bool, on_event: Listener) -> Run:
+    """The processes, the model and the task of a run. Nothing is written.
+
+    Raises:
+        ConfigError: if the folder cannot take this run.
+    """
     from accelerate.utils import set_seed
 
+    resume = resume or was_restarted(output)
+    check_output(output, resume)
+    accelerator = make_accelerator(config.train, **(_tensorboard(output) if config.train.tensorboard else {}))
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
-    on_event({"event": "stage", "text": f"loading model and data; {in_words(accelerator)}"})
+    on_event(Stage(f"loading model and data; {describe(accelerator)}"))
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
-    task, disabled = build_task(config, built), built.adapted.disabled
+    return Run(
+        config=config,
+        output=output,
+        resume=resume,
+        accelerator=accelerator,
+        built=built,
+        task=build_task(config, built),
+        on_event=on_event,
+        log=Log(output, accelerator.is_main_process, on_event),
+        identity={},
+    )
+
+
+def preflight(run: Run, *, preset: str | None) -> None:
+    """Checks that the run can be trained, places it on its devices, and claims its folder.
+
+    Raises:
+        ConfigError, DataError: if there is nothing to train, or nothing to train on.
+        CheckpointError: if the folder holds another run.
+    """
+    task, accelerator = run.task, run.accelerator
+    _check_trainable(run)
+    place(task, accelerator, offload=run.config.offload)
+    with run.built.adapted.disabled(), weights_in_place(task):
+        task.prepare()
+    run.identity = identity_of(run.config, task.fingerprint())
+    if run.resume:
+        run.identity = _check_same_run(run)
+    accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
+    if run.is_main:
+        with writing(run.output):
+            run.output.mkdir(parents=True, exist_ok=True)
+        if not (run.resume and (run.output / RECORD).exists()):
+            write_json(run.output / RECORD, make_record(run, preset).to_dict())
+    if run.config.train.tensorboard:
+        accelerator.init_trackers("tensorboard")
+
+
+def _check_trainable(run: Run) -> None:
+    """What cannot be trained, planned or stored is refused before anything is computed."""
+    config, task = run.config, run.task
     if not len(task.train_stream):
         raise DataError(f"nothing is left to train on: {task.data_report()}.")
     if not any(parameter.requires_grad for parameter in task.parameters()):
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
-    if type(built.method).solve is Method.solve:  # the engine will train: what cannot be planned is said now
-        Plan(config.train, task.train_stream, config.seed)
-        activation_cache.check(task, config.train, accelerator)
-    elif config.train.trunk_cache is not None:
-        raise ConfigError(f"train.trunk_cache is of no use to the method {config.method!r}, which takes no steps.")
-    place(task, accelerator, offload=config.offload)
-    with disabled(), weights_in_place(task):
-        task.prepare()
-    identity = _identity(config, task)
-    if resume:
-        _check_same_run(output, identity, built)
-    accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
-    document = {
-        "config": config.to_dict(),
-        "backbone": config.backbone,
-        "task": config.task,
-        "model": config.model or "embedded demo",
-        "data": config.data or "embedded demo",
-        "demo": config.model is None,
-        "seed": config.seed,
-        "preset": preset,
-        "method": config.method,
-        "prefix": None if task.handle is None else task.handle.config.to_dict(),
-        "labels": task.labels,
-        "weights": [*(["adapter.json"] if task.handle else []), *([TRAINED] if task.trained() else [])],
-        "train": config.train.to_dict(),
-        "fingerprint": identity["examples"],
-        "identity": identity,
-        "key_probe": built.key_probe,
-        **({"models": built.identities} if built.identities else {}),
-        "counts": task.data_report(),
-        "num_trainable": sum(p.numel() for p in task.parameters() if p.requires_grad),
-        "processes": accelerator.num_processes,
-        "strategy": accelerator.distributed_type.value,
-        "launch": launch_id(),
-        "device": str(accelerator.device),
-        "versions": versions(),
-    }
-    log = Log(output, accelerator.is_main_process, on_event)
-    if accelerator.is_main_process:
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-        if not (resume and (output / "run.json").exists()):
-            write_json(output / "run.json", document)
-    if config.train.tensorboard:
-        accelerator.init_trackers("tensorboard")
-    results = read_results(output) if resume else {}
-    if "frozen" not in results.get("metrics", {}):
-        on_event({"event": "stage", "text": "evaluating the frozen model"})
-        with disabled(), task.frozen_baseline():
-            frozen = evaluate(task, config, accelerator)
-            save_baseline(task, output, writes=accelerator.is_main_process)
-        results = {"metrics": {"frozen": frozen.metrics}, "baseline": task.baseline, "seed": config.seed}
-        results["counts"] = task.data_report()
-        results["samples"] = [
-            {"prompt": sample["prompt"], "expected": sample["expected"], "frozen": sample["output"]}
-            for sample in frozen.samples
-        ]
-        log({"event": "eval", "step": 0, **frozen.metrics})
-        if accelerator.is_main_process:
-            write_json(output / "metrics.json", results)
+    if type(run.built.method).solve is Method.solve:  # the loop will train
+        Plan.of(task, config.train, config.seed)
+        activation_cache.check(task, config.train, run.accelerator)
+    elif config.train.activation_cache is not None:
+        raise ConfigError(f"train.activation_cache is of no use to the method {config.method!r}, which takes no steps.")
 
-    def record(event: Event) -> None:
-        log(event)
-        if config.train.tensorboard:
-            numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
-            prefix = "train" if event["event"] == "step" else event["event"]
-            accelerator.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=event.get("step"))
 
-    started = time.perf_counter()
-    try:
-        steps = 0
-        if not built.method.solve(task):
-            steps = fit(
-                task,
-                config.train,
-                seed=config.seed,
-                accelerator=accelerator,
-                directory=output,
-                identity=identity,
-                resume=resume,
-                on_event=record,
-            )
-    except Interrupted as interruption:
-        log({"event": "stop", "step": interruption.step})
-        _report(output, accelerator)
-        raise
-    trained = time.perf_counter() - started
-    # Before the evaluation: nothing that happens there can lose it.
-    save_trained(task, output, writes=accelerator.is_main_process)
-    if accelerator.is_main_process and task.handle is not None:
-        _save_adapter(task.handle, output, built.key_probe)
-    on_event({"event": "stage", "text": "evaluating the adapted model"})
-    adapted = evaluate(task, config, accelerator)
-    results["metrics"]["adapted"] = adapted.metrics
-    results["counts"] |= adapted.counts
-    for sample, answered in zip(results["samples"], adapted.samples, strict=False):
-        sample["adapted"] = answered["output"]
-    results |= {"steps": steps, "seconds": round(trained, 2), "num_trainable": document["num_trainable"]}
-    if accelerator.is_main_process:
-        for name, artifact in task.artifacts().items():
-            write_json(output / name, artifact)
-        write_json(output / "metrics.json", results)
-        log({"event": "eval", "step": steps, **adapted.metrics})
-        log({"event": "end", "step": steps})
-        _report(output, accelerator)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def make_record(run: Run, preset: str | None) -> Record:
+    """What ``run.json`` says of a run."""
+    config, task, accelerator = run.config, run.task, run.accelerator
+    return Record(
+        config=config.to_dict(),
+        backbone=config.backbone,
+        task=config.task,
+        model=config.model or "embedded demo",
+        data=config.data or "embedded demo",
+        demo=config.model is None,
+        seed=config.seed,
+        preset=preset,
+        method=config.method,
+        prefix=None if task.handle is None else task.handle.config.to_dict(),
+        labels=task.labels,
+        weights=[*(["adapter.json"] if task.handle else []), *([TRAINED] if task.trained() else [])],
+        train=config.train.to_dict(),
+        fingerprint=run.identity["examples"],
+        identity=run.identity,
+        key_probe=run.built.key_probe,
+        models=run.built.identities,
+        counts=task.data_report(),
+        num_trainable=run.num_trainable,
+        processes=accelerator.num_processes,
+        strategy=accelerator.distributed_type.value,
+        launch=launch_id(),
+        device=str(accelerator.device),
+        versions=versions(),
+    )
+
+
+def baseline(run: Run) -> Results:
+    """Evaluates the base, or reads what it gave before the run was stopped."""
+    task, results = run.task, Results.read(run.output) if run.resume else Results()
+    if "base" in results.metrics:
+        return results
+    run.on_event(Stage("evaluating the base model"))
+    with run.built.adapted.disabled(), task.frozen_baseline():
+        base = evaluate(task, run.config, run.accelerator)
+        save_baseline(task, run.output, writes=run.is_main)
+    results = Results(
+        metrics={"base": base.metrics},
+        baseline=task.baseline,
+        seed=run.config.seed,
+        counts=task.data_report(),
+        samples=[{"prompt": s["prompt"], "expected": s["expected"], "base": s["output"]} for s in base.samples],
+    )
+    run.log(Evaluated(0, base.metrics))
+    if run.is_main:
+        write_json(run.output / RESULTS, results.to_dict())
     return results
 
 
-def _identity(config: RunConfig, task: Task) -> dict[str, Any]:
-    """What decides the result bit for bit: a resumed run must have all of it in common with the one that saved."""
+def train(run: Run) -> tuple[int, float]:
+    """Trains, by the method's own procedure or by the loop.
+
+    Returns:
+        Optimizer steps done in all, and seconds of this process's part.
+
+    Raises:
+        Interrupted: on a signal, after saving.
+    """
+    task, config, accelerator = run.task, run.config.train, run.accelerator
+    started, steps = time.perf_counter(), 0
+    listener = Tracker(accelerator, run.log) if config.tensorboard else run.log
+    try:
+        if not run.built.method.solve(task):
+            steps = fit(
+                task,
+                config,
+                seed=run.config.seed,
+                accelerator=accelerator,
+                directory=run.output,
+                identity=run.identity,
+                resume=run.resume,
+                on_event=listener,
+                batches=activation_cache.stored_activations(task, config, accelerator, listener),
+            )
+    except Interrupted as interruption:
+        run.log(Stopped(interruption.step))
+        _report(run)
+        raise
+    return steps, time.perf_counter() - started
+
+
+def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
+    """Writes the weights, evaluates the adapted model, and writes results and report.
+
+    Args:
+        run: after training.
+        results: those of the base; completed here.
+        steps: optimizer steps done in all.
+        seconds: of training.
+    """
+    task, output = run.task, run.output
+    # Before the evaluation: nothing that happens there can lose it.
+    save_trained(task, output, writes=run.is_main)
+    if run.is_main and task.handle is not None:
+        _save_adapter(task.handle, output, run.built.key_probe)
+    run.on_event(Stage("evaluating the adapted model"))
+    adapted = evaluate(task, run.config, run.accelerator)
+    results.metrics["adapted"] = adapted.metrics
+    results.counts |= adapted.counts
+    for sample, answered in zip(results.samples, adapted.samples, strict=False):
+        sample["adapted"] = answered["output"]
+    results.steps, results.seconds, results.num_trainable = steps, round(seconds, 2), run.num_trainable
+    if run.is_main:
+        for name, artifact in task.artifacts().items():
+            write_json(output / name, artifact)
+        write_json(output / RESULTS, results.to_dict())
+        run.log(Evaluated(steps, adapted.metrics))
+        run.log(Ended(steps))
+        _report(run)
+
+
+class Tracker:
+    """Hands the numbers of events to the run's tracker (TensorBoard) after they are logged.
+
+    Args:
+        accelerator: with trackers.
+        log: gets every event first.
+    """
+
+    def __init__(self, accelerator: Accelerator, log: Listener) -> None:
+        self.accelerator, self.log = accelerator, log
+
+    def __call__(self, event: Event) -> None:
+        self.log(event)
+        document = event.to_dict()
+        numbers = {k: v for k, v in document.items() if isinstance(v, int | float) and k != "step"}
+        prefix = "train" if isinstance(event, Step) else event.kind
+        self.accelerator.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=document.get("step"))
+
+
+def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
+    """What decides the result bit for bit: a resumed run must have all of it in common with the one that saved.
+
+    Args:
+        config: the settings.
+        examples: a hash of the examples; see `Task.fingerprint`.
+    """
     settings = config.to_dict()
     tables = {section: settings.pop(section) for section in SECTIONS}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    sources = [spec.source for spec in task.further_models(config.options).values()]
+    # A further model may lie elsewhere: what is in it is compared.
+    sources = [spec.source for spec in TASKS.get(config.task).further_models(config.options).values()]
     flat = {name: value for name, value in flat.items() if not (name.startswith("task.") and value in sources)}
-    return {
-        name: value
-        for name, value in {**settings, **flat, "examples": task.fingerprint()}.items()
-        if name not in INDIFFERENT
-    }
+    everything = {**settings, **flat, "examples": examples}
+    return {name: value for name, value in everything.items() if name not in MAY_CHANGE_ON_RESUME}
 
 
-def _check_same_run(output: Path, identity: dict[str, Any], built: Built) -> None:
-    """A resumed run is the one that the folder holds, whether or not it has come to a checkpoint yet."""
-    _, document = read_run(output)
-    check_identity(output, document.get("identity", {}), identity)
-    check_models(output, document, built)
-    before, key_probe = document.get("key_probe"), built.key_probe
-    if before and key_probe and not cosine(before, key_probe) >= SAME_MODEL:
+def _check_same_run(run: Run) -> dict[str, Any]:
+    """Checks that a resumed run is the one that the folder holds, whether or not it has come to a checkpoint yet.
+
+    Returns:
+        The identity as the folder has it: an earlier version may have known fewer settings.
+    """
+    config, record = read_run(run.output)
+    check_identity(run.output, identity_of(config, record.identity.get("examples", "")), run.identity)
+    check_models(run.output, record, run.built)
+    before, now = record.key_probe, run.built.key_probe
+    if before and now and not cosine(before, now) >= SAME_MODEL:
         raise CheckpointError(
-            f"the run in {output} cannot go on: the weights of the frozen model are not the ones it started on. "
+            f"the run in {run.output} cannot go on: the weights of the frozen model are not the ones it started on. "
             f"Restore them, or start a new run in another folder."
         )
+    return record.identity
 
 
 def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -> None:
@@ -246,9 +377,9 @@ def _tensorboard(output: Path) -> dict[str, Any]:
     return {"log_with": "tensorboard", "project_dir": str(output)}
 
 
-def _report(output: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
+def _report(run: Run) -> None:
+    if run.is_main:
         from zinit.runs.report import write_report
 
-        with writing(output / "report.html"):
-            write_report(output)
+        with writing(run.output / "report.html"):
+            write_report(run.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,24 +29,45 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Evaluation", "LoadedModel", "ModelSpec", "Stream", "Task", "TaskInputs", "load_host", "make_task"]
 
 Batch = dict[str, Tensor]
+MAIN = "main"  # the group of a task that has one
+GATES, HEAD = "gates", "head"  # roles that a task itself tells apart
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One source of training examples.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A part of the data, such as what is trained on or what is held out.
 
     Attributes:
         name: for logs and errors.
         lengths: of each example, in tokens (or patches): micro-batches are sorted by it.
         counts: supervised units of each example: what the loss is averaged over.
+        examples: the examples themselves, in whatever form `Task.collate` reads; a task may keep them elsewhere.
     """
 
     name: str
     lengths: Sequence[int]
     counts: Sequence[int]
+    examples: Sequence[Any] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream(Split):
+    """A split that steps draw on. Its loss trains one group of parameters and no other.
+
+    Attributes:
+        group: the group it trains, one of `Task.groups`.
+        ratio: examples per step, as a multiple of ``train.batch_size``; 0 takes no step on it.
+    """
+
+    group: str = MAIN
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio >= 0):
+            raise ConfigError(f"the ratio of the stream {self.name!r} must be a number from 0 on; got {self.ratio}.")
 
 
 @dataclass(kw_only=True)
@@ -80,7 +102,7 @@ class Task(nn.Module, ABC):
         model: the adapted model. The further models of `further_models` are attributes too, under their names.
         processor: what `load_model` returned with the model.
         handle: the prefix on it; None for methods that have none.
-        train_stream: what is trained on.
+        train_stream: what is trained on; the first of `streams`.
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
             them, and hands them over as ``inputs.labels`` when it is loaded.
@@ -250,21 +272,60 @@ class Task(nn.Module, ABC):
         prefix = set() if self.handle is None else {id(parameter) for parameter in self.handle.parameters()}
         return {n: p for n, p in self.named_parameters() if p.requires_grad and id(p) not in prefix}
 
+    def streams(self) -> Sequence[Stream]:
+        """What each optimizer step draws on: a batch of every stream whose ratio is not 0. Epochs count the first."""
+        return (self.train_stream,)
+
+    def groups(self) -> dict[str, dict[str, list[nn.Parameter]]]:
+        """{group: {role: parameters}} of all that trains. A stream trains its own group; rates go by role.
+
+        A task with several streams declares a group for each. Roles of the prefix are its handle's, such as "gates" and
+        "prompts"; what else trains has the role "head".
+        """
+        roles = {} if self.handle is None else dict(self.handle.roles())
+        known = {id(parameter) for parameters in roles.values() for parameter in parameters}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        return {MAIN: {**roles, HEAD: rest}}
+
     def parameter_groups(self, weight_decay: float, *, decay_gates: bool) -> Iterator[dict[str, Any]]:
-        """Groups for the optimizer: gates apart, so that they can be spared weight decay.
+        """Groups for the optimizer, one for each group and role; the gates are last, and can be spared weight decay.
 
         Args:
             weight_decay: of everything but the gates.
             decay_gates: whether the gates decay too, as in the reference's training code.
+
+        Yields:
+            ``params``, in the order of `named_parameters`, ``weight_decay``, ``group``, ``role`` and ``name``.
+
+        Raises:
+            ConfigError: if `groups` leaves out a parameter that trains, or names it twice.
         """
-        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        gates = set()
-        if self.handle is not None:
-            gates = {id(prefix.gate) for prefix in self.handle.prefixes.values() if prefix.config.gating}
-        yield {"params": [p for _, p in named if id(p) not in gates], "weight_decay": weight_decay}
-        if gates:
-            decay = weight_decay if decay_gates else 0.0
-            yield {"params": [p for _, p in named if id(p) in gates], "weight_decay": decay}
+        place = self._places()
+        named = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        order = sorted(dict.fromkeys(place[parameter] for parameter in named), key=lambda place: place[1] == GATES)
+        for group, role in order:
+            yield {
+                "params": [parameter for parameter in named if place[parameter] == (group, role)],
+                "weight_decay": weight_decay if role != GATES or decay_gates else 0.0,
+                "group": group,
+                "role": role,
+                "name": f"{group}.{role}",
+            }
+
+    def _places(self) -> dict[nn.Parameter, tuple[str, str]]:
+        """The group and the role of every parameter that trains."""
+        names = {p: name for name, p in self.named_parameters() if p.requires_grad}
+        places: dict[nn.Parameter, tuple[str, str]] = {}
+        for group, roles in self.groups().items():
+            for role, parameters in roles.items():
+                for parameter in parameters:
+                    if parameter in places:
+                        first, second = ".".join(places[parameter]), f"{group}.{role}"
+                        raise ConfigError(f"{names.get(parameter)} is in two groups, {first} and {second}; choose one.")
+                    places[parameter] = group, role
+        if missing := [name for parameter, name in names.items() if parameter not in places]:
+            raise ConfigError(f"{', '.join(missing)} train, but are in none of the task's groups.")
+        return places
 
 
 def make_task(task: type[Task], inputs: TaskInputs, config: Any) -> Task:

@@ -1,14 +1,14 @@
-"""What the frozen lower blocks give for each training example, kept on disk: they run once and not every epoch.
+"""Stores what a host's lower frozen blocks give for each training example: they run once, not every epoch.
 
-Where only the topmost blocks of a host are adapted, those below them (the trunk) compute the same in every epoch, and
-in every run of a grid over rates and seeds. Here they run once; steps read what they gave and start at the lowest
-adapted block. No host is known by name: blocks are found by the paths of the adapted attention modules, and whether
-they may be skipped is tried on two examples before anything is stored.
+Where only the topmost blocks of a host are adapted, those below them compute the same in every epoch, and in every run
+of a grid over rates and seeds. Here they run once; steps read what they gave and start at the lowest adapted block. No
+host is known by name: blocks are found by the paths of the adapted attention modules, and whether they may be skipped
+is tried on two examples before anything is stored.
 
-A folder is named by a hash of the examples, of the frozen weights, and of what the trunk gives for the first and the
-last example, bit by bit: another model, other pictures, a precision or a device that computes other bits has its own.
-It holds safetensors of a bounded size, each of which appears whole or not at all: a killed run goes on where it was,
-processes share them out, and several runs may fill one folder at the same time.
+A folder is named by a hash of the examples, of the frozen weights, and of what the blocks give for the first and the
+last example, bit by bit: another model, other images, a precision or a device that computes other bits has its own. It
+holds safetensors of a bounded size, each of which appears whole or not at all: a killed run goes on where it stopped,
+processes divide the files among them, and several runs may fill one folder at the same time.
 """
 
 from __future__ import annotations
@@ -28,79 +28,88 @@ from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.quantization import is_quantized
-from zinit.tasks.base import Batch, Task
+from zinit.tasks.base import Batch, Stream, Task
+from zinit.train.batches import Collate
+from zinit.train.events import Listener, Stage
 from zinit.train.sharding import is_sharded
-from zinit.train.tensor_store import Rows, bytes_of
+from zinit.train.tensor_store import TensorStore, bytes_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-KEY = "trunk"  # of the stored states in a batch
+KEY = "frozen_blocks"  # of the stored states in a batch
 
 
 def refuse(reason: str) -> Never:
-    """Says why the cache would be wrong or useless.
+    """Refuses the cache because it would be wrong or useless.
 
     Raises:
         ConfigError: always.
     """
-    raise ConfigError(f"train.trunk_cache cannot be used: {reason}. Otherwise leave train.trunk_cache out.")
+    raise ConfigError(f"train.activation_cache cannot be used: {reason}. Otherwise leave train.activation_cache out.")
 
 
 def check(task: Task, config: TrainConfig, accelerator: Accelerator) -> None:
-    """What can be said of a run's trunk before anything is computed.
+    """Checks what is known before anything is computed.
 
     Raises:
-        ConfigError: if the setting does not go with the others, or every layer is adapted.
+        ConfigError: if another setting forbids the cache, or every layer is adapted.
     """
-    if config.trunk_cache is None:
+    if config.activation_cache is None:
         return
     if is_sharded(accelerator):
         refuse("the processes of a sharded host gather every block together. Launch with plain data parallelism")
     if config.compile:
-        refuse("blocks that are skipped do not go with torch.compile. Set train.compile=false")
+        refuse("torch.compile cannot skip blocks. Set train.compile=false")
     if is_quantized(task.model):
         refuse("the weights of a quantised host cannot be told apart by a hash. Set quantize=none")
-    folder = Path(config.trunk_cache).expanduser()
+    if len(task.streams()) > 1:
+        refuse("it holds the examples of one stream, and this task has several")
+    folder = Path(config.activation_cache).expanduser()
     if folder.exists() and not folder.is_dir():
         refuse(f"{folder} is no folder")
     _candidates(task)
 
 
 @contextmanager
-def kept_trunk(
-    task: Task, config: TrainConfig, accelerator: Accelerator, on_event: Callable[[dict[str, Any]], None]
-) -> Iterator[Rows | None]:
-    """The trunk's outputs for all training examples; inside, batches that carry theirs under `KEY` skip the trunk.
+def stored_activations(
+    task: Task, config: TrainConfig, accelerator: Accelerator, on_event: Listener
+) -> Iterator[Collate]:
+    """A source of batches for `zinit.train.loop.fit`: inside, training batches carry what the frozen blocks give.
 
-    What is missing in ``config.trunk_cache`` is computed first. Without that setting nothing is done.
+    The task skips these blocks for batches that do. What is missing in ``config.activation_cache`` is computed first.
+    Without that setting the batches are the task's own.
 
     Args:
-        task: placed and prepared.
+        task: placed and prepared when the context is entered.
         config: the folder, and the size of the batches that fill it.
-        accelerator: the run's; all its processes come here together.
+        accelerator: the run's; all its processes enter together.
         on_event: told how far it is.
 
     Raises:
         ConfigError: if the outputs may differ from one epoch to the next, nothing would be saved, or the disk is full.
     """
-    if config.trunk_cache is None:
-        yield None
+    if config.activation_cache is None:
+        yield task.collate
         return
     check(task, config, accelerator)
     with _random_state_kept(accelerator.device):
-        trunk, probe = find_trunk(task, accelerator)
-        folder = Path(config.trunk_cache).expanduser() / _fingerprint(task, trunk, probe)
-        rows = Rows(folder, probe[0], len(task.train_stream))
-        _fill(rows, task, trunk, config, accelerator, on_event)
-    with trunk.skipped(task):
-        yield rows
+        blocks, probe = find_frozen_blocks(task, accelerator)
+        folder = Path(config.activation_cache).expanduser() / _fingerprint(task, blocks, probe)
+        store = TensorStore(folder, probe[0], len(task.train_stream))
+        _fill(store, task, blocks, config, accelerator, on_event)
+    with blocks.skipped(task):
+        yield partial(_collate, task, store)
 
 
-# --- the trunk --------------------------------------------------------------------------------------------------------
+def _collate(task: Task, store: TensorStore, stream: Stream, indices: Sequence[int]) -> Batch:
+    return task.collate(stream, indices) | {KEY: store[indices]}
 
 
-class Trunk:
+# --- the frozen blocks ------------------------------------------------------------------------------------------------
+
+
+class FrozenBlocks:
     """The blocks of a host below its lowest adapted one.
 
     Args:
@@ -115,7 +124,7 @@ class Trunk:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[Any, list[Tensor]]]]:
-        """What the trunk gives while inside, call by call, each with the state of the random numbers at that time."""
+        """What the blocks give while inside, call by call, each with the state of the random numbers at that time."""
         calls: list[tuple[Any, list[Tensor]]] = []
 
         def note(block: nn.Module, args: Any, output: Any) -> None:
@@ -165,50 +174,69 @@ class Trunk:
         return states if isinstance(states, Tensor) and all(item is None for item in self.rest or ()) else None
 
 
-def find_trunk(task: Task, accelerator: Accelerator) -> tuple[Trunk, Tensor]:
-    """What may be skipped, by trying it on the first and the last training example.
+def find_frozen_blocks(task: Task, accelerator: Accelerator) -> tuple[FrozenBlocks, Tensor]:
+    """Finds the blocks that may be skipped, by trying it on the first and the last training example.
 
     Returns:
-        The trunk, and what it gives for the two: (2, ...).
+        The blocks, and what they give for the two examples: (2, ...).
 
     Raises:
-        ConfigError: if it may not, saying why.
+        ConfigError: if none may be skipped, saying why.
     """
     lengths = task.train_stream.lengths
     if min(lengths) < max(lengths):
         refuse(f"the examples differ in length, from {min(lengths)} to {max(lengths)}, so what they give does too")
-    candidates = _candidates(task)
+    two = [0, len(lengths) - 1]
+    blocks, expected = _seen_once_a_step(task, accelerator, two)
+    _check_skipping(task, accelerator, blocks, expected, two)
+    return blocks, expected
 
-    def run(indices: Sequence[int], *, train: bool = False, states: Tensor | None = None) -> Tensor:
-        task.train(train)
-        batch = task.collate(task.train_stream, indices) | ({} if states is None else {KEY: states})
-        with accelerator.autocast():
-            return task({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
 
-    one, two = [0], [0, len(lengths) - 1]
-    fitting: list[tuple[Trunk, Tensor]] = []
-    with torch.no_grad():
-        seen = []
-        for indices in (one, two):
-            with ExitStack() as stack:
-                seen.append([stack.enter_context(trunk.watched()) for trunk in candidates])
-                run(indices)
-    for trunk, *calls in zip(candidates, *seen, strict=True):
+def _run(
+    task: Task, accelerator: Accelerator, indices: Sequence[int], *, train: bool = False, states: Tensor | None = None
+) -> Tensor:
+    """The loss of a few training examples; with ``states`` the frozen blocks are skipped."""
+    task.train(train)
+    batch = task.collate(task.train_stream, indices) | ({} if states is None else {KEY: states})
+    with accelerator.autocast():
+        return task({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+
+
+@torch.no_grad()
+def _seen_once_a_step(task: Task, accelerator: Accelerator, two: list[int]) -> tuple[FrozenBlocks, Tensor]:
+    """The one tower that sees each example once per step, and what its frozen blocks give for two examples."""
+    candidates, seen = _candidates(task), []
+    for indices in (two[:1], two):
+        with ExitStack() as stack:
+            seen.append([stack.enter_context(blocks.watched()) for blocks in candidates])
+            _run(task, accelerator, indices)
+    fitting: list[tuple[FrozenBlocks, Tensor]] = []
+    for blocks, *calls in zip(candidates, *seen, strict=True):
         if all(len(each) == 1 for each in calls):
-            alone, both = (trunk.states(each[0][0]) for each in calls)
+            alone, both = (blocks.states(each[0][0]) for each in calls)
             if alone is not None and both is not None and (len(alone), len(both)) == (1, 2):
-                fitting.append((trunk, both))
+                fitting.append((blocks, both))
     if len(fitting) != 1:
         refuse(
             f"{len(fitting)} of {len(candidates)} towers with frozen lower layers see each training example once per "
             f"step, as one tensor; it must be one. Choose it with prefix.towers"
         )
-    trunk, expected = fitting[0]
+    return fitting[0]
+
+
+def _check_skipping(
+    task: Task, accelerator: Accelerator, blocks: FrozenBlocks, expected: Tensor, two: list[int]
+) -> None:
+    """Checks that a training step with the blocks skipped gives the same loss, bit for bit.
+
+    Raises:
+        ConfigError: if it does not, saying why.
+    """
     before = _random_state()
-    with _random_state_kept(accelerator.device), trunk.watched() as calls:
-        loss = run(two, train=True)
+    with _random_state_kept(accelerator.device), blocks.watched() as calls:
+        loss = _run(task, accelerator, two, train=True)
     output, after = calls[0]
-    states = trunk.states(output)
+    states = blocks.states(output)
     assert states is not None
     if states.requires_grad:
         refuse("something below the lowest adapted block is trained. Choose a method that leaves it frozen")
@@ -219,14 +247,13 @@ def find_trunk(task: Task, accelerator: Accelerator) -> tuple[Trunk, Tensor]:
         )
     if not torch.equal(states, expected):
         refuse("the blocks below the lowest adapted one compute something else in training (batch normalisation?)")
-    with _random_state_kept(accelerator.device), trunk.skipped(task):
-        again = run(two, train=True, states=states)
+    with _random_state_kept(accelerator.device), blocks.skipped(task):
+        again = _run(task, accelerator, two, train=True, states=states)
     if not torch.equal(loss, again):
         refuse(f"with its lower blocks skipped {type(task.model).__name__} gives another loss: it uses them elsewhere")
-    return trunk, expected
 
 
-def _candidates(task: Task) -> list[Trunk]:
+def _candidates(task: Task) -> list[FrozenBlocks]:
     """In each tower with adapted layers, the blocks below them."""
     if task.handle is None:
         refuse("the method adds nothing to the topmost layers alone. Use one with a prefix, and prefix.layers")
@@ -234,8 +261,8 @@ def _candidates(task: Task) -> list[Trunk]:
     for site in task.handle.sites:
         number = next((part for part in site.name.split(".") if part.isdigit()), "0")
         lowest[site.tower] = min(int(number), lowest.get(site.tower, int(number)))
-    rows = {tower: list(task.handle.model.get_submodule(tower).children()) for tower, cut in lowest.items() if cut}
-    found = [Trunk(blocks[: lowest[tower]], blocks[lowest[tower] :]) for tower, blocks in rows.items()]
+    layers = {tower: list(task.handle.model.get_submodule(tower).children()) for tower, cut in lowest.items() if cut}
+    found = [FrozenBlocks(each[: lowest[tower]], each[lowest[tower] :]) for tower, each in layers.items()]
     if not found:
         refuse("the lowest layer is adapted, so nothing stays the same. Adapt only the topmost: -o prefix.layers=L")
     return found
@@ -256,13 +283,13 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _fingerprint(task: Task, trunk: Trunk, probe: Tensor) -> str:
+def _fingerprint(task: Task, blocks: FrozenBlocks, probe: Tensor) -> str:
     """A hash of everything that the stored states depend on; the main process's, on all of them."""
     from accelerate.utils import broadcast_object_list
 
     assert task.handle is not None
-    digest = hashlib.sha256(repr((task.fingerprint(), len(trunk.blocks), probe.dtype, probe.shape)).encode())
-    above = {tensor for block in trunk.above for tensor in (*block.parameters(), *block.buffers())}
+    digest = hashlib.sha256(repr((task.fingerprint(), len(blocks.blocks), probe.dtype, probe.shape)).encode())
+    above = {tensor for block in blocks.above for tensor in (*block.parameters(), *block.buffers())}
     for name, tensor in (*task.handle.model.named_parameters(), *task.handle.model.named_buffers()):
         if tensor not in above and not tensor.requires_grad:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -271,16 +298,15 @@ def _fingerprint(task: Task, trunk: Trunk, probe: Tensor) -> str:
     return broadcast_object_list([digest.hexdigest()[:32]])[0]
 
 
-@torch.no_grad()
 def _fill(
-    rows: Rows,
+    store: TensorStore,
     task: Task,
-    trunk: Trunk,
+    blocks: FrozenBlocks,
     config: TrainConfig,
     accelerator: Accelerator,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Listener,
 ) -> None:
-    """Computes and writes what is missing, each process its share.
+    """Computes and writes what is missing, each process its part.
 
     Raises:
         ConfigError: on every process, if one of them has no room.
@@ -288,47 +314,61 @@ def _fill(
 
     def tell(text: str) -> None:
         if accelerator.is_main_process:
-            on_event({"event": "stage", "text": text})
+            on_event(Stage(text))
 
     def total(number: float) -> int:
         return int(sum_over_processes(accelerator, torch.tensor(int(number), device=accelerator.device)).item())
 
-    mine = rows.parts[accelerator.process_index :: accelerator.num_processes]
-    missing = [part for part in mine if not rows.is_whole(part)]
-    share = sum(len(rows.examples(part)) for part in missing)
-    count = total(share)
-    size = f"{count * rows.row_bytes / 1e9:.2f} GB"
-    storing = f"storing the frozen layers' outputs for {count:,} examples ({size}) in {rows.folder}"
-    tell(storing if count else f"reading the frozen layers' outputs from {rows.folder}")
-    problem, done, own = "", 0, None
-    task.eval()
+    mine = store.parts[accelerator.process_index :: accelerator.num_processes]
+    missing = [part for part in mine if not store.is_whole(part)]
+    count = total(sum(len(store.examples(part)) for part in missing))
+    size = f"{count * store.bytes_each / 1e9:.2f} GB"
+    storing = f"storing the frozen layers' outputs for {count:,} examples ({size}) in {store.folder}"
+    tell(storing if count else f"reading the frozen layers' outputs from {store.folder}")
+    problem: OSError | ZinitError | None = None
     try:
-        rows.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(rows.folder).free
-        if count * rows.row_bytes > free:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(store.folder).free
+        if count * store.bytes_each > free:
             raise OSError(f"{size} are needed, {free / 1e9:.2f} GB are free")
-        for part in missing:
-            examples, found = rows.examples(part), []
-            for start in range(0, len(examples), config.micro_batch_size):
-                indices = examples[start : start + config.micro_batch_size]
-                batch = task.collate(task.train_stream, indices)
-                with accelerator.autocast(), trunk.watched() as calls:
-                    task({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
-                states = trunk.states(calls[0][0])
-                if states is None or states.shape[1:] != rows.shape:
-                    refuse(f"one of the examples {list(indices)} gives another shape")
-                found.append(states.cpu())
-            rows.write(part, torch.cat(found))
-            before, done = done, done + len(examples)
-            if 10 * done // share > 10 * before // share:
-                tell(f"{done / share:.0%} stored")
+        _write_parts(store, missing, task, blocks, config, accelerator, tell)
     except (OSError, ZinitError) as error:  # every process must come to the sum below
-        problem, own = str(error), error if isinstance(error, ZinitError) else None
-    if total(bool(problem)):
-        if own is not None:
-            raise own
+        problem = error
+    if total(problem is not None):
+        if isinstance(problem, ZinitError):
+            raise problem
         raise ConfigError(
-            f"the frozen layers' outputs cannot be stored in {rows.folder}: {problem or 'another process failed'}. "
-            f"Name another folder with train.trunk_cache, make room there, or leave it out."
+            f"the frozen layers' outputs cannot be stored in {store.folder}: {problem or 'another process failed'}. "
+            f"Name another folder with train.activation_cache, make room there, or leave it out."
         )
-    rows.check()
+    store.check()
+
+
+@torch.no_grad()
+def _write_parts(
+    store: TensorStore,
+    parts: Sequence[int],
+    task: Task,
+    blocks: FrozenBlocks,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    tell: Callable[[str], None],
+) -> None:
+    """Computes and writes files, and tells every tenth of the way."""
+    task.eval()
+    in_all, done = sum(len(store.examples(part)) for part in parts), 0
+    for part in parts:
+        examples, found = store.examples(part), []
+        for start in range(0, len(examples), config.micro_batch_size):
+            indices = examples[start : start + config.micro_batch_size]
+            batch = task.collate(task.train_stream, indices)
+            with accelerator.autocast(), blocks.watched() as calls:
+                task({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+            states = blocks.states(calls[0][0])
+            if states is None or states.shape[1:] != store.shape:
+                refuse(f"one of the examples {list(indices)} gives another shape")
+            found.append(states.cpu())
+        store.write(part, torch.cat(found))
+        before, done = done, done + len(examples)
+        if 10 * done // in_all > 10 * before // in_all:
+            tell(f"{done / in_all:.0%} stored")

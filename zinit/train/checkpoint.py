@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zinit import compat
 from zinit.distributed import sum_over_processes
 from zinit.errors import CheckpointError
-from zinit.train.strategy import share_of, whole
+from zinit.train.strategy import gather_full, shard_like
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,9 +149,9 @@ def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) 
 def _collect(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(task).items():
-        tensors[f"parameter:{name}"] = whole(parameter)
+        tensors[f"parameter:{name}"] = gather_full(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer:{key}:{name}"] = whole(torch.as_tensor(value))
+            tensors[f"optimizer:{key}:{name}"] = gather_full(torch.as_tensor(value))
     return tensors
 
 
@@ -169,14 +169,14 @@ def _restore(tensors: dict[str, Tensor], task: nn.Module, optimizer: torch.optim
     check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(share_of(values[name], parameter))
+            parameter.copy_(shard_like(values[name], parameter))
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition(":")
         if kind == "optimizer":
             key, _, name = rest.partition(":")
             parameter = parameters[name]
             # Adam keeps its step count on the CPU, the moments beside the parameter.
-            optimizer.state[parameter][key] = value if value.dim() == 0 else share_of(value, parameter)
+            optimizer.state[parameter][key] = value if value.dim() == 0 else shard_like(value, parameter)
 
 
 def _random_state() -> dict[str, Any]:

@@ -9,7 +9,7 @@ sharded parameters to train: under FSDP2, for DeepSpeed's optimizer is not used.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     return accelerator
 
 
-def in_words(accelerator: Accelerator) -> str:
+def describe(accelerator: Accelerator) -> str:
     """How a run is spread, for people: "2 processes on cpu, FSDP2"."""
     count, kind = accelerator.num_processes, accelerator.device.type
     if count == 1:
@@ -194,11 +194,20 @@ def backward(loss: Tensor, accelerator: Accelerator) -> None:
         accelerator.backward(loss)
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float, accelerator: Accelerator) -> Tensor:
-    """Clips the gradients to a norm and returns the norm that they had, over all processes."""
+def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float, accelerator: Accelerator) -> list[Tensor]:
+    """Clips the gradients of each group to a norm and returns the norms that they had, over all processes.
+
+    Args:
+        groups: each is clipped by itself; those of a group without gradients have the norm 0.
+        limit: the largest norm.
+        accelerator: the run's.
+    """
     if is_zero3(accelerator):
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    return whole(torch.as_tensor(accelerator.clip_grad_norm_(parameters, limit)))
+        return [nn.utils.clip_grad_norm_(group, limit) for group in groups]
+    if len(groups) == 1:
+        return [gather_full(torch.as_tensor(accelerator.clip_grad_norm_(groups[0], limit)))]
+    accelerator.unscale_gradients()  # once for all groups: a scaler refuses a second time
+    return [nn.utils.clip_grad_norm_(group, limit) for group in groups]
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
@@ -206,21 +215,39 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter], accelerator: Acc
     if not is_sharded(accelerator):
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_shard(p)]
-    if not gradients:
+    if gradients:
+        _average(gradients, accelerator)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Averages gradients over processes in one all-reduce, where DDP does not; what has none anywhere keeps none.
+
+    A process without a gradient that others have counts as zero.
+    """
+    if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    _average([*gradients, present], accelerator)
+    for parameter, gradient, share in zip(parameters, gradients, present.tolist(), strict=True):
+        parameter.grad = gradient if share else None
+
+
+def _average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Replaces tensors by their means over processes, in one all-reduce."""
+    flat = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
     assert isinstance(flat, Tensor)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A detached tensor itself; a sharded one gathered, which all processes do together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def share_of(value: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """What this process keeps of a whole value that belongs to a parameter: all of it, or its shard."""
     if not is_shard(parameter):
         return value.to(parameter.device)
@@ -229,3 +256,23 @@ def share_of(value: Tensor, parameter: Tensor) -> Tensor:
     sharded: Any = parameter
     value = value.to(parameter.device)
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Makes a host recompute its activations in the backward pass.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    # transformers; the second is the name before 5.23
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+        # It makes embeddings require gradients for the re-entrant kind; layers below the prefix need no backward.
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+    elif hasattr(model, "set_grad_checkpointing"):  # timm
+        model.set_grad_checkpointing(True)
+    else:
+        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing; set it to false.")

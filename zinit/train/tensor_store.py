@@ -16,7 +16,7 @@ from zinit.errors import ConfigError
 from zinit.files import write_atomically
 
 PART_BYTES = 64 * 2**20
-STALE_SECONDS = 24 * 3600  # a half-written file that nobody has touched for so long is nobody's any more
+STALE_SECONDS = 24 * 3600  # a half-written file that is older belongs to no living process
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -24,20 +24,20 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class Rows:
+class TensorStore:
     """One tensor for each of many examples, in files that are mapped into memory.
 
     Args:
         folder: of the files.
-        like: shape and dtype of a row.
-        count: of the examples.
+        like: shape and dtype of one example's tensor.
+        count: number of examples.
     """
 
     def __init__(self, folder: Path, like: Tensor, count: int) -> None:
         self.folder, self.shape, self.dtype, self.count = folder, tuple(like.shape), like.dtype, count
-        self.row_bytes = like.numel() * like.element_size()
-        self.rows_per_part = max(1, PART_BYTES // self.row_bytes)
-        self.parts = range(-(-count // self.rows_per_part))
+        self.bytes_each = like.numel() * like.element_size()
+        self.per_part = max(1, PART_BYTES // self.bytes_each)
+        self.parts = range(-(-count // self.per_part))
         self._mapped: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,12 +45,12 @@ class Rows:
 
     def __getitem__(self, indices: Iterable[int]) -> Tensor:
         """(B, ...) of these examples."""
-        places = [divmod(index, self.rows_per_part) for index in indices]
-        return torch.stack([self._part(part)[row] for part, row in places])
+        places = [divmod(index, self.per_part) for index in indices]
+        return torch.stack([self._part(part)[place] for part, place in places])
 
     def examples(self, part: int) -> range:
-        """Whose rows a file holds."""
-        return range(part * self.rows_per_part, min(self.count, (part + 1) * self.rows_per_part))
+        """The examples whose tensors a file holds."""
+        return range(part * self.per_part, min(self.count, (part + 1) * self.per_part))
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.safetensors"
@@ -61,7 +61,7 @@ class Rows:
         return self._mapped[part]
 
     def is_whole(self, part: int) -> bool:
-        """Whether a file is there and holds what was written."""
+        """Whether a file exists and holds what was written."""
         from safetensors import SafetensorError
 
         try:
@@ -82,25 +82,25 @@ class Rows:
         write_atomically(self._path(part), save({"states": states}, metadata={"sha256": sha256}))
 
     def check(self) -> None:
-        """Every file can be seen from here. What a killed run left half written is taken away.
+        """Checks that every file can be seen from here, and removes what a killed run left half written.
 
         Raises:
             ConfigError: naming the first that cannot.
         """
         for left in self.folder.glob(".part-*"):
-            with suppress(FileNotFoundError):  # another run has finished it just now
+            with suppress(FileNotFoundError):  # another run has just finished it
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     left.unlink()
         for part in self.parts:
             if not self._path(part).is_file():
                 raise ConfigError(
-                    f"{self._path(part)} was written, but cannot be seen by this process: train.trunk_cache must be a "
-                    f"folder that all machines share."
+                    f"{self._path(part)} was written, but cannot be seen by this process: "
+                    f"train.activation_cache must be a folder that all machines share."
                 )
 
 
 def _read(path: Path) -> tuple[Tensor, str]:
-    """The rows of a file, none of which is read before it is used, and the hash they had when they were written."""
+    """The tensors of a file, read from the disk when they are used, and the hash that they were written with."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

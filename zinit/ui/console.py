@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from zinit.config import to_json
+from zinit.train.events import Ended, Evaluated, Event, PlanMade, Resumed, Stage, Step, Stopped
 
 QUIET_SECONDS = 20.0
 PATIENCE = 5.0  # seconds
@@ -45,25 +46,25 @@ class RunView:
         self.progress: Progress | None = None
         self.last_line = 0.0
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Takes one event of the engine or of the run."""
-        kind = event["event"]
-        if kind == "stage":
-            self._stop()
-            self.console.print(f"{event['text']} ...", markup=False, style="dim")
-        elif kind == "plan":
-            self._start(event)
-        elif kind == "resume":
-            self.console.print(f"going on after step {event['step']}", markup=False)
-        elif kind == "step":
-            self._step(event)
-        elif kind == "eval":
-            self.console.print(f"step {event['step']}: held-out loss {event['loss']:.4f}", markup=False)
-        elif kind in ("stop", "end"):
-            self._stop()
+    def __call__(self, event: Event) -> None:
+        """Takes one event of the loop or of the run."""
+        match event:
+            case Stage():
+                self._stop()
+                self.console.print(f"{event.text} ...", markup=False, style="dim")
+            case PlanMade():
+                self._start(event)
+            case Resumed():
+                self.console.print(f"going on after step {event.step}", markup=False)
+            case Step():
+                self._step(event)
+            case Evaluated():
+                self.console.print(f"step {event.step}: held-out loss {event.metrics['loss']:.4f}", markup=False)
+            case Stopped() | Ended():
+                self._stop()
 
-    def _start(self, event: dict[str, Any]) -> None:
-        self.total = event["steps"]
+    def _start(self, plan: PlanMade) -> None:
+        self.total = plan.steps
         if not self.console.is_terminal or self.console.quiet:
             return
         self.progress = Progress(
@@ -76,16 +77,16 @@ class RunView:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.bar = self.progress.add_task("", total=event["steps"], completed=event["done"], status="")
+        self.bar = self.progress.add_task("", total=plan.steps, completed=plan.done, status="")
         self.progress.start()
 
-    def _step(self, event: dict[str, Any]) -> None:
-        status = f"loss {event['loss']:.4f}  {event['examples_per_second']:.0f} examples/s"
+    def _step(self, step: Step) -> None:
+        status = f"loss {step.loss:.4f}  {step.examples_per_second:.0f} examples/s"
         if self.progress is not None:
-            self.progress.update(self.bar, completed=event["step"], status=status)
+            self.progress.update(self.bar, completed=step.step, status=status)
         elif time.monotonic() - self.last_line > QUIET_SECONDS:  # a log file: a line now and then
             self.last_line = time.monotonic()
-            self.console.print(f"step {event['step']} of {self.total}: {status}", markup=False)
+            self.console.print(f"step {step.step} of {self.total}: {status}", markup=False)
 
     def _stop(self) -> None:
         if self.progress is not None:
@@ -104,7 +105,7 @@ def print_json(document: Any) -> None:
 
 
 def print_metrics(results: dict[str, Any], *, title: str) -> None:
-    """Frozen beside adapted, with the counts and the seed that belong to the figures."""
+    """The base beside the adapted model, with the counts and the seed that belong to the figures."""
     if not is_main_process():
         return
     console = _output()
@@ -120,7 +121,7 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
     console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}", markup=False)
     if "baseline" in results:
-        console.print(f"frozen: {results['baseline']}", markup=False)
+        console.print(f"base: {results['baseline']}", markup=False)
     odd = {name: n for name, n in counts.items() if n and ("skipped" in name or "truncated" in name or "empty" in name)}
     if odd:
         console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()), markup=False)
