@@ -42,7 +42,7 @@ def main() -> None:
             row = {"method": method, "seed": seed, "steps": results["steps"], "training_seconds": results["seconds"],
                    "counts": results["counts"], **results["metrics"]}  # fmt: skip
             rows.append(row)
-            print(f"{method}, seed {seed}: {row['frozen']['exact_match']:.3f} -> {row['adapted']['exact_match']:.3f} "
+            print(f"{method}, seed {seed}: {row['base']['exact_match']:.3f} -> {row['adapted']['exact_match']:.3f} "
                   f"in {row['training_seconds']} s", flush=True)  # fmt: skip
     document = {"benchmark": "demo", "rows": rows, "threads": torch.get_num_threads(), "machine": platform.machine(),
                 "versions": versions()}  # fmt: skip

@@ -253,7 +253,7 @@ class TrainConfig(JsonConfig):
         save_every: steps between resume checkpoints; 0 never, None ten times a run.
         workers: processes that prepare batches; 0 does it in the training process.
         tensorboard: also log to TensorBoard, in the run's folder.
-        activation_cache: folder for what the frozen layers below the lowest adapted one give for each training example, so
+        activation_cache: folder for what the frozen layers below the lowest adapted one give for each example, so
             that they run once and not every epoch; runs share it. For examples of one size (pictures); see
             `zinit.train.activation_cache`. None computes it anew each time.
     """

@@ -94,7 +94,7 @@ def test_the_summary_is_the_arithmetic_of_the_cells(tmp_path: Path, journal: Pat
     assert row.values == pytest.approx({0: 0.5, 1: 0.51, 2: 0.52})
     assert row.mean == pytest.approx(0.51)
     assert row.std == pytest.approx(statistics.stdev([0.5, 0.51, 0.52]))
-    assert (row.frozen, row.samples, row.num_trainable, row.missing) == (pytest.approx(0.1), 50, 7, [])
+    assert (row.base, row.samples, row.num_trainable, row.missing) == (pytest.approx(0.1), 50, 7, [])
     assert row.difference == pytest.approx(-0.3)
     assert row.difference_std == pytest.approx(0.0, abs=1e-12)  # paired by seed: each differs by the same
     assert row.pairs == 3

@@ -28,9 +28,9 @@ def test_a_run_directory_holds_everything(finished: Path) -> None:
     counts = run["counts"]
     assert counts["read"] == 40 == counts["train"] + counts["held_out"]
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert metrics["metrics"]["frozen"].keys() == metrics["metrics"]["adapted"].keys()
-    assert metrics["metrics"]["adapted"]["loss"] != metrics["metrics"]["frozen"]["loss"]
-    assert {"prompt", "expected", "frozen", "adapted"} == metrics["samples"][0].keys()
+    assert metrics["metrics"]["base"].keys() == metrics["metrics"]["adapted"].keys()
+    assert metrics["metrics"]["adapted"]["loss"] != metrics["metrics"]["base"]["loss"]
+    assert {"prompt", "expected", "base", "adapted"} == metrics["samples"][0].keys()
     events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3, 4]
@@ -55,7 +55,7 @@ def test_train_prints_frozen_beside_adapted_with_counts_and_seed(
     done = zinit("train", "--backbone", "llama", "--model", model, "--data", data, *QUICK, "--output", tmp_path / "r",
                  "--seed", 5)  # fmt: skip
     assert done.code == 0, done.err
-    for text in ("frozen", "adapted", "perplexity", "exact_match", "rouge_l", "4 held-out examples", "seed 5"):
+    for text in ("base", "adapted", "perplexity", "exact_match", "rouge_l", "4 held-out examples", "seed 5"):
         assert text in done.out
 
 
@@ -94,7 +94,7 @@ def test_eval_agrees_with_the_run(zinit: Zinit, finished: Path) -> None:
     assert done.code == 0, done.err
     expected = json.loads((finished / "metrics.json").read_text())["metrics"]
     found = json.loads(done.out)["metrics"]
-    for column in ("frozen", "adapted"):
+    for column in ("base", "adapted"):
         assert found[column] == pytest.approx(expected[column], rel=1e-6)
 
 

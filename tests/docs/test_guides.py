@@ -258,7 +258,7 @@ QUICK = ("train.steps=2", "train.warmup_steps=0", "train.evaluate_every=0", "tra
 @pytest.mark.parametrize("method", sorted(METHODS.shipped))
 def test_every_method_trains_the_task(task: Guide, method: str) -> None:
     results = train_run(settings(f"method={method}", *QUICK), "run")
-    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["loss"] != frozen["loss"]
     assert 0 <= adapted["accuracy"] <= 1
     if method == "logistic-regression":

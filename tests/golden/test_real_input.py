@@ -42,7 +42,7 @@ def test_alpaca_lowers_the_held_out_loss(stories: Path, tmp_path: Path) -> None:
                  "--output", tmp_path / "run", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    frozen, adapted = document["metrics"]["frozen"]["loss"], document["metrics"]["adapted"]["loss"]
+    frozen, adapted = document["metrics"]["base"]["loss"], document["metrics"]["adapted"]["loss"]
     assert adapted < frozen - 0.1
     counts = document["counts"]
     kept = counts["train"] + counts["held_out"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from zinit.methods import METHODS
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import Interrupted, train_run
+from zinit.train.events import Event, Step
 
 OPTIONS = ("prefix.length=3", "steps=6", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=4",
            "max_new_tokens=4", "learning_rate=0.02", "warmup_steps=0", "evaluate_every=0", "save_every=2")  # fmt: skip
@@ -49,7 +49,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 def test_trained_saved_and_loaded_again(method: str, inputs: dict[str, str], tmp_path: Path) -> None:
     results = train_run(configured(inputs, method), tmp_path / "run")
-    assert results["metrics"]["adapted"]["loss"] != results["metrics"]["frozen"]["loss"]
+    assert results["metrics"]["adapted"]["loss"] != results["metrics"]["base"]["loss"]
     again = evaluate_run(tmp_path / "run")
     assert again["metrics"] == results["metrics"]
     document = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -62,7 +62,7 @@ def test_the_frozen_model_is_the_same_for_all(inputs: dict[str, str], tmp_path: 
     frozen = {}
     for method in sorted(set(METHODS) - set(UNFIT)):
         results = train_run(configured(inputs, method), tmp_path / method)
-        frozen[method] = (results["metrics"]["frozen"], [sample["frozen"] for sample in results["samples"]])
+        frozen[method] = (results["metrics"]["base"], [sample["base"] for sample in results["samples"]])
     expected = frozen.pop("zero-init")
     assert frozen
     assert all(found == expected for found in frozen.values())
@@ -72,8 +72,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method: str, inputs: dict[str, s
     config = configured(inputs, method)
     train_run(config, tmp_path / "whole")
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 3:
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted):

@@ -242,7 +242,7 @@ def test_a_run_from_end_to_end(saved: Path, tmp_path: Path) -> None:
         options=BaseToNovelConfig(shots=3),  # 9 images: every step sees all of them
     )
     results = train_run(config, tmp_path / "run")
-    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert {"base_accuracy", "novel_accuracy", "harmonic_mean", "loss"} <= set(frozen)
     assert adapted["loss"] != frozen["loss"]
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -273,10 +273,10 @@ def run_with(method: str, saved: Path, data: Path) -> RunConfig:
 @pytest.mark.parametrize("method", ["full", "bitfit", "lora", "bottleneck"])
 def test_other_methods_train_the_towers(saved: Path, tmp_path: Path, method: str) -> None:
     results = train_run(run_with(method, saved, folders(tmp_path / "data")), tmp_path / "run")["metrics"]
-    assert results["adapted"]["loss"] != results["frozen"]["loss"]
+    assert results["adapted"]["loss"] != results["base"]["loss"]
     again = evaluate_run(tmp_path / "run")["metrics"]
     assert again["adapted"] == pytest.approx(results["adapted"])
-    assert again["frozen"] == pytest.approx(results["frozen"])
+    assert again["base"] == pytest.approx(results["base"])
 
 
 @pytest.mark.parametrize("method", ["head-only", "logistic-regression", "prompt-tuning"])

@@ -314,7 +314,7 @@ def test_a_whole_run_learns(tmp_path: Path) -> None:
         options=TokenClassificationConfig(max_length=64, stride=8),
     )
     results = train_run(config, tmp_path / "run")
-    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["loss"] < frozen["loss"] / 1.5
     assert adapted["accuracy"] > frozen["accuracy"]
     assert set(adapted) == {"loss", "f1", "precision", "recall", "accuracy"}

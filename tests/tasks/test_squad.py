@@ -167,12 +167,12 @@ def run_config(folder: Path, kind: str = "roberta", method: str = "zero-init") -
 
 def test_a_whole_run(tmp_path: Path) -> None:
     results = train_run(run_config(tmp_path), tmp_path / "run")
-    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["loss"] < frozen["loss"]
     assert results["num_trainable"] == 2 * 4 * 32 * 2 + 2 * 4 + 66  # keys and values, gates, head
     assert results["counts"]["read"] == 30 == results["counts"]["train"] + results["counts"]["held_out"]
     assert {"exact_match", "f1", "has_answer_f1", "no_answer_f1", "best_f1", "best_f1_threshold"} <= set(adapted)
-    assert set(results["samples"][0]) == {"prompt", "expected", "frozen", "adapted"}
+    assert set(results["samples"][0]) == {"prompt", "expected", "base", "adapted"}
     predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
     odds = json.loads((tmp_path / "run" / "null_odds.json").read_text())
     assert len(predictions) == results["counts"]["held_out"]
@@ -190,7 +190,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_every_method_can_be_compared_with(method: str, kind: str, tmp_path: Path) -> None:
     results = train_run(run_config(tmp_path, kind, method), tmp_path / "run")
-    assert results["metrics"]["adapted"]["loss"] < results["metrics"]["frozen"]["loss"]
+    assert results["metrics"]["adapted"]["loss"] < results["metrics"]["base"]["loss"]
     assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]
 
 

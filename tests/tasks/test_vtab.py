@@ -34,6 +34,7 @@ from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
+from zinit.train.events import Event, Step
 
 
 class Recorder(nn.Module):
@@ -234,7 +235,7 @@ def test_a_run(tmp_path: Path, method: str) -> None:
         options=VTABConfig(normalisation="model"),
     )
     results = train_run(config, tmp_path / "run")
-    frozen, adapted = results["metrics"]["frozen"], results["metrics"]["adapted"]
+    frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["accuracy"] >= 0.9
     assert frozen["accuracy"] == 1.0  # the baseline is a logistic regression, which such colours are easy for
     assert results["counts"]["read"] == 84
@@ -260,8 +261,8 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
         config = RunConfig(
             backbone="vit", task="vtab", model=str(model), data=str(root), train=train, options=VTABConfig()
         )
-        events: list[dict[str, Any]] = []
+        events: list[Event] = []
         train_run(config, tmp_path / f"run{checkpointing}", on_event=events.append)
-        losses[checkpointing] = [event["loss"] for event in events if event["event"] == "step"]
+        losses[checkpointing] = [event.loss for event in events if isinstance(event, Step)]
     assert len(set(losses[True])) == 4
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)

@@ -93,7 +93,7 @@ def test_one_process_goes_on_and_evaluates(runs: Path, tmp_path: Path) -> None:
     expected = json.loads((runs / "zero3" / "metrics.json").read_text())["metrics"]
     ours = json.loads((runs / "zero3" / "evaluated.json").read_text())["metrics"]
     alone = evaluate_run(runs / "zero3")["metrics"]
-    for part in ("frozen", "adapted"):
+    for part in ("base", "adapted"):
         assert ours[part] == pytest.approx(expected[part], rel=1e-6)
         assert alone[part] == pytest.approx(expected[part], rel=1e-6)
     copy = cut(runs / "zero3", tmp_path / "run")

@@ -22,6 +22,7 @@ from tests.train.test_crash import run, steps
 from zinit.errors import CheckpointError, DataError, ZinitError
 from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import train_run
+from zinit.train.events import Event
 from zinit.ui import console
 
 OPTIONS = ["steps=8", "batch_size=4", "micro_batch_size=2", "save_every=2", "evaluate_every=0", "warmup_steps=2",
@@ -104,8 +105,8 @@ def test_a_folder_that_becomes_read_only(
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         return opened(path, mode, *args, **kwargs)
 
-    def remount(event: dict[str, Any]) -> None:
-        if event.get("step") == 5:
+    def remount(event: Event) -> None:
+        if event.to_dict().get("step") == 5:
             monkeypatch.setattr(Path, "open", read_only)
 
     with pytest.raises(CheckpointError, match=rf"Read-only file system.*zinit train --resume --output {output}"):

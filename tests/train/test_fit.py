@@ -16,6 +16,7 @@ from zinit.config import TrainConfig
 from zinit.errors import CheckpointError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.train import checkpoint
+from zinit.train.events import Event, Step
 from zinit.train.held_out import held_out_loss
 from zinit.train.loop import NonFiniteLoss, fit
 
@@ -65,7 +66,7 @@ def run(task: Task, directory: Path | None = None, *, resume: bool = False, iden
         directory=directory,
         identity=identity or {"seed": 3},
         resume=resume,
-        on_event=events.append,
+        on_event=lambda event: events.append(event.to_dict()),
     )
     return events
 
@@ -127,8 +128,8 @@ def test_resume_is_exact_to_the_bit(tmp_path: Path, stop_at: int, dropout: float
     class Cut(Exception):
         pass
 
-    def stop(event: dict) -> None:
-        if event["event"] == "step" and event["step"] == stop_at + 1:
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == stop_at + 1:
             raise Cut
 
     config = TrainConfig(epochs=4, batch_size=8, micro_batch_size=3, learning_rate=0.05, warmup_epochs=1, save_every=1)

@@ -92,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_run_is_evaluated_as_it_was(runs: Path, kind: str) -> None:
     expected = json.loads((runs / f"fsdp2{kind}" / "metrics.json").read_text())["metrics"]
     found = json.loads((runs / f"fsdp2{kind}" / "evaluated.json").read_text())["metrics"]
-    for part in ("frozen", "adapted"):
+    for part in ("base", "adapted"):
         assert found[part] == pytest.approx(expected[part], rel=1e-6)
     assert evaluate_run(runs / f"fsdp2{kind}")["metrics"]["adapted"] == pytest.approx(expected["adapted"], rel=1e-6)
 
@@ -115,7 +115,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         ours, theirs = (numbers(run, kind) for run in (found, expected))
         assert ours == pytest.approx(theirs, rel=1e-5)
     ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (found, expected))
-    for part in ("frozen", "adapted"):
+    for part in ("base", "adapted"):
         assert ours["metrics"][part] == pytest.approx(theirs["metrics"][part], rel=1e-6)
     assert ours["samples"] == theirs["samples"]  # the generated answers
     assert len(ours["samples"]) == 3

@@ -64,8 +64,8 @@ def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] |
     for row in rows:
         x, y = [row.num_trainable or 0], [row.mean or 0.0]
         axes.errorbar(x, y, yerr=[row.std or 0.0], fmt="o", capsize=3, color=colours[row.method], label=row.method)
-    if rows[0].frozen is not None:
-        axes.axhline(rows[0].frozen, color=plots.INK, lw=0.8, ls=":", label="frozen")
+    if rows[0].base is not None:
+        axes.axhline(rows[0].base, color=plots.INK, lw=0.8, ls=":", label="base")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     title = f"{rows[0].metric} against trainable parameters"
     return title, plots.svg(figure, f"{rows[0].experiment}: {title}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from zinit.bench.plan import Benchmark, Cell, Experiment, choice_key, combinations
+from zinit.compat import modern_results
 from zinit.config import to_json
 from zinit.errors import ConfigError, DataError
 from zinit.runs.directory import write_json
+from zinit.runs.record import Record, Results
+from zinit.train.events import Evaluated, Step, read_log
 
 Event = dict[str, Any]
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
@@ -206,32 +210,18 @@ def visible_gpus() -> list[str]:
 
 def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What a cell keeps of its run."""
-    curves: dict[str, list[list[float]]] = {"train loss": []}
-    with (run / "log.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:  # the line that a kill tore
-                continue
-            if event["event"] == "step":
-                curves["train loss"].append([event["step"], event["loss"]])
-            elif event["event"] == "eval":
-                for name in CURVE:
-                    if event.get(name) is not None:
-                        curves.setdefault(f"held-out {name}", []).append([event["step"], event[name]])
-    document = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    kept = ("metrics", "counts", "num_trainable", "steps", "seconds")
+    log, found = read_log(run / "log.jsonl"), Results.from_dict(results)
+    curves: dict[str, list[list[float]]] = {"train loss": [[step.step, step.loss] for step in log.of(Step)]}
+    for name in CURVE:
+        measured = [(event.step, event.metrics.get(name, math.nan)) for event in log.of(Evaluated)]
+        points = [[step, value] for step, value in measured if not math.isnan(value)]
+        curves |= {f"held-out {name}": points} if points else {}
+    record = Record.read(run)
     return {
-        **{name: results.get(name) for name in kept},
-        "curves": {name: _thinned(_last_of_each(points)) for name, points in curves.items()},
-        "run": {name: document.get(name) for name in ("model", "data", "demo", "device", "versions", "fingerprint")},
+        **{name: getattr(found, name) for name in ("metrics", "counts", "num_trainable", "steps", "seconds")},
+        "curves": {name: _thinned(points) for name, points in curves.items()},
+        "run": {name: getattr(record, name) for name in ("model", "data", "demo", "device", "versions", "fingerprint")},
     }
-
-
-def _last_of_each(points: list[list[float]]) -> list[list[float]]:
-    """Of several points at one step the last: a resumed run repeats steps."""
-    last = {point[0]: point for point in points}
-    return [last[step] for step in sorted(last)]
 
 
 def _thinned(points: list[list[float]], most: int = 300) -> list[list[float]]:
@@ -249,7 +239,7 @@ def read_cells(output: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((output / "cells").glob("*.json")):
         try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+            found.append(modern_results(json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}). Remove it, and its cell is run again.") from error
     return found

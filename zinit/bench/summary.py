@@ -28,7 +28,7 @@ class Row:
         vary: the settings that the experiment goes through, at this row's values.
         values: the metric by seed.
         metrics: mean over the seeds of everything that was measured.
-        frozen: the metric of the frozen model, mean over the seeds; None where it has none.
+        base: the metric of the base, mean over the seeds; None where it has none.
         difference: mean of (this - zero-init) over the seeds that both have; None for zero-init itself.
         difference_std: its standard deviation.
         pairs: how many seeds both have.
@@ -48,7 +48,7 @@ class Row:
     dataset: str
     values: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    frozen: float | None = None
+    base: float | None = None
     difference: float | None = None
     difference_std: float | None = None
     pairs: int = 0
@@ -133,8 +133,8 @@ def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
 
 def _average(row: Row, cells: list[dict[str, Any]]) -> None:
     """Enters what a row's cells have in common, and the means of what they measured."""
-    frozen = [cell["metrics"]["frozen"].get(row.metric) for cell in cells]
-    row.frozen = statistics.fmean(frozen) if all(value is not None for value in frozen) else None
+    base = [cell["metrics"]["base"].get(row.metric) for cell in cells]
+    row.base = statistics.fmean(base) if all(value is not None for value in base) else None
     row.num_trainable = cells[0]["num_trainable"]
     row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
     row.seconds = statistics.fmean(cell["seconds"] for cell in cells)
@@ -180,7 +180,7 @@ COLUMNS = (
     "std",
     "seeds",
     "samples",
-    "frozen",
+    "base",
     "minus zero-init",
     "trainable",
     "seconds",
@@ -211,7 +211,7 @@ def _line(row: Row) -> list[str]:
         show(row.std),
         seeds,
         "-" if row.samples is None else str(row.samples),
-        show(row.frozen),
+        show(row.base),
         difference,
         "-" if row.num_trainable is None else f"{row.num_trainable:,}",
         show(row.seconds, 1),

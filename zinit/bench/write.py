@@ -14,7 +14,7 @@ from zinit.files import write_atomically
 from zinit.runs.directory import write_json
 
 CSV_COLUMNS = (
-    *("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "frozen"),
+    *("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "base"),
     *("difference", "difference_std", "num_trainable", "seconds", "paper"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ import numpy as np
 from zinit.errors import DataError
 from zinit.files import write_atomically
 from zinit.runs import plots
+from zinit.runs.record import RECORD, RESULTS, Record, Results
+from zinit.train.events import Ended, Evaluated, Event, Gates, PlanMade, Resumed, Step, Stopped, number, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +29,7 @@ CURVES = {
     "tokens_per_second": "tokens per second",
 }
 RECORDED = ("loss", "examples", "seconds", *CURVES)  # of a step
-NO_CURVE = ("event", "step", "epoch", "loss", "count", "seconds")
+NO_CURVE = ("epoch", "loss", "count", "seconds")
 LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "rouge_l", "accuracy", "f1")
 NEGATIVE, POSITIVE = (0.16, 0.47, 0.84), (0.90, 0.38, 0.08)  # gates
 DEPTH = ["#3987e5", "#b07cc6", "#e8743b"]  # layers, lowest to topmost; readable on white and on black
@@ -35,45 +37,40 @@ DEPTH = ["#3987e5", "#b07cc6", "#e8743b"]  # layers, lowest to topmost; readable
 
 @dataclass
 class _Log:
-    """What ``log.jsonl`` says. Of several records of one step the last counts: a resumed run repeats steps."""
+    """The numbers of ``log.jsonl`` by step. A resumed run repeats steps: the last event of a step counts."""
 
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     evals: dict[int, dict[str, float]] = field(default_factory=dict)
-    gates: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    gates: dict[int, Mapping[str, list[float]]] = field(default_factory=dict)
     planned: int | None = None
-    state: str = "start"
+    state: type[Event] | None = None
     resumed: int = 0
     unreadable: int = 0
 
     @classmethod
     def read(cls, path: Path) -> _Log:
-        """Every line that can be read; a last one that a kill cut off is no fault."""
-        log = cls()
-        if path.is_file():
-            with path.open("rb") as lines:
-                for line in lines:
-                    try:
-                        log.add(json.loads(line))
-                    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                        log.unreadable += line.endswith(b"\n") and bool(line.strip())
+        """Every line that can be read."""
+        found = read_log(path)
+        log = cls(unreadable=found.unreadable)
+        for event in found.events:
+            log.add(event)
         return log
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Takes one record; anything else raises one of the errors that `read` counts."""
-        kind = record["event"]
-        if kind == "step":
-            self.steps[int(record["step"])] = {name: _number(record.get(name)) for name in RECORDED}
-        elif kind == "eval":
-            numbers = {name: _number(value) for name, value in record.items() if name not in NO_CURVE}
-            self.evals[int(record["step"])] = numbers | {"loss": _number(record.get("loss"))}
-        elif kind == "gates":
-            gates = {site: [_number(gate) for gate in values] for site, values in record["gates"].items()}
-            self.gates[int(record["step"])] = gates
-        elif kind == "plan":
-            self.planned = int(record["steps"])
-        elif kind in ("start", "resume", "stop", "end"):
-            self.state = kind
-            self.resumed += kind == "resume"
+    def add(self, event: Event) -> None:
+        """Takes one event."""
+        match event:
+            case Step():
+                self.steps[event.step] = {name: getattr(event, name) for name in RECORDED}
+            case Evaluated():
+                numbers = {name: value for name, value in event.metrics.items() if name not in NO_CURVE}
+                self.evals[event.step] = numbers | {"loss": event.metrics.get("loss", math.nan)}
+            case Gates():
+                self.gates[event.step] = event.gates
+            case PlanMade():
+                self.planned = event.steps
+            case Resumed() | Stopped() | Ended():
+                self.state = type(event)
+                self.resumed += isinstance(event, Resumed)
 
     def curve(self, name: str, *, evals: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The steps in order, and the values there."""
@@ -83,7 +80,8 @@ class _Log:
 
     def status(self) -> str:
         """How far the run came, in a sentence."""
-        text = {"end": "Finished", "stop": "Stopped, can be resumed"}.get(self.state, "Killed or still running")
+        texts: dict[Any, str] = {Ended: "Finished", Stopped: "Stopped, can be resumed"}
+        text = texts.get(self.state, "Killed or still running")
         again = f" Resumed {self.resumed} time{'s' * (self.resumed > 1)}." if self.resumed else ""
         return f"{text}: {max(self.steps, default=0)}{f' of {self.planned}' if self.planned else ''} steps.{again}"
 
@@ -101,38 +99,53 @@ def write_report(run_dir: Path) -> Path:
         DataError: if the directory holds none of the three.
     """
     run_dir, notes = Path(run_dir), []
-    if not any((run_dir / name).is_file() for name in ("run.json", "log.jsonl", "metrics.json")):
+    if not any((run_dir / name).is_file() for name in (RECORD, RESULTS, "log.jsonl")):
         raise DataError(f"{run_dir} holds no run: neither run.json nor log.jsonl nor metrics.json is there.")
-    run, results = _read(run_dir / "run.json", notes), _read(run_dir / "metrics.json", notes)
+    record = Record.from_dict(_read(run_dir / RECORD, notes))
+    results = Results.from_dict(_read(run_dir / RESULTS, notes))
     log = _Log.read(run_dir / "log.jsonl")
-    if log.unreadable:
-        notes.append(f"Lines of log.jsonl that could not be read and were left out: {log.unreadable}.")
-    steps, losses = log.curve("loss")
-    bad = steps[~np.isfinite(losses)]
-    if len(bad):
-        notes.append(f"The training loss was not finite at {len(bad)} of {len(steps)} steps, first at {bad[0]:.0f}.")
+    notes += _notes_on(log)
+    page = render_page(record, results, log, notes)
+    write_atomically(run_dir / "report.html", page.encode("utf-8", "replace"))
+    return run_dir / "report.html"
+
+
+def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -> str:
+    """The page as HTML."""
     with plots.style():
         curves, gates = _curves(log), _gates(log)
     models, rows = _table(results)
-    page = plots.render(
+    unset = Record().to_dict()
+    settings = {name: value for name, value in record.to_dict().items() if value != unset[name]}
+    return plots.render(
         "report.html.jinja",
-        run=run,
-        nested={name: dict(_flat(value)) for name, value in run.items() if isinstance(value, dict)},
-        seed=results.get("seed", run.get("seed")),
+        run=settings,
+        nested={name: dict(_flat(value)) for name, value in settings.items() if isinstance(value, dict)},
+        seed=record.seed if results.seed is None else results.seed,
         status=log.status(),
         totals={name: np.nansum(log.curve(name)[1]) for name in ("examples", "seconds")},
         notes=notes,
         models=models,
         rows=rows,
         better=dict.fromkeys(LOWER_IS_BETTER, "lower") | dict.fromkeys(HIGHER_IS_BETTER, "higher"),
-        counts=_dictionary(results.get("counts")),
+        counts=_dictionary(results.counts),
         curves=curves,
         gates=gates,
-        samples=[sample for sample in results.get("samples") or [] if isinstance(sample, dict)],
+        samples=[sample for sample in results.samples or [] if isinstance(sample, dict)],
         most_samples=SAMPLES,
     )
-    write_atomically(run_dir / "report.html", page.encode("utf-8", "replace"))
-    return run_dir / "report.html"
+
+
+def _notes_on(log: _Log) -> list[str]:
+    """What a reader must know about a log."""
+    notes = []
+    if log.unreadable:
+        notes.append(f"Lines of log.jsonl that could not be read and were left out: {log.unreadable}.")
+    steps, losses = log.curve("loss")
+    bad = steps[~np.isfinite(losses)]
+    if len(bad):
+        notes.append(f"The training loss was not finite at {len(bad)} of {len(steps)} steps, first at {bad[0]:.0f}.")
+    return notes
 
 
 def _read(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -145,16 +158,16 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _table(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Any], float | None, Any]]]:
-    """The evaluated models, the frozen one first; per metric its name, values, adapted minus frozen, and sample count.
+def _table(results: Results) -> tuple[list[str], list[tuple[str, list[Any], float | None, Any]]]:
+    """The evaluated models, the base first; per metric its name, values, adapted minus base, and sample count.
 
     The loss is over all that was held out; answers may have been generated for a part of it.
     """
-    counts = _dictionary(results.get("counts"))
-    metrics = {name: dict(_flat(value)) for name, value in _dictionary(results.get("metrics")).items() if value}
-    models, rows = sorted(metrics, key=lambda name: (name != "frozen", name)), []
+    counts = _dictionary(results.counts)
+    metrics = {name: dict(_flat(value)) for name, value in _dictionary(results.metrics).items() if value}
+    models, rows = sorted(metrics, key=lambda name: (name != "base", name)), []
     for name in dict.fromkeys(name for model in models for name in metrics[model]):
-        change = _number(metrics.get("adapted", {}).get(name)) - _number(metrics.get("frozen", {}).get(name))
+        change = number(metrics.get("adapted", {}).get(name)) - number(metrics.get("base", {}).get(name))
         part = ("held_out", "evaluated") if name in LOWER_IS_BETTER else ("evaluated", "answered", "held_out")
         examples = next((counts[key] for key in part if key in counts), None)
         values = [metrics[model].get(name) for model in models]
@@ -164,14 +177,6 @@ def _table(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Any
 
 def _dictionary(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float:
-    """NaN for what is no number."""
-    try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.inf
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,10 +18,12 @@ from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 from zinit.tasks.vtab.task import VTAB, VTABConfig
+from zinit.train.activation_cache import stored_activations
+from zinit.train.events import Event, Step
 from zinit.train.loop import fit
 
 TRAIN, DEPTH = 12, 4  # pictures, blocks
-TRIED = 3  # passes through the trunk before any is stored: one example, two, two in training
+TRIED = 3  # passes through the frozen blocks before any is stored: one example, two, two in training
 Fit = namedtuple("Fit", "losses weights calls folders")
 
 
@@ -50,19 +52,27 @@ def lowest_norm(model: Any) -> nn.Module:
 
 def trained(task: Any, cache: Path | None = None, *, lowest: Any = None, **settings: Any) -> Fit:
     """A run of three epochs in steps of four examples. ``lowest`` is the module whose calls are counted."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     calls: list[int] = []
     hook = (lowest or lowest_norm(task.model)).register_forward_hook(
         lambda module, args, output: calls.append(len(output))
     )
     config = TrainConfig(
         **{"epochs": 3, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.05, "warmup_steps": 1}
-        | {"evaluate_every": 0, "trunk_cache": None if cache is None else str(cache), **settings}
+        | {"evaluate_every": 0, "activation_cache": None if cache is None else str(cache), **settings}
     )
-    fit(task, config, seed=3, accelerator=Accelerator(cpu=True), on_event=events.append)
+    accelerator = Accelerator(cpu=True)
+    fit(
+        task,
+        config,
+        seed=3,
+        accelerator=accelerator,
+        on_event=events.append,
+        batches=stored_activations(task, config, accelerator, events.append),
+    )
     hook.remove()
     return Fit(
-        [event["loss"] for event in events if event["event"] == "step"],
+        [event.loss for event in events if isinstance(event, Step)],
         {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad},
         calls,
         sorted(cache.iterdir()) if cache else [],

@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests.tasks.vit import save_tiny, tiny
+from tests.train.frozen_blocks import DEPTH, TRAIN, TRIED, assert_same_bits, base_to_novel, trained, vtab
 from tests.train.test_crash import steps
-from tests.train.trunks import DEPTH, TRAIN, TRIED, assert_same_bits, base_to_novel, trained, vtab
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.tasks.vtab.task import VTAB
-from zinit.train import activation_cache as trunk
-from zinit.train import tensor_store as rows
+from zinit.train import activation_cache, tensor_store
+from zinit.train.events import Event, Step
+from zinit.train.loop import Interrupted, ignore
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ def test_uneven_batches_differ_by_rounding(classes: Path, tmp_path: Path) -> Non
 def test_hosts_of_half_precision(dtype: torch.dtype, pictures: Path, tmp_path: Path) -> None:
     plain, stored = (trained(vtab(pictures, model=tiny(depth=DEPTH).to(dtype)), cache) for cache in (None, tmp_path))
     assert_same_bits(stored, plain)
-    assert rows._read(next(stored.folders[0].iterdir()))[0].dtype == dtype
+    assert tensor_store._read(next(stored.folders[0].iterdir()))[0].dtype == dtype
 
 
 def test_layers_that_are_not_neighbours(pictures: Path, tmp_path: Path) -> None:
@@ -127,13 +128,16 @@ def test_only_batches_that_carry_states_skip(pictures: Path, tmp_path: Path) -> 
     batch = task.collate(task.train_stream, [0, 1])
     with torch.no_grad():
         expected, features = task(batch), task.model(batch["images"].float())
-        config = TrainConfig(trunk_cache=str(tmp_path))
-        with trunk.kept_trunk(task, config, Accelerator(cpu=True), lambda event: None) as stored:
-            assert stored is not None
-            other = task({**batch, trunk.KEY: stored[[2, 3]]})
+        config = TrainConfig(activation_cache=str(tmp_path))
+        with activation_cache.stored_activations(task, config, Accelerator(cpu=True), ignore) as collate:
+
+            def stored(indices: list[int]) -> Tensor:
+                return collate(task.train_stream, indices)[activation_cache.KEY]
+
+            other = task({**batch, activation_cache.KEY: stored([2, 3])})
             assert torch.equal(task.model(batch["images"].float()), features)  # past the task
             assert torch.equal(task(batch), expected)
-            assert torch.equal(task({**batch, trunk.KEY: stored[[0, 1]]}), expected)
+            assert torch.equal(task({**batch, activation_cache.KEY: stored([0, 1])}), expected)
             assert not torch.equal(other, expected)
 
 
@@ -186,7 +190,7 @@ def bigger_eps() -> Any:
     [
         pytest.param(lambda data: vtab(data, layers=1), False, id="layers"),
         pytest.param(lambda data: vtab(data, model=tiny(depth=DEPTH).bfloat16()), False, id="dtype"),
-        pytest.param(lambda data: vtab(data, model=changed("blocks.1.mlp.fc2.weight")), False, id="trunk"),
+        pytest.param(lambda data: vtab(data, model=changed("blocks.1.mlp.fc2.weight")), False, id="frozen blocks"),
         pytest.param(lambda data: vtab(data, model=changed("pos_embed")), False, id="embedding"),
         pytest.param(lambda data: vtab(data, model=bigger_eps()), False, id="constant"),
         pytest.param(lambda data: vtab(data, normalisation="none"), False, id="normalisation"),
@@ -274,16 +278,14 @@ def plain_run(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 def test_a_resumed_run_may_begin_and_end_to_use_it(
     inputs: dict[str, str], plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zinit.train.loop import Interrupted
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 3:
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.chdir(tmp_path)
     without, _ = resolve(backbone="vit", options=OPTIONS, **inputs)
-    using, _ = resolve(backbone="vit", options=[*OPTIONS, "train.trunk_cache=cache"], **inputs)
-    assert using.train.trunk_cache == str(tmp_path / "cache")  # the same from any folder
+    using, _ = resolve(backbone="vit", options=[*OPTIONS, "train.activation_cache=cache"], **inputs)
+    assert using.train.activation_cache == str(tmp_path / "cache")  # the same from any folder
     for name, first, then in (("begins", without, using), ("ends", using, without)):
         with pytest.raises(Interrupted):
             train_run(first, tmp_path / name, on_event=stop)
@@ -294,9 +296,11 @@ def test_a_resumed_run_may_begin_and_end_to_use_it(
 
 
 def test_what_cannot_be_used_is_said_before_a_run_begins(inputs: dict[str, str], tmp_path: Path) -> None:
-    config, _ = resolve(backbone="vit", options=["prefix.layers=none", f"train.trunk_cache={tmp_path / 'c'}"], **inputs)
+    config, _ = resolve(
+        backbone="vit", options=["prefix.layers=none", f"train.activation_cache={tmp_path / 'c'}"], **inputs
+    )
     told: list[str] = []
     with pytest.raises(ConfigError, match="the lowest layer is adapted"):
-        train_run(config, tmp_path / "run", on_event=lambda event: told.append(event["event"]))
+        train_run(config, tmp_path / "run", on_event=lambda event: told.append(event.kind))
     assert "eval" not in told
     assert not (tmp_path / "run").exists()

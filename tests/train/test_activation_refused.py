@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.tasks.vit import tiny
 from tests.tiny import save_records, save_tiny_llama
-from tests.train.trunks import DEPTH, trained, vtab
+from tests.train.frozen_blocks import DEPTH, trained, vtab
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
@@ -20,7 +20,7 @@ from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
-from zinit.train import activation_cache as trunk
+from zinit.train import activation_cache
 
 
 def with_batch_norm() -> Any:
@@ -93,13 +93,13 @@ def test_refused(
         settings["model"] = settings["model"]()
     task = vtab(pictures, **settings)
     then(task)
-    with pytest.raises(ConfigError, match=rf"train\.trunk_cache cannot be used: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"train\.activation_cache cannot be used: .*{message}"):
         trained(task, tmp_path, **options)
     assert not [*tmp_path.iterdir()]
 
 
 def test_sharded_hosts_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunk, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(activation_cache, "is_sharded", lambda accelerator: True)
     with pytest.raises(ConfigError, match=r"sharded host.*plain data parallelism"):
         trained(vtab(pictures), tmp_path)
 
@@ -115,7 +115,7 @@ def test_quantised_hosts_are_refused(pictures: Path, tmp_path: Path) -> None:
 
 def test_texts_of_uneven_length_are_refused(tmp_path: Path) -> None:
     inputs = {"model": str(save_tiny_llama(tmp_path / "model")), "data": str(save_records(tmp_path / "data.json"))}
-    options = ["prefix.layers=1", f"train.trunk_cache={tmp_path / 'cache'}", "task.evaluation_limit=0"]
+    options = ["prefix.layers=1", f"train.activation_cache={tmp_path / 'cache'}", "task.evaluation_limit=0"]
     config, _ = resolve(backbone="llama", options=options, **inputs)
     with pytest.raises(ConfigError, match=r"the examples differ in length, from \d+ to \d+"):
         train_run(config, tmp_path / "run")
@@ -134,5 +134,5 @@ def test_methods_without_a_prefix_are_refused(method: str, pictures: Path, tmp_p
 
 @pytest.mark.parametrize("value", ["", 3, True])
 def test_the_setting_is_a_folder(value: Any) -> None:
-    with pytest.raises(ConfigError, match="trunk_cache must be a folder, or none"):
-        TrainConfig(trunk_cache=value)
+    with pytest.raises(ConfigError, match="activation_cache must be a folder, or none"):
+        TrainConfig(activation_cache=value)

@@ -16,17 +16,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.train.trunks import TRAIN, assert_same_bits, trained, vtab
+from tests.train.frozen_blocks import TRAIN, assert_same_bits, trained, vtab
 from zinit.errors import ConfigError
-from zinit.train import activation_cache as trunk
-from zinit.train import tensor_store as rows
+from zinit.train import activation_cache, tensor_store
 
 SMALL = 10_000  # bytes: four examples of 17 x 32 x 4 bytes, three files
 
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "PART_BYTES", SMALL)
+    monkeypatch.setattr(tensor_store, "PART_BYTES", SMALL)
 
 
 def child(action: Callable[[], None]) -> int:
@@ -101,7 +100,7 @@ def test_killed_while_storing(pictures: Path, tmp_path: Path) -> None:
 
 def one_of_two(number: int, port: int, pictures: Path, cache: Path, output: Path) -> None:
     """What each of two processes does."""
-    rows.PART_BYTES = SMALL
+    tensor_store.PART_BYTES = SMALL
     torch.set_num_threads(1)
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
@@ -139,18 +138,18 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_keeps_what_is_stored(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = rows.write_atomically
+    write = tensor_store.write_atomically
 
     def full(path: Path, data: bytes) -> None:
         if path.name == "part-00001.safetensors":
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(rows, "write_atomically", full)
+    monkeypatch.setattr(tensor_store, "write_atomically", full)
     with pytest.raises(ConfigError, match=r"cannot be stored in .*No space left on device.*make room"):
         trained(vtab(pictures), tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(rows, "PART_BYTES", 10_000)
+    monkeypatch.setattr(tensor_store, "PART_BYTES", 10_000)
     assert len([*tmp_path.rglob("*.safetensors")]) == 1
     again = trained(vtab(pictures), tmp_path)
     assert sum(again.calls) == 5 + 8
@@ -162,7 +161,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     needed = TRAIN * 17 * 32 * 4
     for free, fits in ((needed - 1, False), (needed, True)):
-        monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(activation_cache.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         if fits:
             trained(vtab(pictures), tmp_path)
         else:
