@@ -24,8 +24,8 @@ from zinit.runs.directory import save_trained
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import RunConfig, resolve
 from zinit.runs.train import train_run
-from zinit.ui.chat import ChatSession
 from zinit.train.strategy import checkpoint_activations, loading_device
+from zinit.ui.chat import ChatSession
 
 CPU = torch.device("cpu")
 RUN = ("prefix.length=3", "steps=4", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=2", "save_every=2",
