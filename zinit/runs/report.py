@@ -115,7 +115,7 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
     with plots.style():
         curves, gates = _curves(log), _gates(log)
     models, rows = _table(results)
-    unset = Record().to_dict()
+    unset = vars(Record())
     settings = {name: value for name, value in record.to_dict().items() if value != unset[name]}
     return plots.render(
         "report.html.jinja",
