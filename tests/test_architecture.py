@@ -89,7 +89,6 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     return next((found for name in arrows if (found := visit(name, []))), [])
 
 
-@pytest.mark.xfail(strict=False, reason="the adapter is being rewritten")
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circle(imports(PACKAGE)) == []
 
@@ -154,7 +153,6 @@ def attributes(path: Path) -> set[str]:
     return {name for name in found if re.match(r"_[a-z]", str(name))}
 
 
-@pytest.mark.xfail(strict=False, reason="the adapter is being rewritten")
 def test_private_names_of_libraries_are_in_one_module() -> None:
     private = attributes(PACKAGE / "compat.py")
     assert len(private) > 10

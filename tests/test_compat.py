@@ -102,6 +102,35 @@ def test_torch_applies_to_a_modules_own_tensors() -> None:
     assert module[0].weight.dtype == torch.float32
 
 
+def test_torch_tells_a_backward_pass() -> None:
+    seen = []
+    tensor = torch.ones(2, requires_grad=True)
+    (2 * tensor).register_hook(lambda gradient: seen.append(compat.is_in_backward()))
+    doubled = 2 * tensor
+    doubled.register_hook(lambda gradient: seen.append(compat.is_in_backward()))
+    assert not compat.is_in_backward()
+    doubled.sum().backward()
+    assert seen == [True]
+    assert not compat.is_in_backward()
+
+
+def test_torch_tells_when_a_tensors_memory_is_gone() -> None:
+    tensor = torch.ones(2)
+    reference, key = compat.storage_reference(tensor), compat.storage_key(tensor)
+    assert key == compat.storage_key(tensor) is not None
+    assert not reference.expired()
+    view = tensor[1:]
+    del tensor
+    assert not reference.expired(), "a view uses the same memory"
+    del view
+    assert reference.expired()
+    assert torch.func.vmap(lambda row: (assert_without_memory(row), row)[1])(torch.ones(2, 2)).shape == (2, 2)
+
+
+def assert_without_memory(tensor: torch.Tensor) -> None:
+    assert compat.storage_key(tensor) is None
+
+
 def test_torch_lets_ddp_leave_tensors_out() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
@@ -177,6 +206,27 @@ def test_transformers_asks_whether_a_model_is_sharded(monkeypatch: pytest.Monkey
     assert not is_fsdp_managed_module(module)
     compat.mark_sharded(module)
     assert is_fsdp_managed_module(module)
+
+
+def test_transformers_keeps_a_blocks_checkpointing_function() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Wrapper:
+        def __init__(self, checkpoint: Any) -> None:
+            self.checkpoint = checkpoint
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model: Any = LlamaForCausalLM(config)
+    block = model.model.layers[0]
+    compat.wrap_checkpointing(block, Wrapper, Wrapper)
+    assert "_gradient_checkpointing_func" not in vars(block), "a block that is not computed again stays as it is"
+    model.gradient_checkpointing_enable()
+    own = vars(block)["_gradient_checkpointing_func"]
+    for _ in range(2):
+        compat.wrap_checkpointing(block, Wrapper, Wrapper)
+        assert vars(block)["_gradient_checkpointing_func"].checkpoint is own
+    compat.unwrap_checkpointing(block, Wrapper)
+    assert vars(block)["_gradient_checkpointing_func"] is own
 
 
 def test_timm_gives_biases_of_relative_position() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zinit.backbones.base import AttentionSite
+from zinit.compat import commit_hash, name_or_path
 from zinit.distributed import is_shard
 
 PROBE = 64  # numbers kept of a projected probe vector
@@ -27,8 +28,8 @@ def fingerprint(model: nn.Module, sites: list[AttentionSite]) -> dict[str, Any]:
         **first.shape(),
         **({} if several is None else {"towers": several}),
         "key_probe": _key_probe(first),
-        "name_or_path": getattr(config, "_name_or_path", "") or "",
-        "revision": getattr(config, "_commit_hash", None),
+        "name_or_path": name_or_path(config) or "",
+        "revision": commit_hash(config),
     }
 
 

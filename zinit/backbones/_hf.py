@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zinit.backbones.base import AttentionSite, PrefixSlot
+from zinit.compat import attention_implementation
 from zinit.errors import BackboneError
 from zinit.prefix import concat_prefix
 
@@ -51,7 +52,7 @@ class ConfigView:
 
     def host_attention(self) -> tuple[str, Attention]:
         """The implementation that the module would have called, by name and as a function."""
-        name = self.zinit_host._attn_implementation or "eager"
+        name = attention_implementation(self.zinit_host) or "eager"
         return name, self.zinit_interface.get_interface(name, self.zinit_eager)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
+from zinit.compat import has_window_bias, window_bias
 from zinit.errors import BackboneError, ConfigError
 from zinit.prefix import concat_prefix
 
@@ -196,7 +197,7 @@ def added_to_scores(host: Any, given: dict[str, Any]) -> Tensor | None:
     if getattr(host, "rel_pos", None) is not None:
         terms.append(host.rel_pos.get_bias())
     if getattr(host, "relative_position_bias_table", None) is not None:
-        terms.append(host._get_rel_pos_bias())
+        terms.append(window_bias(host))
     if (mask := given.get("mask")) is not None:
         terms.append(mask.repeat(given["x"].shape[0] // len(mask), 1, 1)[:, None])
     there = [term for term in terms if term is not None]
@@ -325,7 +326,7 @@ def has_foreign_bias(module: Any) -> bool:
     return (
         any(getattr(module, part, None) is not None for part in ("attention_biases", "cpb_mlp"))
         or (position is not None and not hasattr(position, "get_bias"))
-        or (table is not None and not hasattr(module, "_get_rel_pos_bias"))
+        or (table is not None and not has_window_bias(module))
     )
 
 
