@@ -158,7 +158,7 @@ def test_a_finished_run_on_other_data_keeps_its_labels(tmp_path: Path) -> None:
     assert (task.head.out_features, len(task.train_stream), len(task.held_out_sentences)) == (5, 0, 3)
     with pytest.raises(DataError, match="the tag 'B-LOC' of the token 'Rome' is not among the labels O, B-PER"):
         TokenClassification(replace(inputs, labels=["O", "B-PER", "I-PER"]), config)
-    with pytest.raises(ConfigError, match="without training data the labels must be said"):
+    with pytest.raises(ConfigError, match="without training data, name the labels"):
         TokenClassification(inputs, config)
 
 

@@ -45,8 +45,8 @@ def test_real_files_are_read_whole(file: str, count: int, unanswerable: int) -> 
     ("file", "message"),
     [
         ("squad_answer-offset-wrong.json", r"offset-wrong.json, paragraph 1 of 'Test', question '5ad3d560604f3c001a3ff"
-         r"2c8': the answer '10' does not stand at answer_start 0: 'Be' stands there. It occurs at 11. Correct it"),
-        ("squad_answer-wrong.json", r"the answer '11' does not stand at answer_start 11: '10' stands there. It occurs "
+         r"2c8': the answer '10' is not at answer_start 0: 'Be' is there. It occurs at 11. Correct it"),
+        ("squad_answer-wrong.json", r"the answer '11' is not at answer_start 11: '10' is there. It occurs "
          r"nowhere in the context. Correct it, or leave such questions out: -o task.on_bad=skip"),
         ("lfs_pointer_dev-v2.0.json", "is a Git LFS pointer, not the data itself"),
     ],

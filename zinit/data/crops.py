@@ -32,8 +32,8 @@ def random_crop(image: Image.Image, size: int, smallest: float, draw: random.Ran
     Args:
         image: RGB.
         size: of the result.
-        smallest: least share of the image's area.
-        draw: where chance comes from.
+        smallest: smallest part of the image's area, such as 0.08.
+        draw: the random generator.
     """
     width, height = image.size
     for _ in range(10):

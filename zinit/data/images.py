@@ -24,7 +24,7 @@ KEPT_BYTES = 4 * 2**30  # decoded images held in memory; those beyond it are rea
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image file that lies in a data set instead of a folder.
+    """An image file inside a data set instead of a folder.
 
     Args:
         name: for messages.

@@ -75,7 +75,7 @@ class Method(ABC):
 
     Attributes:
         name: registered name.
-        trains_host: whether weights of the model itself are trained, which then are float32 unless said otherwise.
+        trains_host: whether weights of the model itself are trained, which are then float32 unless a dtype is set.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Logistic regression (scikit-learn) on the frozen model's features: what can be had without any adaptation."""
+"""Logistic regression (scikit-learn) on the frozen model's features: the result without any adaptation."""
 
 from __future__ import annotations
 

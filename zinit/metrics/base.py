@@ -1,4 +1,4 @@
-"""What zinit's text metrics share: an ``evaluate.Metric`` that stays in memory."""
+"""What zinit's text metrics have in common: an ``evaluate.Metric`` that stays in memory."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from zinit.metrics.base import TextMetric
 
 
 class ExactMatch(TextMetric):
-    """The share of predictions that equal their reference, white space around both aside.
+    """The fraction of predictions that equal their reference, white space around both aside.
 
     Example:
         >>> ExactMatch().compute(predictions=["Paris ", "paris"], references=["Paris", "Paris"])

@@ -55,15 +55,15 @@ def pad(tokenizer: Any, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] |
     Returns:
         ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, all (B, T).
     """
-    shape = (len(ids), max(len(row) for row in ids))
+    shape = (len(ids), max(len(own) for own in ids))
     batch = {"input_ids": torch.full(shape, tokenizer.pad_token_id), "attention_mask": torch.zeros(shape).long()}
     if types is not None:
         batch["token_type_ids"] = torch.zeros(shape).long()
-    for index, row in enumerate(ids):
-        batch["input_ids"][index, : len(row)] = torch.from_numpy(row.astype(np.int64))
-        batch["attention_mask"][index, : len(row)] = 1
+    for index, own in enumerate(ids):
+        batch["input_ids"][index, : len(own)] = torch.from_numpy(own.astype(np.int64))
+        batch["attention_mask"][index, : len(own)] = 1
         if types is not None:
-            batch["token_type_ids"][index, : len(row)] = torch.from_numpy(types[index].astype(np.int64))
+            batch["token_type_ids"][index, : len(own)] = torch.from_numpy(types[index].astype(np.int64))
     return batch
 
 

@@ -26,7 +26,7 @@ def read_list(file: Path, reading: Reading) -> list[Labelled]:
             continue
         base = root
         if len(folders) == 1 and not (root / path).exists():
-            base = folders[0]  # as Caltech 101 is packed: the lists lie beside the folder they speak of
+            base = folders[0]  # as Caltech 101 is packed: the lists are beside the folder that they name
         if image := reading.inside(base, path, where):
             found.append(Labelled(image, label, where))
     return found

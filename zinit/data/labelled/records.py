@@ -27,9 +27,9 @@ def read_csv(file: Path, reading: Reading) -> list[Labelled]:
     table = csv.DictReader(io.StringIO(read_text(file), newline=""))
     image, label = reading.columns(table.fieldnames or (), str(file))
     found = []
-    for row in table:
+    for record in table:
         where = f"{file}, line {table.line_num}"
-        path, name = (row[image] or "").strip(), (row[label] or "").strip()
+        path, name = (record[image] or "").strip(), (record[label] or "").strip()
         if not path or not name:
             reading.bad(f"{where}: {image if not path else label} is empty.")
         elif found_file := reading.inside(file.parent, path, where):
@@ -110,12 +110,12 @@ def read_hub(source: str, reading: Reading) -> Parts:
     return Parts.of({part: _records(found[name_], f"{name}:{name_}", reading) for part, name_ in own.items()})
 
 
-def _records(rows: Any, name: str, reading: Reading) -> list[Labelled]:
+def _records(records: Any, name: str, reading: Reading) -> list[Labelled]:
     """Records with the bytes of an image, which are not read yet, and a label, which may be a number with a name."""
     from datasets import ClassLabel, Image, Value
 
-    image, label = reading.columns(rows.column_names, name)
-    kind, labels = rows.features[image], rows.features[label]
+    image, label = reading.columns(records.column_names, name)
+    kind, labels = records.features[image], records.features[label]
     encoded = isinstance(kind, Value) and "binary" in kind.dtype
     if not (encoded or isinstance(kind, Image) or (isinstance(kind, dict) and "bytes" in kind)):
         raise DataError(f"{name}: the field {image!r} holds {kind}; expected images.")
@@ -127,22 +127,22 @@ def _records(rows: Any, name: str, reading: Reading) -> list[Labelled]:
         )
     if names is not None:
         reading.names = list(dict.fromkeys([*(reading.names or ()), *names]))
-    encoded_images = rows.select_columns([image]).cast_column(image, Image(decode=False))
+    encoded_images = records.select_columns([image]).cast_column(image, Image(decode=False))
     found = []
-    for row, target in enumerate(rows[label]):
-        where = f"{name}, record {row + 1}"
+    for number, target in enumerate(records[label]):
+        where = f"{name}, record {number + 1}"
         if isinstance(target, bool) or not isinstance(target, int | str) or target == "":
             reading.bad(f"{where}: {label!r} must be a whole number or a name; got {target!r}.")
         elif names and not (isinstance(target, int) and 0 <= target < len(names)):
             reading.bad(f"{where}: {label!r} is {target!r}, but there are {len(names)} classes, from 0.")
         else:
-            source = Encoded(where, partial(_content, encoded_images, row, image, where))
+            source = Encoded(where, partial(_content, encoded_images, number, image, where))
             found.append(Labelled(source, names[int(target)] if names else str(target), where))
     return found
 
 
-def _content(images: Any, row: int, image: str, where: str) -> bytes:
-    content = (images[row][image] or {}).get("bytes")
+def _content(images: Any, number: int, image: str, where: str) -> bytes:
+    content = (images[number][image] or {}).get("bytes")
     if not content:  # a path alone could lead anywhere
         raise DataError(f"{where}: the field {image!r} holds no image.")
     return content

@@ -11,13 +11,13 @@ from zinit.data.labelled.parts import Labelled, Parts
 
 
 def hold_out(
-    examples: Sequence[Labelled], share: int, seed: int, *, classes: Sequence[str] | None = None, singles: bool = False
+    examples: Sequence[Labelled], one_in: int, seed: int, *, classes: Sequence[str] | None = None, singles: bool = False
 ) -> tuple[list[Labelled], list[Labelled]]:
-    """Sets one of ``share`` apart, class by class; at least one of every class that has two.
+    """Sets one in ``one_in`` apart, class by class; at least one of every class that has two.
 
     Args:
         examples: to divide.
-        share: one of so many, rounded down.
+        one_in: 10 sets a tenth apart, rounded down.
         seed: of the choice.
         classes: the order in which chance goes through them; None is that of the alphabet.
         singles: whether the only image of a class is set apart too.
@@ -32,7 +32,7 @@ def hold_out(
     apart: set[int] = set()
     for label in sorted(by_class) if classes is None else classes:
         members = by_class[label]
-        count = max(1, len(members) // share) if len(members) > 1 or singles else 0
+        count = max(1, len(members) // one_in) if len(members) > 1 or singles else 0
         apart |= {members[i] for i in torch.randperm(len(members), generator=generator)[:count].tolist()}
     stay = [example for index, example in enumerate(examples) if index not in apart]
     return stay, [examples[index] for index in sorted(apart)]

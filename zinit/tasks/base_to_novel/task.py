@@ -50,7 +50,7 @@ class BaseToNovelConfig(JsonConfig):
         folder: where the images of a split_zhou_*.json file are, seen from that file.
         fields: what CSV, Parquet and Hub data call image and class; None tries the usual names.
         views: 1 trains on the plain images; more make so many random crops of each, all of them once per epoch.
-        crop_scale: smallest share of an image that a crop covers.
+        crop_scale: smallest part of an image's area that a crop covers.
         few: whether a class with fewer images than shots is an error, or all it has are used.
         on_bad: whether an entry or image that cannot be read is an error, or skipped and counted (in training
             another image is drawn instead).
@@ -326,15 +326,15 @@ class BaseToNovel(Task):
         table = summarise({"data": data, **metrics} for data, metrics in results.items())
         return {
             f"{metric.replace('_', ' ')}{f' of {data}' if data else ''}": figure
-            for data, row in table.items()
+            for data, figures in table.items()
             if data != "average" or len(results) > 1
-            for metric, figure in row.items()
+            for metric, figure in figures.items()
         }
 
     @classmethod
     def paper_figure(cls, method: str, dataset: str, metric: str) -> float | None:
         names = ("base_accuracy", "novel_accuracy", "harmonic_mean")
-        known = {name.lower(): row for name, row in paper_results()["zero-init"].items()}
+        known = {name.lower(): figures for name, figures in paper_results()["zero-init"].items()}
         if method != "zero-init" or metric not in names or dataset.lower() not in known:
             return None
         return known[dataset.lower()][names.index(metric)] / 100

@@ -61,14 +61,14 @@ def read_sentences(
 
 
 def _from_columns(path: Path, columns: tuple[int, int]) -> Iterator[Sentence]:
-    rows: list[tuple[str, str]] = []
+    words: list[tuple[str, str]] = []
     begin, width = 0, None
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         cells = re.split(r"[ \t]+", line.strip(" \t\r"))
         if cells == [""]:
-            if rows:
-                yield _sentence([token for token, _ in rows], [tag for _, tag in rows], f"{path}, line {begin}")
-            rows = []
+            if words:
+                yield _sentence([token for token, _ in words], [tag for _, tag in words], f"{path}, line {begin}")
+            words = []
             continue
         if cells[0] == DOCUMENT:
             continue
@@ -82,8 +82,8 @@ def _from_columns(path: Path, columns: tuple[int, int]) -> Iterator[Sentence]:
                 f"tag in column {columns[1]} (the first is 0, the last is -1): -o task.token_column=N "
                 f"-o task.tag_column=N."
             )
-        begin = begin if rows else number
-        rows.append((cells[columns[0]], cells[columns[1]]))
+        begin = begin if words else number
+        words.append((cells[columns[0]], cells[columns[1]]))
 
 
 def _from_records(

@@ -18,6 +18,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
+from zinit.tasks.ner.windows import Window, make_windows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +40,7 @@ class TokenClassificationConfig(JsonConfig):
         fields: what records call the list of tokens and the list of tags.
         labels: all tags there are, in order; needed where the data gives numbers without names. Without it they are
             the training data's, "O" first.
-        held_out: share of the sentences to hold out.
+        held_out: which part of the sentences to hold out, such as 0.1.
         held_out_data: a source of its own for the held-out sentences instead.
     """
 
@@ -69,25 +70,6 @@ class TokenClassificationConfig(JsonConfig):
             raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {self.labels!r}.")
         if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise ConfigError(f"held_out must lie between 0 and 1; got {self.held_out!r}.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
-    """A sentence, or as much of it as fits.
-
-    Attributes:
-        sentence: which one, by its place in the list.
-        ids: (T,) token ids.
-        words: (N,) which words of the sentence are read off here.
-        positions: (N,) where each of them begins.
-        labels: (N,) what they are.
-    """
-
-    sentence: int
-    ids: np.ndarray
-    words: np.ndarray
-    positions: np.ndarray
-    labels: np.ndarray
 
 
 class TokenClassification(Task):
@@ -130,7 +112,14 @@ class TokenClassification(Task):
                         f"{', '.join(self._labels)}. Correct it, or name all labels: -o task.labels=..."
                     )
             labels = np.asarray([index[tag] for tag in sentence.tags], dtype=np.int64)
-            found = self._windows(place, sentence, labels)
+            found = make_windows(
+                self.tokenizer,
+                sentence,
+                labels,
+                place=place,
+                max_length=self.config.max_length,
+                stride=self.config.stride,
+            )
             windows += found
             split += len(found) > 1
             skipped += len(labels) - sum(len(window.words) for window in found)
@@ -143,55 +132,14 @@ class TokenClassification(Task):
         }
         return windows
 
-    def _windows(self, place: int, sentence: Sentence, labels: np.ndarray) -> list[Window]:
-        """The words are joined by spaces; each is read off at its first token."""
-        encoded = self.tokenizer(
-            " ".join(sentence.tokens), return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
-        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-        of_text = [position for position, part in enumerate(encoded.sequence_ids(0)) if part == 0]
-        if not of_text:
-            return []
-        before, ids, after = ids[: of_text[0]], ids[of_text[0] : of_text[-1] + 1], ids[of_text[-1] + 1 :]
-        offsets = np.asarray(encoded["offset_mapping"])[of_text[0] : of_text[-1] + 1]
-        lengths = np.asarray([len(token) for token in sentence.tokens])
-        ends = np.cumsum(lengths + 1) - 1
-        first = np.searchsorted(offsets[:, 1], ends - lengths, side="right")
-        has_token = (first < len(ids)) & (offsets[np.minimum(first, len(ids) - 1), 0] < ends)
-
-        room = self.config.max_length - len(before) - len(after)
-        if room <= self.config.stride:
-            raise ConfigError(
-                f"windows of task.max_length={self.config.max_length} tokens hold {max(0, room)} tokens of a sentence; "
-                f"that must be more than task.stride={self.config.stride}, which neighbouring windows share."
-            )
-        begins = np.arange(0, max(1, len(ids) - self.config.stride), room - self.config.stride)
-        lasts = np.minimum(begins + room, len(ids)) - 1
-        around = np.minimum(first[:, None] - begins, lasts - first[:, None])  # tokens shown on a word's poorer side
-        home = np.where(has_token, np.argmax(around, axis=1), -1)
-        windows = []
-        for number, (begin, last) in enumerate(zip(begins, lasts, strict=True)):
-            words = np.flatnonzero(home == number)
-            if len(words):
-                windows.append(
-                    Window(
-                        sentence=place,
-                        ids=np.concatenate([before, ids[begin : last + 1], after]),
-                        words=words,
-                        positions=len(before) + first[words] - begin,
-                        labels=labels[words],
-                    )
-                )
-        return windows
-
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
         """What `pad` makes, with ``labels`` (B, T), ignored where no word begins."""
         windows = self.train_windows if stream is self.train_stream else self.held_out_windows
         chosen = [windows[index] for index in indices]
         batch = pad(self.tokenizer, [window.ids for window in chosen])
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
-        for row, window in enumerate(chosen):
-            batch["labels"][row, torch.from_numpy(window.positions)] = torch.from_numpy(window.labels)
+        for place, window in enumerate(chosen):
+            batch["labels"][place, torch.from_numpy(window.positions)] = torch.from_numpy(window.labels)
         return batch
 
     def forward(self, batch: Batch) -> Tensor:
@@ -298,7 +246,7 @@ def _entities(tokens: Sequence[str], tags: Sequence[str]) -> str:
 
 def _resolve_labels(given: list[str] | None, training: list[Sentence]) -> list[str]:
     if given is None and not training:
-        raise ConfigError("without training data the labels must be said: -o task.labels=O,B-PER,I-PER,...")
+        raise ConfigError("without training data, name the labels: -o task.labels=O,B-PER,I-PER,...")
     labels = given
     if labels is None:
         seen = {tag for sentence in training for tag in sentence.tags}

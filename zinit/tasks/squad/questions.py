@@ -43,7 +43,7 @@ def read_questions(source: str, *, skip_bad: bool = False) -> tuple[list[Questio
 
     Args:
         source: path, or Hub id such as ``rajpurkar/squad_v2`` (its ``train`` split; ``id:split`` names another).
-        skip_bad: leave out questions whose answers do not stand where the data says, or whose id is another's too,
+        skip_bad: leave out questions whose answers are not where the data says, or whose id another question has too,
             instead of refusing them.
 
     Returns:
@@ -223,13 +223,13 @@ def _check(answer: str, start: int, context: str, where: str) -> None:
     if start >= 0 and context.startswith(answer, start):
         return
     if 0 <= start < len(context):
-        there = f"{context[start : start + len(answer)]!r} stands there"
+        there = f"{context[start : start + len(answer)]!r} is there"
     else:
         there = f"the context has {len(context)} characters"
     places = [index for index in range(len(context)) if context.startswith(answer, index)]
     elsewhere = f"It occurs at {', '.join(map(str, places[:5]))}" if places else "It occurs nowhere in the context"
     raise _BadQuestionError(
-        f"{where}: the answer {answer!r} does not stand at answer_start {start}: {there}. {elsewhere}. {SKIP}"
+        f"{where}: the answer {answer!r} is not at answer_start {start}: {there}. {elsewhere}. {SKIP}"
     )
 
 

@@ -42,8 +42,8 @@ class SquadConfig(JsonConfig):
         max_answer: tokens of the longest answer.
         null_threshold: v2.0: no answer is given if "no answer" scores higher than the best one by more than this.
         version: "1.1" has no unanswerable questions and always answers; "2.0" has; "auto" is 2.0 if the data has any.
-        on_bad: what to do with a question whose answer does not stand where the data says, or whose id is another's
-            too: "error" or "skip" (which is counted).
+        on_bad: what to do with a question whose answer is not where the data says, or whose id another question
+            has too: "error" or "skip" (which is counted).
         held_out_data: a source of the held-out questions. Without it they are the ``dev*`` file of a data folder that
             has one, else those about a tenth of the contexts.
     """
@@ -192,9 +192,9 @@ class Squad(Task):
         for turn in range(turns if accelerator is None else most_over_processes(accelerator, turns)):
             part = order[turn * batch_size :][:batch_size] or order[:batch_size]  # once more, to keep step with others
             batch = self._pad([windows[index] for index in part])
-            rows = self._scores({name: tensor.to(device) for name, tensor in batch.items()}).cpu().numpy()
-            for index, row in zip(part, rows, strict=True):
-                scores[index] = row[: len(windows[index].ids)]
+            scored = self._scores({name: tensor.to(device) for name, tensor in batch.items()}).cpu().numpy()
+            for index, of_window in zip(part, scored, strict=True):
+                scores[index] = of_window[: len(windows[index].ids)]
         of_question: dict[int, list[int]] = defaultdict(list)
         for index, window in enumerate(windows):
             of_question[window.question].append(index)

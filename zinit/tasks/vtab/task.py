@@ -91,7 +91,7 @@ class VTABConfig(JsonConfig):
 
 
 class VTAB(Task):
-    """See the module. Needs a trunk of timm's without classifier (``num_classes=0``).
+    """See the module. Needs a backbone of timm's without classifier (``num_classes=0``).
 
     The head is one linear layer on the pooled features, float32; it starts from N(0, 0.02^2) with bias 0 (ours), so the
     frozen model's accuracy is chance.
@@ -204,7 +204,7 @@ class VTAB(Task):
         }
 
     def _pooled(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to the trunk's pooled features (B, C), float32."""
+        """uint8 (B, 3, H, W) to the backbone's pooled features (B, C), float32."""
         dtype = next(self.model.parameters()).dtype
         return self.model(normalise(images, self.mean, self.std).to(dtype)).float()
 
