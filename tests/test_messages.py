@@ -88,7 +88,7 @@ MESSAGES: dict[str, Message] = {
         error=ConfigError,
         got="got 0",
         expected="whole number of at least 1",
-        next_step="length (prompts per layer) must be",
+        next_step="length must be a whole number of at least 1 (prompts per layer)",
     ),
     "layers-type": Message(
         mistake=lambda _: PrefixConfig(layers="all"),  # pyright: ignore[reportArgumentType]

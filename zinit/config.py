@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_type_hints
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import MinLen
+from pydantic_core import core_schema
 
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
+from zinit.validation import (
+    Folder,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    SettingType,
+    Words,
+    nested_error,
+    shown,
+)
 
 
 def to_json(document: Any, *, indent: int | None = None) -> str:
@@ -25,8 +45,39 @@ def to_json(document: Any, *, indent: int | None = None) -> str:
     return json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+@dataclass(frozen=True)
+class SettingDescription:
+    """One setting, as lists and documents show it.
+
+    Attributes:
+        name: of the field.
+        type: in words, "a whole number of at least 1".
+        default: its value; None where it has none.
+        required: whether there is no default.
+        description: what the docstring of its class says; empty where that says nothing.
+    """
+
+    name: str
+    type: str
+    default: Any
+    required: bool
+    description: str
+
+
 class JsonConfig:
-    """What every settings class shares: strict construction from plain dictionaries, and back."""
+    """What every settings class shares: values checked against the types of the fields, plain dictionaries and back.
+
+    A subclass is a ``@dataclass(frozen=True, kw_only=True)``. Its fields' types are all the checks that most need
+    (`zinit.validation`); what concerns several fields goes into a ``__post_init__`` that calls this one first.
+    """
+
+    called: ClassVar[str] = ""
+    """How messages call the whole; empty is the class's name."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError, naming the first setting that has a wrong value."""
+        for name, of in _setting_types(type(self)).items():
+            object.__setattr__(self, name, of.check(name, getattr(self, name)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -35,41 +86,123 @@ class JsonConfig:
         Raises:
             ConfigError: on an unknown name (with the nearest known one), a missing one, or a wrong value.
         """
+        called = cls.called or cls.__name__
         if not isinstance(values, dict):
-            raise ConfigError(f"{cls.__name__} is built from named settings; got {values!r}.")
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+            raise ConfigError(f"{called} is built from named settings; got {shown(values)}.")
+        known = _setting_types(cls)
         for name in values:
-            if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no setting {name!r}.{did_you_mean(name, fields)}")
-        missing = [
-            name
-            for name, field in fields.items()
-            if name not in values
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ]
+            if name not in known:
+                raise ConfigError(f"{called} has no setting {name!r}.{did_you_mean(str(name), known)}")
+        missing = [field.name for field in _fields(cls) if field.name not in values and _is_required(field)]
         if missing:
-            raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            raise ConfigError(f"{called} needs {', '.join(missing)}.")
+        # Checked here too: a class of somebody else's may have a __post_init__ that does not call this one's.
+        return cls(**{name: known[name].check(name, value) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {
-            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
-            for field in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-        }
+        return {name: _plain(getattr(self, name)) for name in setting_names(type(self))}
 
-    def _check_choices(self) -> None:
-        """Every ``Literal`` field holds one of its values."""
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
-                got = getattr(self, name)
-                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {got!r}.")
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """As the type of another class's setting: a table, which may hold an instance already."""
+
+        def read(value: Any) -> Self:
+            if isinstance(value, cls):
+                return value
+            if not isinstance(value, dict):
+                raise ValueError("no table")
+            try:
+                return cls.from_dict(value)
+            except ConfigError as error:
+                raise nested_error(error) from error
+
+        return core_schema.no_info_plain_validator_function(read)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def setting_names(settings: type[JsonConfig]) -> list[str]:
+    """The names of a class's settings, in their order."""
+    return [field.name for field in _fields(settings)]
+
+
+def setting_paths(settings: type[JsonConfig]) -> list[str]:
+    """As `setting_names`, those of nested tables in their place: ["steps", "rates.gates"]."""
+    paths = []
+    for name, of in _setting_types(settings).items():
+        nested = _nested_settings(of.hint)
+        paths += [name] if nested is None else [f"{name}.{path}" for path in setting_paths(nested)]
+    return paths
+
+
+def _nested_settings(hint: Any) -> type[JsonConfig] | None:
+    """The settings class in a type: itself, or beside None in a union."""
+    if isinstance(hint, type) and issubclass(hint, JsonConfig):
+        return hint
+    if get_origin(hint) in (Annotated, Union, UnionType):
+        return next((found for part in get_args(hint) if (found := _nested_settings(part))), None)
+    return None
+
+
+def describe_settings(settings: type[JsonConfig]) -> list[SettingDescription]:
+    """Name, type, default and description of each setting of a class."""
+    types, documented = _setting_types(settings), _documented_arguments(settings)
+    return [
+        SettingDescription(
+            name=field.name,
+            type=types[field.name].words,
+            default=_plain(_default(field)),
+            required=_is_required(field),
+            description=documented.get(field.name, ""),
+        )
+        for field in _fields(settings)
+    ]
+
+
+@cache
+def _setting_types(settings: type[JsonConfig]) -> dict[str, SettingType]:
+    """The type of each setting, by name."""
+    try:
+        hints = get_type_hints(settings, include_extras=True)
+    except NameError as error:
+        raise ConfigError(
+            f"the types of the settings {settings.__name__} cannot be read: {error}. Import what they name outside of "
+            f"'if TYPE_CHECKING', at the top of their module."
+        ) from error
+    return {name: SettingType.of(hints[name]) for name in setting_names(settings)}
+
+
+def _fields(settings: type[JsonConfig]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(settings)  # pyright: ignore[reportArgumentType]
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    """A value of a setting as JSON has it."""
+    if isinstance(value, JsonConfig):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _documented_arguments(settings: type) -> dict[str, str]:
+    """The descriptions under "Args:" in the docstrings of a class and of those that it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(settings.__mro__):
+        _, _, text = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
+        arguments = re.split(r"\n\S", text)[0]
+        for name, description in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", arguments, re.MULTILINE):
+            found[name] = " ".join(description.split())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,58 +233,30 @@ class PrefixConfig(JsonConfig):
             layers, ``"hyper"`` (arXiv 2502.03029). All parts of an adapter that say so share one network.
     """
 
-    length: int = 10
-    layers: int | tuple[int, ...] | None = None
-    towers: tuple[str, ...] | None = None
+    length: Annotated[PositiveInt, Words("a whole number of at least 1 (prompts per layer)")] = 10
+    layers: Annotated[
+        PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
+        Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
+    ] = None
+    towers: Annotated[
+        Annotated[tuple[Name, ...], MinLen(1)] | None,
+        Words("a list of names such as ['vision_model'], or null for all"),
+    ] = None
     gate: Literal["tanh", "identity"] = "tanh"
     gate_per: Literal["head", "layer"] = "head"
-    gate_init: float | Literal["random"] = 0.0
+    gate_init: Annotated[float | Literal["random"], Words("a number or 'random'")] = 0.0
     gating: bool = True
     separate_softmax: bool = True
     parametrization: Literal["prompt", "key_value"] = "prompt"
-    init_std: float = 1.0
+    init_std: NonNegativeFloat = 1.0
     prompt: Literal["table", "context", "table+context"] = "table"
     prompts: Literal["table", "hyper"] = "table"
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        super().__post_init__()
         self._check_prompts()
-        if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
-            raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {self.length!r}.")
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.layers, tuple):
-            if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
-                raise ConfigError(f"layers must name 0-based layers such as (2, 3, 4); got {self.layers!r}.")
-            if list(self.layers) != sorted(set(self.layers)):
-                raise ConfigError(f"layers must be ascending without repeats; got {self.layers!r}.")
-        elif self.layers is not None and (
-            isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1
-        ):
-            raise ConfigError(
-                f"layers must be a count of topmost layers (at least 1), a list of 0-based layers, or null for all; "
-                f"got {self.layers!r}."
-            )
-        if isinstance(self.towers, list):
-            object.__setattr__(self, "towers", tuple(self.towers))
-        if self.towers is not None and (
-            not isinstance(self.towers, tuple)
-            or not self.towers
-            or not all(isinstance(t, str) and t for t in self.towers)
-        ):
-            raise ConfigError(
-                f"towers must be a list of names such as ['vision_model'], or null for all; got {self.towers!r}."
-            )
-        if isinstance(self.gate_init, str):
-            if self.gate_init != "random":
-                raise ConfigError(f"gate_init must be a number or 'random'; got {self.gate_init!r}.")
-        elif not _is_finite(self.gate_init):
-            raise ConfigError(f"gate_init must be a finite number or 'random'; got {self.gate_init!r}.")
-        if not isinstance(self.gating, bool) or not isinstance(self.separate_softmax, bool):
-            got = f"gating={self.gating!r} and separate_softmax={self.separate_softmax!r}"
-            raise ConfigError(f"gating and separate_softmax must be true or false; got {got}.")
-        if not _is_finite(self.init_std) or self.init_std < 0:
-            raise ConfigError(f"init_std must be a finite number of at least 0; got {self.init_std!r}.")
+        if isinstance(self.layers, tuple) and list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"layers must be ascending without repeats; got {self.layers!r}.")
         if not self.separate_softmax and self.gating:
             raise ConfigError(
                 "a softmax shared by prompts and words (separate_softmax=False, plain prefix tuning) has no gate: "
@@ -181,19 +286,16 @@ class AdapterConfig(JsonConfig):
             ``build(model, sites)``, see `zinit.adapter.tuning`.
     """
 
-    parts: dict[str, PrefixConfig]
+    parts: Annotated[dict[str, PrefixConfig], MinLen(1), Words("a table of at least one name with its prefix")]
     context: str | None = None
     context_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     tuning: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parts, dict) or not self.parts:
-            raise ConfigError(f"parts must map at least one name to a prefix; got {self.parts!r}.")
+        super().__post_init__()
         for name, part in self.parts.items():
-            if not isinstance(name, str) or not name.isidentifier() or "__" in name:
+            if not name.isidentifier() or "__" in name:
                 raise ConfigError(f"a part's name must be an identifier such as 'early'; got {name!r}.")
-            if not isinstance(part, PrefixConfig):
-                raise ConfigError(f"the part {name!r} must be a PrefixConfig; got {part!r}.")
             if len(self.parts) > 1 and not part.separate_softmax:
                 raise ConfigError(
                     f"the part {name!r} shares the words' softmax (separate_softmax=False), which stands alone: leave "
@@ -207,24 +309,7 @@ class AdapterConfig(JsonConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested; the tuning's by its own ``to_dict``."""
-        return {
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            "context": self.context,
-            "context_options": dict(self.context_options),
-            "tuning": None if self.tuning is None else self.tuning.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From plain values, as `to_dict` makes them."""
-        parts = values.get("parts") if isinstance(values, dict) else None
-        if not isinstance(parts, dict):
-            raise ConfigError(f"an adapter is built from named parts; got {values!r}.")
-        read = {
-            name: part if isinstance(part, PrefixConfig) else PrefixConfig.from_dict(part)
-            for name, part in parts.items()
-        }
-        return super().from_dict({**values, "parts": read})
+        return {**super().to_dict(), "tuning": None if self.tuning is None else self.tuning.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,67 +338,36 @@ class TrainConfig(JsonConfig):
         save_every: steps between resume checkpoints; 0 never, None ten times a run.
         workers: processes that prepare batches; 0 does it in the training process.
         tensorboard: also log to TensorBoard, in the run's folder.
-        activation_cache: folder for what the frozen layers below the lowest adapted one give for each example, so
-            that they run once and not every epoch; runs share it. For examples of one size (pictures); see
+        activation_cache: folder for the output of the frozen layers below the lowest adapted one, one per training
+            example, so that they run once and not every epoch; runs share it. For examples of one size (images); see
             `zinit.train.activation_cache`. None computes it anew each time.
     """
 
-    epochs: float = 5
-    steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int = 8
-    micro_batch_tokens: int | None = None
-    learning_rate: float = 9e-3 * 64 / 256
-    warmup_epochs: float | None = None
-    warmup_steps: int | None = None
-    min_learning_rate: float = 0.0
-    weight_decay: float = 0.02
+    epochs: PositiveFloat = 5
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 8
+    micro_batch_tokens: PositiveInt | None = None
+    learning_rate: NonNegativeFloat = 9e-3 * 64 / 256
+    warmup_epochs: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    min_learning_rate: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.02
     decay_gates: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float | None = 1.0
+    beta1: Rate = 0.9
+    beta2: Rate = 0.95
+    clip_norm: PositiveFloat | None = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
-    evaluate_every: int | None = None
-    save_every: int | None = None
-    workers: int = 0
+    evaluate_every: NonNegativeInt | None = None
+    save_every: NonNegativeInt | None = None
+    workers: NonNegativeInt = 0
     tensorboard: bool = False
-    activation_cache: str | None = None
+    activation_cache: Folder | None = None
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        for name in ("batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        for name in ("decay_gates", "gradient_checkpointing", "compile", "tensorboard"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false; got {getattr(self, name)!r}.")
-        if self.activation_cache is not None and not (isinstance(self.activation_cache, str) and self.activation_cache):
-            raise ConfigError(f"activation_cache must be a folder, or none; got {self.activation_cache!r}.")
-        if not _is_finite(self.epochs) or self.epochs <= 0:
-            raise ConfigError(f"epochs must be a number above 0; got {self.epochs!r}.")
-        if self.steps == 0:
-            raise ConfigError("steps must be a whole number of at least 1, or none for epochs; got 0.")
-        if self.micro_batch_tokens == 0:
-            raise ConfigError("micro_batch_tokens must be a whole number of at least 1, or none; got 0.")
-        for name in ("steps", "micro_batch_tokens", "warmup_steps", "evaluate_every", "save_every", "workers"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ConfigError(f"{name} must be a whole number of at least 0; got {value!r}.")
-        for name in ("learning_rate", "warmup_epochs", "min_learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if name == "warmup_epochs" and value is None:
-                continue
-            if not _is_finite(value) or value < 0:
-                raise ConfigError(f"{name} must be a number of at least 0; got {value!r}.")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError(f"{name} must lie in [0, 1); got {value!r}.")
-        if self.clip_norm is not None and not (_is_finite(self.clip_norm) and self.clip_norm > 0):
-            raise ConfigError(f"clip_norm must be above 0, or null for no clipping; got {self.clip_norm!r}.")
+        super().__post_init__()
         # Where one is in steps and the other in epochs, `zinit.train.loop.Plan` knows.
         if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps}).")

@@ -20,9 +20,10 @@ from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext
 from zinit.models.offload import is_offloaded, move, weights_in_place
+from zinit.runs.config import RunConfig
 from zinit.runs.directory import save_trained
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig, resolve
+from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.train.strategy import checkpoint_activations, loading_device
 from zinit.ui.chat import ChatSession

@@ -250,7 +250,7 @@ def test_what_cannot_be_is_refused(sources: dict[str, Path], monkeypatch: pytest
     for method in ("full", "bitfit"):
         with pytest.raises(ConfigError, match=f"quantize=bnb-4bit is for a frozen model, and the method '{method}'"):
             resolve(backbone="llama", options=["quantize=bnb-4bit", f"method={method}"])
-    with pytest.raises(ConfigError, match="quantize must be one of bnb-8bit, bnb-4bit, torchao-int8, or none"):
+    with pytest.raises(ConfigError, match="quantize must be one of 'bnb-8bit', 'bnb-4bit', 'torchao-int8', or none"):
         resolve(backbone="llama", options=["quantize=gptq"])
     assert resolve(backbone="llama", options=["quantize=none"])[0].quantize is None
     for quantize in ("bnb-8bit", "bnb-4bit"):

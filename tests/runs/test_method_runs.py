@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tests.tiny import save_records, save_tiny_llama
 from zinit.errors import CheckpointError, ConfigError
 from zinit.methods import METHODS
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig, resolve
+from zinit.runs.settings import resolve
 from zinit.runs.train import Interrupted, train_run
 from zinit.train.events import Event, Step
 

@@ -22,8 +22,10 @@ from zinit.data import crops as _crops
 from zinit.data.images import read_image
 from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.models.loading import ClipProcessor, load_clip
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig, list_presets, read_preset, resolve
+from zinit.runs.presets import list_presets, read_preset
+from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
 from zinit.tasks.base_to_novel.task import BaseToNovelConfig

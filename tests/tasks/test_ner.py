@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder, tiny_encoder
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError, DataError
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.ner.sentences import read_sentences
@@ -284,8 +284,11 @@ def test_predictions_are_those_of_one_window_at_a_time(tmp_path: Path) -> None:
     [
         ({"stride": 62}, "hold 62 tokens of a sentence; that must be more than task.stride=62"),
         ({"max_length": 400}, "max_length is 400, but the model has room for 300 tokens"),
-        ({"fields": ("tokens",)}, "fields must name the tokens and the tags"),
-        ({"held_out": 1.5}, "held_out must lie between 0 and 1; got 1.5"),
+        (
+            {"fields": ("tokens",)},
+            r"fields must be a list of two names: the fields of tokens and tags; got \('tokens',\)",
+        ),
+        ({"held_out": 1.5}, "held_out must be a number between 0 and 1, both excluded; got 1.5"),
         ({"tag_column": "last"}, "tag_column must be a whole number; got 'last'"),
     ],
 )

@@ -17,8 +17,9 @@ from tests.tasks.squad import document, make, write
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import BackboneError, ConfigError
 from zinit.models.loading import load_encoder
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig, list_presets, read_preset
+from zinit.runs.presets import list_presets, read_preset
 from zinit.runs.train import train_run
 from zinit.tasks.squad.task import Squad, SquadConfig
 from zinit.train.strategy import make_accelerator

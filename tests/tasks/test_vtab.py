@@ -29,8 +29,8 @@ from tests.tasks.vit import (
 )
 from zinit.config import PrefixConfig, TrainConfig
 from zinit.errors import ConfigError, DataError
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig

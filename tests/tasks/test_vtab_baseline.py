@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from tests.tasks.vit import make_image, save_tiny, save_vtab, task
 from zinit.cli import main
 from zinit.config import PrefixConfig, TrainConfig
+from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.settings import RunConfig
 from zinit.runs.train import train_run
 from zinit.tasks.vtab.task import VTABConfig
 from zinit.train.held_out import held_out_loss

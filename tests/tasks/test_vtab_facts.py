@@ -8,7 +8,8 @@ import pytest
 
 from tests.shared import SHARED
 from zinit.errors import ConfigError, DataError
-from zinit.runs.settings import RunConfig, list_presets, read_preset
+from zinit.runs.config import RunConfig
+from zinit.runs.presets import list_presets, read_preset
 from zinit.tasks.vtab.task import VTAB_TASKS, VTABConfig, paper_results, summarise, vpt_grid
 
 PRINTED = {  # the paper's group means (Table 6), and two means of ours from the unrounded rows
@@ -94,7 +95,7 @@ def test_presets_are_complete_and_the_grid_is_vpts() -> None:
         ({"interpolation": "nearest"}, "interpolation must be one of"),
         ({"image_size": 0}, "image_size must be a whole number"),
         ({"drop_path": 1.0}, "drop_path must be a rate"),
-        ({"fields": ("image",)}, "fields must name the columns"),
+        ({"fields": ("image",)}, "fields must be a list of two names: the columns of image and label"),
         ({"dataset": 3}, "dataset must be text"),
     ],
 )

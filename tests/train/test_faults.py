@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tests.tiny import environment, save_records, save_tiny_llama
 from tests.train.test_crash import run, steps
 from zinit.errors import CheckpointError, DataError, ZinitError
-from zinit.runs.settings import RunConfig, resolve
+from zinit.runs.config import RunConfig
+from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.train.events import Event
 from zinit.ui import console

@@ -15,7 +15,8 @@ from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.registry import did_you_mean
-from zinit.runs.settings import absolute_path, read_config_file, resolve
+from zinit.runs.presets import read_config_file
+from zinit.runs.settings import absolute_path, resolve
 
 PRESETS = resources.files("zinit.bench") / "presets"
 REFERENCE = "zero-init"  # what other methods are compared with, seed by seed

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zinit.config import JsonConfig
-from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.validation import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,7 @@ class BottleneckSettings(JsonConfig):
         width: of the bottleneck. Houlsby et al. use 8 to 256.
     """
 
-    width: int = 16
-
-    def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ConfigError(f"width must be a whole number of at least 1; got {self.width!r}.")
+    width: PositiveInt = 16
 
 
 class BottleneckLayer(nn.Module):

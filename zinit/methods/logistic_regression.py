@@ -11,6 +11,7 @@ from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
 from zinit.tasks._linear_probe import solve_head
+from zinit.validation import PositiveFloat
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task
@@ -24,11 +25,7 @@ class LogisticRegressionSettings(JsonConfig):
         C: inverse strength of the L2 penalty; scikit-learn's default is 1.
     """
 
-    C: float = 1.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.C, bool) or not isinstance(self.C, int | float) or not self.C > 0:
-            raise ConfigError(f"C must be a number above 0; got {self.C!r}.")
+    C: PositiveFloat = 1.0
 
 
 class LogisticRegression(Method):

@@ -14,6 +14,7 @@ from zinit.backbones.base import AttentionSite
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.validation import PositiveFloat, PositiveInt, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,9 @@ class LoraSettings(JsonConfig):
         dropout: of the update's input.
     """
 
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"rank must be a whole number of at least 1; got {self.rank!r}.")
-        if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool) or self.alpha <= 0:
-            raise ConfigError(f"alpha must be a number above 0; got {self.alpha!r}.")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must lie in [0, 1); got {self.dropout!r}.")
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16
+    dropout: Rate = 0.05
 
 
 class Lora(Method):

@@ -13,6 +13,7 @@ from torch import nn
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.validation import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,7 @@ class PromptTuningSettings(JsonConfig):
         length: learned embeddings in front of the input; None is the run's ``prefix.length``.
     """
 
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        bad = isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1
-        if self.length is not None and bad:
-            raise ConfigError(f"length must be a whole number of at least 1, or none; got {self.length!r}.")
+    length: PositiveInt | None = None
 
 
 class PromptTuning(Method):

@@ -16,9 +16,9 @@ from zinit.models.identity import difference, identify
 from zinit.models.offload import move
 from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
+from zinit.runs.config import RunConfig
 from zinit.runs.directory import read_finished_run
 from zinit.runs.record import Record
-from zinit.runs.settings import RunConfig
 from zinit.tasks import TASKS
 from zinit.tasks.base import TaskInputs, load_host, make_task
 

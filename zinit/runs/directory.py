@@ -14,8 +14,8 @@ from torch import nn
 from zinit.config import to_json
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import check_tensors, write_atomically
+from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, Record
-from zinit.runs.settings import RunConfig
 from zinit.train.events import Event, Listener
 from zinit.train.strategy import gather_full, shard_like
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from zinit.models.offload import weights_in_place
 from zinit.runs.build import build_model, build_task, check_models
+from zinit.runs.config import RunConfig
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run
-from zinit.runs.settings import RunConfig, absolute_path
+from zinit.runs.settings import absolute_path
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
 

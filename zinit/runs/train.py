@@ -15,6 +15,7 @@ from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
 from zinit.runs.build import Built, build_model, build_task, check_models
+from zinit.runs.config import SECTIONS, RunConfig
 from zinit.runs.directory import (
     TRAINED,
     Log,
@@ -29,7 +30,6 @@ from zinit.runs.directory import (
 )
 from zinit.runs.evaluate import evaluate
 from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
-from zinit.runs.settings import SECTIONS, RunConfig
 from zinit.tasks import TASKS
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity

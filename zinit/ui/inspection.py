@@ -16,12 +16,13 @@ from torch import nn
 from zinit.adapter.attach import attach
 from zinit.adapter.file import AdapterFile
 from zinit.backbones import BACKBONES, find_backbone
-from zinit.config import PrefixConfig
+from zinit.config import PrefixConfig, setting_paths
 from zinit.errors import ZinitError
 from zinit.models.loading import load_on_meta
 from zinit.runs.build import build_model, build_task, demo_model
+from zinit.runs.options import parse_options
 from zinit.runs.record import versions
-from zinit.runs.settings import parse_value, resolve
+from zinit.runs.settings import resolve
 
 
 def inspect_model(source: str, *, backbone: str | None = None, options: Iterable[str] = ()) -> dict[str, Any]:
@@ -32,11 +33,8 @@ def inspect_model(source: str, *, backbone: str | None = None, options: Iterable
         backbone: registered name.
         options: ``prefix.length=20`` and the like.
     """
-    values: dict[str, Any] = {}
-    for option in options:
-        name, _, text = option.partition("=")
-        values[name.removeprefix("prefix.")] = parse_value(text)
-    config = PrefixConfig.from_dict(values)
+    known = [f"prefix.{path}" for path in setting_paths(PrefixConfig)]
+    config = PrefixConfig.from_dict(parse_options(options, known).get("prefix", {}))
     if source in BACKBONES and not Path(source).exists():
         source = str(demo_model(source))
     model = load_on_meta(source)

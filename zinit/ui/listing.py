@@ -11,7 +11,7 @@ from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
-from zinit.runs.settings import list_presets
+from zinit.runs.presets import list_presets
 from zinit.tasks import TASKS
 
 REGISTRIES = {"backbones": BACKBONES, "tasks": TASKS, "methods": METHODS, "metrics": METRICS, "formats": FORMATS}

@@ -6,9 +6,10 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from zinit.compat import attention_implementation
@@ -21,11 +22,19 @@ from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.validation import CommaSeparated, Name, NonNegativeInt, PositiveInt, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 IGNORED = -100
+
+
+Fields = Annotated[
+    tuple[Name, Name, Name],
+    CommaSeparated,
+    Words("a list of three names: the fields of instruction, input and output"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +53,13 @@ class AlpacaConfig(JsonConfig):
             micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
     """
 
-    max_length: int = 512
-    held_out: int = 200
+    max_length: Annotated[int, Ge(8)] = 512
+    held_out: PositiveInt = 200
     held_out_data: str | None = None
-    fields: tuple[str, ...] = ("instruction", "input", "output")
-    evaluation_limit: int = 200
-    max_new_tokens: int = 128
+    fields: Fields = ("instruction", "input", "output")
+    evaluation_limit: NonNegativeInt = 200
+    max_new_tokens: PositiveInt = 128
     packing: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_length", 8), ("held_out", 1), ("evaluation_limit", 0), ("max_new_tokens", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-        if len(self.fields) != 3 or not all(isinstance(field, str) and field for field in self.fields):
-            raise ConfigError(f"fields must name instruction, input and output; got {self.fields!r}.")
-        if not isinstance(self.packing, bool):
-            raise ConfigError(f"packing must be true or false; got {self.packing!r}.")
 
 
 class Alpaca(Task):

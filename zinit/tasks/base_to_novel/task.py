@@ -11,9 +11,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Le
+from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,12 +29,19 @@ from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
+from zinit.validation import CommaSeparated, Name, Names, NonNegativeInt, PositiveInt, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 Half = Literal["base", "novel"]
+Columns = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the columns of image and class")]
+Template = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Words("text, or a list of texts, such as 'a photo of a {}.'"),
+]
 HALVES: tuple[Half, Half] = ("base", "novel")
 TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
 TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
@@ -59,37 +68,22 @@ class BaseToNovelConfig(JsonConfig):
         held_out_data: a source of its own for the test images instead.
     """
 
-    shots: int = 16
-    template: str | tuple[str, ...] = "a photo of a {}."
-    drop_classes: str | tuple[str, ...] = ()
+    shots: PositiveInt = 16
+    template: Template = ("a photo of a {}.",)
+    drop_classes: Names = ()
     folder: str = "."
-    fields: tuple[str, ...] | None = None
-    views: int = 1
-    crop_scale: float = 0.08
+    fields: Columns | None = None
+    views: PositiveInt = 1
+    crop_scale: Annotated[float, Gt(0), Le(1), Words("a number above 0 and of at most 1")] = 0.08
     few: Literal["error", "use_all"] = "error"
     on_bad: OnBad = "error"
-    split_seed: int = 0
+    split_seed: NonNegativeInt = 0
     held_out_data: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        for name, least in (("shots", 1), ("views", 1), ("split_seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-        if isinstance(self.drop_classes, str):
-            names = tuple(name.strip() for name in self.drop_classes.split(",") if name.strip())
-            object.__setattr__(self, "drop_classes", names)
-        if isinstance(self.template, str):
-            object.__setattr__(self, "template", (self.template,))
-        if not self.template or not all(isinstance(text, str) and text.count("{}") == 1 for text in self.template):
+        super().__post_init__()
+        if not self.template or not all(text.count("{}") == 1 for text in self.template):
             raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
-        fields = self.fields
-        if fields is not None and (len(fields) != 2 or not all(isinstance(name, str) and name for name in fields)):
-            raise ConfigError(f"fields must name image and class; got {fields!r}.")
-        scale = self.crop_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
-            raise ConfigError(f"crop_scale must be above 0 and at most 1; got {scale!r}.")
 
 
 class BaseToNovel(Task):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,12 +20,15 @@ from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, pap
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.windows import Window, make_windows
+from zinit.validation import CommaSeparated, Name, NonNegativeInt, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 IGNORED = -100
 OUTSIDE = "O"
+Fields = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the fields of tokens and tags")]
+Labels = Annotated[tuple[Name, ...], CommaSeparated, Words("different names such as O,B-PER,I-PER")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,32 +48,19 @@ class TokenClassificationConfig(JsonConfig):
         held_out_data: a source of its own for the held-out sentences instead.
     """
 
-    max_length: int = 128
-    stride: int = 32
+    max_length: Annotated[int, Ge(8)] = 128
+    stride: NonNegativeInt = 32
     token_column: int = 0
     tag_column: int = -1
-    fields: tuple[str, ...] = ("tokens", "ner_tags")
-    labels: tuple[str, ...] | None = None
-    held_out: float = 0.1
+    fields: Fields = ("tokens", "ner_tags")
+    labels: Labels | None = None
+    held_out: Annotated[float, Gt(0), Lt(1), Words("a number between 0 and 1, both excluded")] = 0.1
     held_out_data: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 8), ("stride", 0), ("token_column", None), ("tag_column", None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-                bound = "" if least is None else f" of at least {least}"
-                raise ConfigError(f"{name} must be a whole number{bound}; got {value!r}.")
-        if len(self.fields) != 2 or not all(isinstance(field, str) and field for field in self.fields):
-            raise ConfigError(f"fields must name the tokens and the tags; got {self.fields!r}.")
-        if isinstance(self.labels, str):  # as the command line has it
-            object.__setattr__(self, "labels", tuple(self.labels.split(",")))
-        if self.labels is not None and (
-            not all(isinstance(label, str) and label for label in self.labels)
-            or len(set(self.labels)) != len(self.labels)
-        ):
+        super().__post_init__()
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {self.labels!r}.")
-        if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out must lie between 0 and 1; got {self.held_out!r}.")
 
 
 class TokenClassification(Task):

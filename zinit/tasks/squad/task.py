@@ -7,10 +7,12 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
+from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,11 +24,20 @@ from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, pap
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks.squad.windows import Window, best_answer, make_windows
+from zinit.validation import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NO_ANSWER = "(no answer)"
+
+
+def _as_text(version: Any) -> Any:
+    """TOML and the command line take 2.0 for a number."""
+    return str(version) if isinstance(version, float) else version
+
+
+Version = Annotated[Literal["auto", "1.1", "2.0"], BeforeValidator(_as_text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,27 +59,15 @@ class SquadConfig(JsonConfig):
             has one, else those about a tenth of the contexts.
     """
 
-    max_length: int = 384
-    stride: int = 128
-    max_question: int = 64
-    n_best: int = 20
-    max_answer: int = 30
+    max_length: Annotated[int, Ge(8)] = 384
+    stride: NonNegativeInt = 128
+    max_question: PositiveInt = 64
+    n_best: PositiveInt = 20
+    max_answer: PositiveInt = 30
     null_threshold: float = 0.0
-    version: Literal["auto", "1.1", "2.0"] = "auto"
+    version: Version = "auto"
     on_bad: Literal["error", "skip"] = "error"
     held_out_data: str | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.version, float):  # TOML and the command line take 2.0 for a number
-            object.__setattr__(self, "version", str(self.version))
-        self._check_choices()
-        least = {"max_length": 8, "stride": 0, "max_question": 1, "n_best": 1, "max_answer": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name} must be a whole number of at least {smallest}; got {value!r}.")
-        if isinstance(self.null_threshold, bool) or not isinstance(self.null_threshold, int | float):
-            raise ConfigError(f"null_threshold must be a number; got {self.null_threshold!r}.")
 
 
 class Squad(Task):

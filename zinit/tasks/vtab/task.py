@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 from zinit.tasks.vtab.lists import Split, vtab_layout
 from zinit.tasks.vtab.split import NAMED, vtab_split
+from zinit.validation import CommaSeparated, Name, NoneIsAWord, PositiveFloat, PositiveInt, Rate, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +36,7 @@ __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD_STD = 0.02  # ours; timm draws its own classifiers alike
 EVALUATION_BATCH = 64
+Columns = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the columns of image and label")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +65,13 @@ class VTABConfig(JsonConfig):
     split: Split = "train800val200"
     held_out_data: str | None = None
     on_bad: OnBad = "error"
-    fields: tuple[str, ...] | None = None
+    fields: Columns | None = None
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    normalisation: Literal["imagenet", "model", "none"] = "imagenet"
-    image_size: int | None = None
+    normalisation: Annotated[Literal["imagenet", "model", "none"], NoneIsAWord] = "imagenet"
+    image_size: Annotated[PositiveInt, Words("a whole number of at least 1 (pixels)")] | None = None
     head_init: Literal["normal", "logistic-regression"] = "normal"
-    head_C: float = 1.0
-    drop_path: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._check_choices()
-        size, rate = self.image_size, self.drop_path
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ConfigError(
-                f"image_size must be a whole number of pixels, or none for the model's own; got {size!r}."
-            )
-        if isinstance(self.head_C, bool) or not isinstance(self.head_C, int | float) or not self.head_C > 0:
-            raise ConfigError(f"head_C must be a number above 0; got {self.head_C!r}.")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise ConfigError(f"drop_path must be a rate in [0, 1); got {rate!r}.")
-        fields = self.fields
-        if fields is not None and (len(fields) != 2 or not all(isinstance(f, str) and f for f in fields)):
-            raise ConfigError(f"fields must name the columns of image and label; got {fields!r}.")
-        for name in ("dataset", "held_out_data"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} must be text; got {getattr(self, name)!r}.")
+    head_C: PositiveFloat = 1.0
+    drop_path: Rate = 0.0
 
 
 class VTAB(Task):

@@ -1,0 +1,74 @@
+"""Settings in TOML files: the presets that zinit ships, and files of the user's."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from zinit.compat import modern_settings
+from zinit.errors import ConfigError
+from zinit.registry import did_you_mean
+
+PRESETS = resources.files("zinit.runs") / "presets"
+
+
+def preset_names() -> list[str]:
+    """["alpaca/demo", "alpaca/llama-7b", ...]."""
+    return sorted(
+        f"{folder.name}/{file.name.removesuffix('.toml')}"
+        for folder in PRESETS.iterdir()
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.name.endswith(".toml")
+    )
+
+
+def list_presets() -> dict[str, str]:
+    """{"alpaca/llama-7b": its description, ...}."""
+    return {name: read_preset(name).get("description", "") for name in preset_names()}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's values, its ``description`` included.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    known = preset_names()
+    if name not in known:
+        raise ConfigError(f"no preset named {name!r}.{did_you_mean(name, known)}")
+    folder, _, file = name.partition("/")
+    return parse_toml((PRESETS / folder / f"{file}.toml").read_text(encoding="utf-8"))
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """A TOML file of settings, under their names of today.
+
+    Raises:
+        ConfigError: if it is missing or not TOML, or gives a setting under its old name and its new one.
+    """
+    try:
+        return modern_settings(parse_toml(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML in which the word "none" stands for no value: TOML has no null.
+
+    Raises:
+        tomllib.TOMLDecodeError: if it is not TOML.
+    """
+    return _with_none(tomllib.loads(text))
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_none(item) for key, item in value.items()}
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
