@@ -57,8 +57,9 @@ def resume(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from zinit.runs.directory import read_run
     from zinit.runs.train import train_run
 
-    events: list[dict[str, Any]] = []
-    return train_run(read_run(run)[0], run, resume=True, on_event=events.append), events
+    events: list[Any] = []
+    results = train_run(read_run(run)[0], run, resume=True, on_event=events.append)
+    return results, [event.to_dict() for event in events]
 
 
 def answer(run: Path, instruction: str, max_new_tokens: int) -> str:
@@ -66,6 +67,15 @@ def answer(run: Path, instruction: str, max_new_tokens: int) -> str:
 
     speaker = ChatSession(run, temperature=0, max_new_tokens=max_new_tokens)
     return speaker.answer(instruction, stream=False)
+
+
+def renamed(value: Any) -> Any:
+    """What was measured, under the names of today."""
+    from zinit.compat import modern_results
+
+    if isinstance(value, dict) and "frozen" in value:
+        return modern_results({"metrics": value})["metrics"]
+    return modern_results(value) if isinstance(value, dict) else value
 
 
 def same_machine() -> bool:
@@ -128,6 +138,7 @@ def copied(where: Where, tmp_path: Path) -> Callable[[Path], tuple[Path, dict[st
     def copy(stored: Path) -> tuple[Path, dict[str, Any]]:
         """A stored run's folder with its inputs put in, and what is expected of it."""
         expected, run = read_json(stored.with_name(f"{stored.name}.json")), tmp_path / "run"
+        expected = {key: renamed(value) for key, value in expected.items()}
         shutil.copytree(stored, run)
         paths = where(expected["inputs"])
         for file in run.rglob("*.json*"):
