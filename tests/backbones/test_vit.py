@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import zinit
 from tests.contract.cases import randomized, set_fused, timm_beit, timm_eva, timm_swin, timm_vit
+from zinit.backbones import vit
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext
 
@@ -172,10 +173,20 @@ def test_nothing_of_a_forward_is_kept() -> None:
     model = timm_eva()
     handle = zinit.attach(model, OPEN)
     model(IMAGES)
-    for site in handle.sites:
-        seam: Any = site.module.zinit.seam  # pyright: ignore
-        assert seam.query is None
-        assert not seam.given
+    assert len(handle.sites) > 1
+    assert vit._forward_here() is None
+    expected = model(IMAGES)
+    attention: Any = handle.sites[1].module
+
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        raise ZeroDivisionError
+
+    hook = attention.q_norm.register_forward_hook(fail)  # between the query and its use
+    with pytest.raises(ZeroDivisionError):
+        model(IMAGES + 1)
+    hook.remove()
+    assert torch.equal(model(IMAGES), expected)
+    assert vit._forward_here() is None
 
 
 def test_rows_of_a_fused_projection() -> None:
