@@ -147,7 +147,7 @@ def generate(
     from zinit.ui.console import print_json
 
     session = ChatSession(
-        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
+        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, base=frozen
     )
     answer = session.answer(prompt, input=input, raw=raw, stream=not as_json)
     if as_json:
@@ -167,7 +167,7 @@ def chat(
     from zinit.ui.chat import ChatSession
 
     session = ChatSession(
-        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, frozen=frozen
+        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, base=frozen
     )
     session.converse()
 

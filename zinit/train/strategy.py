@@ -133,7 +133,7 @@ def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> Non
         # Each process has quantised the same file. DDP would send them around; torchao's cannot be sent.
         exclude_from_ddp(task, quantized_weights(task))
         return
-    if is_quantized(task.model):
+    if is_quantized(task):
         raise ConfigError(
             "a quantised model cannot be sharded. Leave quantize out, or launch with data parallelism (torchrun): "
             "every process then holds all of the quantised model."

@@ -25,7 +25,7 @@ class ChatSession:
         top_p: nucleus sampling. Paper: 0.75.
         max_new_tokens: longest answer.
         seed: of the sampling.
-        frozen: switch the adapter off.
+        base: switch the adapter off.
 
     Raises:
         ConfigError: if the run's task does not generate text.
@@ -39,7 +39,7 @@ class ChatSession:
         top_p: float = 0.75,
         max_new_tokens: int = 256,
         seed: int = 0,
-        frozen: bool = False,
+        base: bool = False,
     ) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
@@ -49,7 +49,7 @@ class ChatSession:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.eval()
-        self.device, self.frozen = device, frozen
+        self.device, self.base = device, base
         self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -110,7 +110,7 @@ class ChatSession:
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], room - len(ids))
         inputs = torch.tensor([ids], device=self.device)
         eos = self.tokenizer.eos_token_id
-        with self.handle.disabled() if self.frozen else nullcontext():
+        with self.handle.disabled() if self.base else nullcontext():
             generated = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
