@@ -151,7 +151,7 @@ def test_a_run_records_it_and_keeps_none_of_its_weights(settings: Any, tmp_path:
             assert tensors.keys()
             assert not [name for name in tensors.keys() if "vision" in name]  # noqa: SIM118
     evaluated = evaluate_run(tmp_path / "run")
-    assert set(evaluated["metrics"]) == {"frozen", "adapted"}
+    assert set(evaluated["metrics"]) == {"base", "adapted"}
     assert load_run(tmp_path / "run", torch.device("cpu"))[0].task == "seeing"
 
 
