@@ -170,7 +170,7 @@ class Stepper:
     """
 
     def __init__(self, task: Task, plan: Plan, accelerator: Accelerator) -> None:
-        self.plan, self.accelerator, config = plan, accelerator, plan.config
+        self.task, self.plan, self.accelerator, config = task, plan, accelerator, plan.config
         if config.gradient_checkpointing:
             checkpoint_activations(task.model)
         place(task, accelerator)
