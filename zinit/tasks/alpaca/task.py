@@ -125,8 +125,7 @@ class Alpaca(Task):
 
         There is no attention mask: under a causal mask no real token sees the padding behind it.
         """
-        examples = self.train_examples if stream is self.train_stream else self.held_out_examples
-        chosen = [examples[index] for index in indices]
+        chosen: list[Example] = [stream.examples[index] for index in indices]
         sequences = [[example] for example in chosen]
         if self.config.packing:
             packed = pack_sequences([len(example.ids) for example in chosen], self._capacity)
@@ -257,6 +256,7 @@ def _capacity(model: nn.Module, config: AlpacaConfig) -> int | None:
 def _stream(name: str, examples: list[Example]) -> Stream:
     return Stream(
         name=name,
+        examples=examples,
         lengths=[len(example.ids) for example in examples],
         counts=[len(example.ids) - example.prompt_length for example in examples],
     )

@@ -125,8 +125,7 @@ class TokenClassification(Task):
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
         """What `pad` makes, with ``labels`` (B, T), ignored where no word begins."""
-        windows = self.train_windows if stream is self.train_stream else self.held_out_windows
-        chosen = [windows[index] for index in indices]
+        chosen: list[Window] = [stream.examples[index] for index in indices]
         batch = pad(self.tokenizer, [window.ids for window in chosen])
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for place, window in enumerate(chosen):
@@ -222,6 +221,7 @@ class TokenClassification(Task):
 def _stream(name: str, windows: list[Window]) -> Stream:
     return Stream(
         name=name,
+        examples=windows,
         lengths=[len(window.ids) for window in windows],
         counts=[len(window.words) for window in windows],
     )

@@ -120,8 +120,7 @@ class Squad(Task):
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
         """What `pad` makes, with the positions ``starts`` and ``ends`` (B,) of the answers' first and last tokens."""
-        windows = self.train_windows if stream is self.train_stream else self.held_out_windows
-        chosen = [windows[index] for index in indices]
+        chosen: list[Window] = [stream.examples[index] for index in indices]
         batch = self._pad(chosen)
         for name in ("start", "end"):
             batch[f"{name}s"] = torch.tensor([getattr(window, name) for window in chosen])
@@ -230,7 +229,12 @@ class Squad(Task):
 
 
 def _stream(name: str, windows: list[Window]) -> Stream:
-    return Stream(name=name, lengths=[len(window.ids) for window in windows], counts=[1] * len(windows))
+    return Stream(
+        name=name,
+        examples=windows,
+        lengths=[len(window.ids) for window in windows],
+        counts=[1] * len(windows),
+    )
 
 
 def _check_room(config: SquadConfig, tokenizer: Any) -> None:
