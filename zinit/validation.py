@@ -32,6 +32,7 @@ _PLAIN = {
     Any: "anything",
     dict: "a table",
 }
+_PLURALS = {"anything": "values", "text": "texts"}  # of words without an article
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _as_config_error(error: ValidationError, name: str, of: SettingType, value: 
         words = words.replace("a number", "a finite number")
     hint = ""
     if not isinstance(value, list | tuple | dict) and of.accepts([value]):
-        hint = f" For one, write a list: [{value!r}]."
+        hint = f" For one, write a list: [{shown(value)}]."
     return ConfigError(f"{name} must be {words}; got {shown(value)}.{hint}")
 
 
@@ -203,7 +204,7 @@ def _describe_list(arguments: tuple[Any, ...]) -> str:
 
 def _plural(words: str) -> str:
     """Words in the plural: "a whole number of at least 1" becomes "whole numbers of at least 1"."""
-    if words == "anything":
-        return "values"
+    if words in _PLURALS:
+        return _PLURALS[words]
     found = re.match(r"an? ((?:whole )?\w+)(.*)", words)
     return f"{found[1]}s{found[2]}" if found else f"items that are {words}"

@@ -255,12 +255,12 @@ def test_settings_are_chosen_before_the_final_runs(tmp_path: Path, journal: Path
     ("text", "expected"),
     [
         ("seeds = [0]", "one or more [[experiment]]"),
-        ("sedes = [0]\n" + TWO, "no setting 'sedes' in a benchmark. Did you mean 'seeds'"),
+        ("sedes = [0]\n" + TWO, "a benchmark has no setting 'sedes'. Did you mean 'seeds'"),
         (TWO.replace('backbone = "llama"', 'backbone = "lama"', 1), "no backbone named 'lama'. Did you mean 'llama'"),
         (TWO.replace("bitfit", "bitfot"), "no method named 'bitfot'. Did you mean 'bitfit'"),
         (TWO.replace('name = "layers"', 'name = "one"'), "two experiments are named 'one'"),
-        (TWO.replace("[1, 2]", "3"), "vary maps a setting to a list"),
-        (TWO.replace("[0, 1, 2]", '["a"]'), "seeds are whole numbers"),
+        (TWO.replace("[1, 2]", "3"), "vary must be a table that maps a setting to a list of values"),
+        (TWO.replace("[0, 1, 2]", '["a"]'), "seeds must be a list of whole numbers of at least 0"),
         (TWO.replace("metric =", "metrik ="), "no setting 'metrik'. Did you mean 'metric'"),
     ],
 )

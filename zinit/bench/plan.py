@@ -9,14 +9,19 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MinLen
+
+from zinit.backbones import BACKBONES
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.registry import did_you_mean
 from zinit.runs.presets import read_config_file
 from zinit.runs.settings import absolute_path, resolve
+from zinit.tasks import TASKS
+from zinit.validation import Name, Seed, Words, shown
 
 PRESETS = resources.files("zinit.bench") / "presets"
 REFERENCE = "zero-init"  # what other methods are compared with, seed by seed
@@ -64,16 +69,16 @@ class Cell:
     def arguments(self) -> list[str]:
         """The arguments of ``zinit train``, but for where the run goes."""
         named = {"task": self.task, "preset": self.preset, "model": self.model, "data": self.data, "seed": self.seed}
-        options = [
-            f"method={self.method}",
-            *self.options,
-            *(f"{key}={_toml(value)}" for key, value in self.vary.items()),
-        ]
         return [
             *("--backbone", self.backbone),
             *(part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))),
-            *(part for option in options for part in ("-o", option)),
+            *(part for option in self.all_options() for part in ("-o", option)),
         ]
+
+    def all_options(self) -> list[str]:
+        """The method, the options and the values of what varies, as options of ``zinit train``."""
+        varied = (f"{key}={_toml(value)}" for key, value in self.vary.items())
+        return [f"method={self.method}", *self.options, *varied]
 
     def command(self) -> str:
         """What a user would type to repeat this cell."""
@@ -82,6 +87,28 @@ class Cell:
 
 def _toml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+Options = tuple[str, ...]
+Vary = Annotated[
+    dict[str, Annotated[list[Any], MinLen(1)]],
+    Words('a table that maps a setting to a list of values, such as {"prefix.layers" = [1, 2]}'),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(JsonConfig):
+    """Settings to choose among, by the metric on other data, before the final runs (first seed only).
+
+    The last evaluation counts; ties go to the combination that comes first.
+
+    Args:
+        vary: the settings, all combinations: {"train.learning_rate": [1e-3, 1e-2]}.
+        options: further settings of the runs that choose: ["task.split=train800"].
+    """
+
+    vary: Vary = field(default_factory=dict)
+    options: Options = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,40 +128,36 @@ class Experiment(JsonConfig):
         options: further settings of all its runs.
         method_options: further settings by method: {"full": ["train.learning_rate=1e-4"]}.
         vary: settings to go through, all combinations: {"prefix.layers": [1, 2, 4]}.
-        select: settings to choose among by the metric on other data before the final runs (first seed only):
-            {"vary": {"train.learning_rate": [...]}, "options": ["task.split=train800"]}. The last evaluation counts;
-            ties go to the combination that comes first.
+        select: settings to choose before the final runs; empty chooses none.
         note: a sentence for the report.
     """
 
-    name: str
-    backbone: str
+    called = "an experiment"
+
+    name: Name
+    backbone: Name
     task: str | None = None
     preset: str | None = None
     model: str | None = None
     data: str | None = None
-    methods: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    metric: str = "accuracy"
-    options: tuple[str, ...] = ()
+    methods: tuple[Name, ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    metric: Name = "accuracy"
+    options: Options = ()
     method_options: dict[str, list[str]] = field(default_factory=dict)
-    vary: dict[str, list[Any]] = field(default_factory=dict)
-    select: dict[str, Any] = field(default_factory=dict)
+    vary: Vary = field(default_factory=dict)
+    select: Selection = field(default_factory=Selection)
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"an experiment needs a name; got {self.name!r}.")
+        super().__post_init__()
         for method in (*self.methods, *self.method_options):
             METHODS.where(method)
-        for where, vary in (("vary", self.vary), ("select.vary", self.select.get("vary", {}))):
-            if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
-                raise ConfigError(
-                    f"experiment {self.name!r}: {where} maps a setting to a list of values, such as "
-                    f'{{"prefix.layers" = [1, 2]}}; got {vary!r}.'
-                )
-        if unknown := sorted(set(self.select) - {"vary", "options"}):
-            raise ConfigError(f"experiment {self.name!r}: select takes vary and options; got {', '.join(unknown)}.")
+
+    @property
+    def selects(self) -> bool:
+        """Whether settings are chosen before the final runs."""
+        return self.select != Selection()
 
     def cells(self, *, chosen: dict[str, tuple[str, ...]] | None = None) -> Iterator[Cell]:
         """The final runs, seed by seed.
@@ -144,20 +167,20 @@ class Experiment(JsonConfig):
         """
         for seed, values, method in itertools.product(self.seeds, combinations(self.vary), self.methods):
             cell = self._cell(method, seed, values)
-            if self.select:
+            if self.selects:
                 cell = replace(cell, options=(*cell.options, *(chosen or {}).get(choice_key(method, values), ())))
             yield cell
 
     def selection_cells(self) -> Iterator[Cell]:
         """The runs that settings are chosen by."""
-        if not self.select:
+        if not self.selects:
             return
         for values, method, tried in itertools.product(
-            combinations(self.vary), self.methods, combinations(self.select.get("vary", {}))
+            combinations(self.vary), self.methods, combinations(self.select.vary)
         ):
             cell = self._cell(method, self.seeds[0], values)
             trial = (f"{key}={_toml(value)}" for key, value in tried.items())
-            options = (*cell.options, *self.select.get("options", ()), *trial)
+            options = (*cell.options, *self.select.options, *trial)
             yield replace(cell, experiment=f"{self.name} (selection)", options=options)
 
     def _cell(self, method: str, seed: int, values: dict[str, Any]) -> Cell:
@@ -222,7 +245,7 @@ class Benchmark:
                         data=cell.data,
                         preset=cell.preset,
                         seed=cell.seed,
-                        options=cell.arguments()[cell.arguments().index("-o") + 1 :: 2],
+                        options=cell.all_options(),
                     )
                 except ConfigError as error:
                     raise ConfigError(f"experiment {experiment.name!r}: {error}") from error
@@ -232,6 +255,30 @@ def list_bench_presets() -> dict[str, str]:
     """{"demo": its description, ...}."""
     files = sorted(file.name for file in PRESETS.iterdir() if file.name.endswith(".toml"))
     return {name.removesuffix(".toml"): read_config_file(str(PRESETS / name)).get("description", "") for name in files}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(JsonConfig):
+    """A benchmark's TOML file.
+
+    Args:
+        description: a sentence.
+        methods: of the experiments that name none.
+        seeds: likewise.
+        experiment: the tables, see `Experiment`.
+    """
+
+    called = "a benchmark"
+
+    description: str = ""
+    methods: tuple[Name, ...] = (REFERENCE,)
+    seeds: tuple[Seed, ...] = (0,)
+    experiment: Annotated[tuple[dict[str, Any], ...], Words("one or more [[experiment]] tables")] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.experiment:
+            raise ConfigError("a benchmark holds one or more [[experiment]] tables; got none.")
 
 
 def make_benchmark(
@@ -246,9 +293,9 @@ def make_benchmark(
     data: str | None = None,
     options: Iterable[str] = (),
 ) -> Benchmark:
-    """A benchmark from a preset or a file, narrowed or widened by what was said on the command line.
+    """A benchmark from a preset or a file, narrowed or widened by the command line.
 
-    Without preset and file, the product of what was named: the demo of every backbone named.
+    Without preset and file: the product of the backbones and tasks named, each the backbone's demo.
 
     Args:
         preset: ``zinit ls benchmarks``.
@@ -264,74 +311,73 @@ def make_benchmark(
     Raises:
         ConfigError: naming what is unknown or missing.
     """
-    backbones, tasks, methods, seeds = list(backbones), list(tasks), list(methods), list(seeds)
+    backbones, tasks, options = list(backbones), list(tasks), list(options)
+    path = _path(preset, config_file)
+    where = path or "the command line"
+    overrides = {"methods": list(methods), "seeds": list(seeds), "model": model, "data": data}
+    overrides = {name: value for name, value in overrides.items() if value}
+    document = read_config_file(path) if path else _product(backbones, tasks)
+    try:
+        file = _File.from_dict(document)
+        experiments = [_experiment(entry, file, overrides, options) for entry in file.experiment]
+        _check_names(experiments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    kept = [e for e in experiments if e.backbone in (backbones or [e.backbone]) and e.task in (tasks or [e.task])]
+    if not kept:
+        raise ConfigError(f"{where} has no experiment for {', '.join([*backbones, *tasks])}.")
+    return Benchmark(experiments=tuple(kept), description=file.description)
+
+
+def _path(preset: str | None, config_file: str | None) -> str | None:
+    """The file to read; None where neither is named."""
     if preset and config_file:
         raise ConfigError("name a preset or a config file, not both.")
-    if preset is not None and preset not in list_bench_presets():
+    if preset is None:
+        return config_file
+    if preset not in list_bench_presets():
         raise ConfigError(f"no benchmark preset named {preset!r}.{did_you_mean(preset, list_bench_presets())}")
-    if preset:
-        config_file = str(PRESETS / f"{preset}.toml")
-    if config_file:
-        document = read_config_file(config_file)
-    elif backbones:
-        names = [f"{backbone} {task}" if task else backbone for backbone in backbones for task in tasks or [None]]
-        pairs = itertools.product(backbones, tasks or [None])
-        document = {
-            "experiment": [
-                {"name": name, "backbone": backbone, **({"task": task} if task else {})}
-                for name, (backbone, task) in zip(names, pairs, strict=True)
-            ]
-        }
-        backbones, tasks = [], []
-    else:
+    return str(PRESETS / f"{preset}.toml")
+
+
+def _product(backbones: list[str], tasks: list[str]) -> dict[str, Any]:
+    """A file's content with an experiment for each backbone and task."""
+    if not backbones:
         raise ConfigError("say what to run: --preset demo, --config FILE, or --backbone NAME (repeatable).")
-    where = config_file or "the command line"
-    known = {"description", "methods", "seeds", "experiment"}
-    for name in document:
-        if name not in known:
-            raise ConfigError(f"{where}: there is no setting {name!r} in a benchmark.{did_you_mean(name, known)}")
-    entries = document.get("experiment", [])
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{where}: a benchmark holds one or more [[experiment]] tables.")
-    shared = {"methods": document.get("methods", [REFERENCE]), "seeds": document.get("seeds", [0])}
-    said = {"methods": methods, "seeds": seeds, "model": model, "data": data}
-    experiments = []
-    for entry in entries:
-        try:
-            experiment = _experiment(entry, shared, {name: value for name, value in said.items() if value}, options)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
-        if (not backbones or experiment.backbone in backbones) and (not tasks or experiment.task in tasks):
-            experiments.append(experiment)
-    if not experiments:
-        raise ConfigError(f"{where} has no experiment for {', '.join([*backbones, *tasks])}.")
-    names = [experiment.name for experiment in experiments]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{where}: two experiments are named {double[0]!r}.")
-    return Benchmark(experiments=tuple(experiments), description=str(document.get("description", "")))
+    return {
+        "experiment": [
+            {"name": f"{backbone} {task}", "backbone": backbone, "task": task}
+            if task
+            else {"name": backbone, "backbone": backbone}
+            for backbone, task in itertools.product(backbones, tasks or [None])
+        ]
+    }
 
 
-def _experiment(
-    entry: dict[str, Any], shared: dict[str, Any], said: dict[str, Any], options: Iterable[str]
-) -> Experiment:
-    from zinit.backbones import BACKBONES
-    from zinit.tasks import TASKS
-
-    experiment = Experiment.from_dict({**shared, **entry, **said})
-    backbone = BACKBONES.get(experiment.backbone)
-    task = experiment.task or str(backbone.default_task)
-    metric = experiment.metric if "metric" in entry else getattr(TASKS.get(task), "metric", "accuracy")
+def _experiment(entry: dict[str, Any], file: _File, overrides: dict[str, Any], options: list[str]) -> Experiment:
+    """An experiment with the defaults of its file, of its task and of the demo filled in."""
+    own = {name: value for name, value in entry.items() if value or name not in ("methods", "seeds")}
+    shared = {"methods": file.methods, "seeds": file.seeds}
+    try:
+        experiment = Experiment.from_dict({**shared, **own, **overrides})
+    except ConfigError as error:
+        raise ConfigError(f"experiment {shown(entry.get('name'))}: {error}") from error
+    task = experiment.task or str(BACKBONES.get(experiment.backbone).default_task)
     preset = experiment.preset
     if preset is None and experiment.model is None:
         preset = f"{task}/demo"
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in experiment.seeds):
-        raise ConfigError(f"experiment {experiment.name!r}: seeds are whole numbers; got {list(experiment.seeds)!r}.")
     return replace(
         experiment,
         task=task,
-        metric=metric,
+        metric=experiment.metric if "metric" in entry else getattr(TASKS.get(task), "metric", "accuracy"),
         preset=preset,
         model=absolute_path(experiment.model),
         data=absolute_path(experiment.data),
         options=(*experiment.options, *options),
     )
+
+
+def _check_names(experiments: list[Experiment]) -> None:
+    names = [experiment.name for experiment in experiments]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two experiments are named {double[0]!r}.")

@@ -255,7 +255,7 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
     for experiment in benchmark.experiments:
         chosen = choose(experiment, finished)
         for cell in experiment.cells(chosen=chosen):
-            if not experiment.select or choice_key(cell.method, cell.vary) in chosen:
+            if not experiment.selects or choice_key(cell.method, cell.vary) in chosen:
                 found.append((experiment.seeds.index(cell.seed), cell))
     return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
 
@@ -263,7 +263,7 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
 def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """The settings with the best metric, by method and varied values; only where every trial is finished."""
     trials: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
-    tried = combinations(experiment.select.get("vary", {}))
+    tried = combinations(experiment.select.vary)
     for index, cell in enumerate(experiment.selection_cells()):
         found = finished.get(cell.id, {})
         if not found:

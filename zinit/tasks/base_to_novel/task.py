@@ -29,7 +29,7 @@ from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
-from zinit.validation import CommaSeparated, Name, Names, NonNegativeInt, PositiveInt, Words
+from zinit.validation import CommaSeparated, Name, Names, NonNegativeInt, PositiveInt, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,7 +83,7 @@ class BaseToNovelConfig(JsonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.template or not all(text.count("{}") == 1 for text in self.template):
-            raise ConfigError(f"template must hold {{}} once, for the class; got {self.template!r}.")
+            raise ConfigError(f"template must hold {{}} once, for the class; got {shown(self.template)}.")
 
 
 class BaseToNovel(Task):

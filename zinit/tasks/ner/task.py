@@ -20,7 +20,7 @@ from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, pap
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.windows import Window, make_windows
-from zinit.validation import CommaSeparated, Name, NonNegativeInt, Words
+from zinit.validation import CommaSeparated, Name, NonNegativeInt, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,7 +60,7 @@ class TokenClassificationConfig(JsonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {self.labels!r}.")
+            raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {shown(self.labels)}.")
 
 
 class TokenClassification(Task):
