@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -312,6 +312,58 @@ class AdapterConfig(JsonConfig):
         return {**super().to_dict(), "tuning": None if self.tuning is None else self.tuning.to_dict()}
 
 
+ROLES = ("gates", "prompts", "source", "tuning", "head")  # of what trains
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesConfig(JsonConfig):
+    """Factors on `TrainConfig.learning_rate`, by the role of what trains; 0 leaves it as it is.
+
+    A table inside holds the factors of one group of parameters, which count instead: ``[train.rates.visual]``, or
+    ``train.rates.visual.gates``. See `zinit.tasks.base.Task.groups`.
+
+    Args:
+        gates: of prefixes.
+        prompts: of prefixes: tables, keys and values, networks that make them.
+        source: the module that makes a context.
+        tuning: biases, scales and norms.
+        head: everything else.
+        groups: {group: {role: factor}}.
+    """
+
+    gates: NonNegativeFloat = 1.0
+    prompts: NonNegativeFloat = 1.0
+    source: NonNegativeFloat = 1.0
+    tuning: NonNegativeFloat = 1.0
+    head: NonNegativeFloat = 1.0
+    groups: dict[str, dict[str, NonNegativeFloat]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for group, factors in self.groups.items():
+            for role in factors:
+                if role not in ROLES:
+                    raise ConfigError(f"the group {group!r} has no role {role!r}.{did_you_mean(role, ROLES)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """As `JsonConfig.from_dict`; a table under a name of its own is a group's."""
+        if not isinstance(values, dict):
+            return super().from_dict(values)
+        known = setting_names(cls)
+        groups = {name: table for name, table in values.items() if isinstance(table, dict) and name not in known}
+        own = {name: value for name, value in values.items() if name not in groups}
+        return super().from_dict(own | {"groups": own.get("groups", {}) | groups} if groups else own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, each group's table under its name."""
+        return {**{role: getattr(self, role) for role in ROLES}, **self.groups}
+
+    def factor(self, group: str, role: str) -> float:
+        """The factor of a role in a group; 1 for roles that only a method knows."""
+        return self.groups.get(group, {}).get(role, getattr(self, role) if role in ROLES else 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(JsonConfig):
     """How to train. Defaults are the paper's Alpaca run where it states them, else ours.
@@ -326,6 +378,7 @@ class TrainConfig(JsonConfig):
         warmup_epochs: linear warm-up, then half a cosine; None is the paper's share, 2 of 5 epochs of the run.
         warmup_steps: instead of ``warmup_epochs``, if given.
         min_learning_rate: what the cosine falls towards.
+        rates: factors on the rate, by the role of what trains.
         weight_decay: AdamW's, on prompts and heads.
         decay_gates: whether gates decay too (the reference's code does it; zero-init attention does not need it).
         beta1: AdamW.
@@ -352,6 +405,7 @@ class TrainConfig(JsonConfig):
     warmup_epochs: NonNegativeFloat | None = None
     warmup_steps: NonNegativeInt | None = None
     min_learning_rate: NonNegativeFloat = 0.0
+    rates: RatesConfig = field(default_factory=RatesConfig)
     weight_decay: NonNegativeFloat = 0.02
     decay_gates: bool = False
     beta1: Rate = 0.9

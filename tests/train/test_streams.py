@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tests.tiny import environment
 from tests.train.joint import SETTINGS, Joint, trained
 from tests.train.test_fit import Regression
-from zinit.config import TrainConfig
+from zinit.config import RatesConfig, TrainConfig
 from zinit.errors import ConfigError
+from zinit.runs.settings import resolve
 from zinit.tasks.base import Stream
 from zinit.train.batches import load_batches
 from zinit.train.loop import Stepper
@@ -135,6 +136,46 @@ def test_ratios_are_of_examples_and_epochs_count_the_first() -> None:
     assert Plan.of(Joint((0, 1)), TrainConfig(**SETTINGS), 3).steps_per_epoch == 4
     alone = Plan.of(Joint((0, 0.5)), TrainConfig(**SETTINGS), 3)
     assert alone.examples(0) == right.examples(0), "a stream's order depends on no other stream"
+
+
+def test_rates_by_role_and_by_group_and_role() -> None:
+    """The first step of Adam is as long as the rate."""
+    rates = RatesConfig.from_dict({"gates": 0.5, "left": {"head": 0.0}, "right": {"gates": 3}})
+    task, before = Joint(dropout=0.0), Joint(dropout=0.0)
+    trained(task, steps=1, warmup_steps=0, weight_decay=0.0, rates=rates)
+    moved = {
+        name: (parameter - dict(before.named_parameters())[name]).abs().mean().item()
+        for name, parameter in task.named_parameters()
+    }
+    expected = {
+        "gates.left": 0.5,
+        "gates.right": 3,
+        **{f"model.left.{name}": 0 for name in ("weight", "bias")},
+        **{f"model.right.{name}": 1 for name in ("weight", "bias")},
+    }
+    assert moved == {name: pytest.approx(0.05 * factor, rel=1e-4) for name, factor in expected.items()}
+
+
+def test_rates_are_settings() -> None:
+    options = ["train.rates.gates=0.3", "train.rates.visual.gates=0.1"]
+    config, _ = resolve(backbone="llama", options=options)
+    assert config.train.rates == RatesConfig(gates=0.3, groups={"visual": {"gates": 0.1}})
+    assert config.to_dict()["train"]["rates"] == {
+        **{"gates": 0.3, "prompts": 1.0, "source": 1.0, "tuning": 1.0, "head": 1.0},
+        "visual": {"gates": 0.1},
+    }
+    assert type(config).from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"\[train.rates\].*no group 'visual'. Its groups: left, right"):
+        Plan.of(Joint(), config.train, 0)
+    for wrong, message in (
+        ({"visual": {"gate": 1}}, "the group 'visual' has no role 'gate'. Did you mean 'gates'"),
+        ({"gate": 1}, "no setting 'gate'. Did you mean 'gates'"),
+        ({"gates": -1}, "gates must be a number of at least 0"),
+        ({"visual": {"gates": "fast"}}, "groups must be a table"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RatesConfig.from_dict(wrong)
+    assert "prompts" in resolve(backbone="llama", options=["prompts=table"])[0].prefix.to_dict()
 
 
 def run(*arguments: str | Path, processes: int = 1) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zinit.compat import OLD_SETTINGS, modern_setting
-from zinit.config import setting_paths
+from zinit.config import ROLES, setting_paths
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
 from zinit.runs.config import SECTIONS, plain_settings
 from zinit.runs.presets import parse_toml
 
+GROUP_RATE = re.compile(rf"train\.rates\.[^.]+\.({'|'.join(ROLES)})")  # groups are the task's: no setting names them
 METHOD_OPTIONS = ("method", "method.name")  # -o method=NAME chooses the method
 
 
@@ -94,7 +96,11 @@ def _split(option: str) -> tuple[str, str]:
 def _full_name(name: str, known: Sequence[str], method: str) -> str:
     """The setting that an option means, in full."""
     modern = _modern(name)
+    if GROUP_RATE.fullmatch(modern):
+        return modern
     found = [full for full in known if full == modern] or [full for full in known if full.endswith(f".{modern}")]
+    nearest = min((full.count(".") for full in found), default=0)
+    found = [full for full in found if full.count(".") == nearest]  # "prompts" is the prefix's, not train.rates.prompts
     if len(found) == 1:
         return found[0]
     if found:

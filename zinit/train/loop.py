@@ -21,7 +21,7 @@ from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.offload import is_offloaded
-from zinit.tasks.base import MAIN, Batch, Task
+from zinit.tasks.base import HEAD, MAIN, Batch, Task
 from zinit.train import checkpoint
 from zinit.train.batches import Collate, load_batches
 from zinit.train.callbacks import (
@@ -273,8 +273,9 @@ class Stepper:
     def _update(self, step: int) -> float:
         """The optimizer's step; its learning rate."""
         rate = self.plan.learning_rate(step)
+        rates = self.plan.config.rates
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * rates.factor(group.get("group", MAIN), group.get("role", HEAD))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return rate

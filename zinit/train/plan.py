@@ -103,6 +103,9 @@ class Plan(Draws):
             ConfigError: if no stream is trained on, one is empty or names no group, or a warm-up is too long.
         """
         groups, streams, draws = task.groups(), task.streams(), []
+        for group in config.rates.groups:
+            if group not in groups:
+                raise ConfigError(f"[train.rates] the task has no group {group!r}. Its groups: {', '.join(groups)}.")
         if len({stream.name for stream in streams}) < len(streams):
             raise ConfigError(f"streams need names of their own; got {', '.join(stream.name for stream in streams)}.")
         for index, stream in enumerate(streams):
