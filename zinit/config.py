@@ -343,7 +343,7 @@ class RatesConfig(JsonConfig):
         for group, factors in self.groups.items():
             for role in factors:
                 if role not in ROLES:
-                    raise ConfigError(f"the group {group!r} has no role {role!r}.{did_you_mean(role, ROLES)}")
+                    raise ConfigError(f"the group {group!r} has no setting {role!r}.{did_you_mean(role, ROLES)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -168,7 +168,7 @@ def test_rates_are_settings() -> None:
     with pytest.raises(ConfigError, match=r"\[train.rates\].*no group 'visual'. Its groups: left, right"):
         Plan.of(Joint(), config.train, 0)
     for wrong, message in (
-        ({"visual": {"gate": 1}}, "the group 'visual' has no role 'gate'. Did you mean 'gates'"),
+        ({"visual": {"gate": 1}}, "the group 'visual' has no setting 'gate'. Did you mean 'gates'"),
         ({"gate": 1}, "no setting 'gate'. Did you mean 'gates'"),
         ({"gates": -1}, "gates must be a number of at least 0"),
         ({"visual": {"gates": "fast"}}, "groups must be a table"),
