@@ -73,7 +73,9 @@ def test_what_the_description_says(saved: Path) -> None:
     description = json.loads((saved / "adapter.json").read_text())
     assert description["format_version"] == 1
     assert description["backbone"] == "llama"
-    assert description["config"] == OPEN.to_dict()
+    since = {"prompt": "table", "prompts": "table"}  # version 1 of the format is still written, without these
+    assert description["config"] | since == OPEN.to_dict()
+    assert not since.keys() & description["config"].keys()
     assert description["versions"]["torch"] == torch.__version__
     assert len(description["sha256"]) == 64
     model = description["model"]
@@ -206,7 +208,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-sum": (lambda f: edit(f, lambda d: d.pop("sha256")), "lacks 'sha256'"),
     "odd-probe": (lambda f: edit(f, lambda d: d["model"].update(key_probe=[1.0])), "key_probe .* agrees only to 0.00"),
     "no-probe-numbers": (lambda f: edit(f, lambda d: d["model"].update(key_probe=["a"] * 16)), "key_probe"),
-    "later-version": (lambda f: edit(f, lambda d: d.update(format_version=2)), "format version 2.*Upgrade zinit"),
+    "later-version": (lambda f: edit(f, lambda d: d.update(format_version=3)), "format version 3.*Upgrade zinit"),
     "odd-version": (lambda f: edit(f, lambda d: d.update(format_version="one")), "adapter.json is damaged"),
     "odd-config": (lambda f: edit(f, lambda d: d.update(config=[])), "adapter.json is damaged"),
     "unknown-setting": (lambda f: edit(f, lambda d: d["config"].update(lenght=3)), "Did you mean 'length'"),
