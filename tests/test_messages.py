@@ -269,7 +269,7 @@ MESSAGES: dict[str, Message] = {
         mistake=lambda folder: load_edited(folder, format_version=9),
         error=CheckpointError,
         got="format version 9",
-        expected="reads up to 1",
+        expected="reads up to 2",
         next_step="Upgrade zinit",
     ),
     "description": Message(

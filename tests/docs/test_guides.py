@@ -184,13 +184,13 @@ BROKEN = {
     "a prefix computed ahead must do the same": ("8**-0.5)", "8**-0.5) * (2 if self.zinit.cached_kv else 1)"),
     "a disabled adapter must change no bit": ("    return out\n", "    return out if self.zinit.active else 2 * out\n"),
     "a copy must use its own prefixes": (
-        "site.module.__class__ = AttentionWithPrefix",
-        "host = site.module\n        host.__class__ = AttentionWithPrefix\n"
-        "        host.attend = lambda q, k, v: AttentionWithPrefix.attend(host, q, k, v)",
+        "slot, AttentionWithPrefix\n",
+        "slot, AttentionWithPrefix\n        host = site.module\n"
+        "        host.attend = lambda q, k, v: AttentionWithPrefix.attend(host, q, k, v)\n",
     ),
     "a saved model cannot be made": (
-        "site.module.__class__ = AttentionWithPrefix",
-        "site.module.__class__ = AttentionWithPrefix\n        site.module.note = lambda: 0",
+        "slot, AttentionWithPrefix\n",
+        "slot, AttentionWithPrefix\n        site.module.note = lambda: 0\n",
     ),
     "detaching must give the model's own output": (
         "__class__ = Attention\n",

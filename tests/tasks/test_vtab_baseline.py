@@ -105,4 +105,4 @@ def test_a_baseline_that_was_not_kept_is_left_out(
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    assert "frozen: left out, as the run has not kept what it takes" in capsys.readouterr().out
+    assert "base: left out, as the run has not kept what it takes" in capsys.readouterr().out
