@@ -66,7 +66,7 @@ def check(model: nn.Module, call: Any) -> Result:
     reached = [name for name, p in handle.prefixes.items() if p.gate.grad is not None and p.gate.grad.abs().max() > 0]
     assert reached, "no gate gets a gradient"
     for name in reached:
-        prompt = handle.prefixes[name].prompt.weight.grad
+        prompt = handle.prefixes[name].get_parameter("prompt.weight").grad
         assert prompt is None or not prompt.any(), "a prompt gets a gradient while its gate is closed"
     with torch.no_grad():
         for prefix in handle.prefixes.values():
@@ -74,7 +74,8 @@ def check(model: nn.Module, call: Any) -> Result:
     opened = call()
     assert any(not torch.equal(a, b) for a, b in zip(opened, base, strict=True)), "an open gate changes nothing"
     backward(call)
-    flows = [n for n in reached if (g := handle.prefixes[n].prompt.weight.grad) is not None and g.abs().max() > 0]
+    grads = {name: handle.prefixes[name].get_parameter("prompt.weight").grad for name in reached}
+    flows = [name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0]
     assert flows == reached, f"{len(reached) - len(flows)} prompts get no gradient"
     sites = [{"class": type(site.module).__name__, "tower": site.tower, **site.shape()} for site in handle.sites]
     backbone = handle.backbone

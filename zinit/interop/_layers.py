@@ -117,13 +117,27 @@ class LayerOfPrompts:
     effective: Tensor
 
 
+def plain_config(handle: Handle, format: str) -> PrefixConfig:
+    """The settings of an adapter that is one prefix with tables of its own.
+
+    Raises:
+        CheckpointError: if it has several parts, a tuning, or prompts that come from elsewhere.
+    """
+    config = handle.config
+    if not isinstance(config, PrefixConfig):
+        raise cannot(format, "it has several parts or a tuning, and the format holds one prefix")
+    if config.prompt != "table" or config.prompts != "table":
+        raise cannot(format, f"its prompts come from {config.prompt!r} and {config.prompts!r}, and it holds tables")
+    return config
+
+
 def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
     """Prompts and gates of the topmost layers, lowest first: for formats that have no list of layers.
 
     Raises:
         CheckpointError: if the adapter has another form; the message says why.
     """
-    config, every = handle.config, list(handle.state.sites.values())
+    config, every = plain_config(handle, format), list(handle.state.sites.values())
     if config.parametrization != "prompt":
         raise cannot(format, "it learns keys and values directly, and the format holds prompts")
     if not config.separate_softmax:

@@ -10,7 +10,7 @@ from zinit.adapter.attach import attach
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
 from zinit.adapter.state import state_of
-from zinit.config import PrefixConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.interop.base import Format, Gate
 
@@ -56,7 +56,12 @@ def import_adapter(
 
 
 def attach_tensors(
-    model: nn.Module, config: PrefixConfig, tensors: dict[str, Tensor], *, name: str, backbone: str | None = None
+    model: nn.Module,
+    config: PrefixConfig | AdapterConfig,
+    tensors: dict[str, Tensor],
+    *,
+    name: str,
+    backbone: str | None = None,
 ) -> Handle:
     """Attaches an adapter of known tensors; on any error the model is as before."""
     # On the devices of the host's weights; on the CPU if they have no storage (a model built from its config alone).

@@ -24,7 +24,7 @@ from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import write_atomically
 from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
-from zinit.interop._layers import cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import cannot, model_type, plain_config, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
 FORMAT = "official-v1"
@@ -97,7 +97,8 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
         raise ConfigError(f"reader must be 'training' or 'inference'; got {reader!r}.")
     layers = topmost_layers(handle, FORMAT)
     _check_base(handle, FORMAT)
-    squashed = handle.config.gating and handle.config.gate == "tanh"
+    config = plain_config(handle, FORMAT)
+    squashed = config.gating and config.gate == "tanh"
     tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
     for index, layer in enumerate(layers, start=len(handle.state.sites) - len(layers)):
         if reader == "inference":

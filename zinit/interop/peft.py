@@ -24,7 +24,7 @@ from zinit.compat import commit_hash, name_or_path
 from zinit.errors import CheckpointError
 from zinit.files import write_atomically
 from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
-from zinit.interop._layers import LayerOfPrompts, cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop._layers import LayerOfPrompts, cannot, model_type, plain_config, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
 FORMAT = "peft"
@@ -121,7 +121,7 @@ def _config(handle: Handle, layers: list[LayerOfPrompts]) -> dict[str, Any]:
     base: Any = getattr(handle.model, "config", None)
     return {
         "adapter_layers": len(layers),
-        "adapter_len": handle.config.length,
+        "adapter_len": plain_config(handle, FORMAT).length,
         "auto_mapping": None,
         "base_model_name_or_path": name_or_path(base),
         "inference_mode": True,
