@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 from pydantic import BeforeValidator
 
-from zinit.bench.plan import Experiment, Selection, _File, make_benchmark
+from zinit.bench.plan import BenchmarkFile, Experiment, Selection, make_benchmark
 from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, describe_settings, setting_paths
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
@@ -32,7 +32,7 @@ CLASSES: dict[str, type[JsonConfig]] = {
     "run": RunConfig,
     "experiment": Experiment,
     "select": Selection,
-    "benchmark": _File,
+    "benchmark": BenchmarkFile,
     **{f"task {name}": TASKS.get(name).Config for name in TASKS},
     **{f"method {name}": METHODS.get(name).Config for name in METHODS},
 }
@@ -40,7 +40,7 @@ REQUIRED: dict[type[JsonConfig], dict[str, Any]] = {
     AdapterConfig: {"parts": {"early": {}}},
     RunConfig: {"backbone": "llama", "task": {"name": "alpaca"}},
     Experiment: {"name": "one", "backbone": "llama"},
-    _File: {"experiment": [{}]},
+    BenchmarkFile: {"experiment": [{}]},
 }
 WRONG: dict[str, Any] = {
     "text": "not a value",

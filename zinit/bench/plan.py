@@ -163,7 +163,7 @@ class Experiment(JsonConfig):
         """The final runs, seed by seed.
 
         Args:
-            chosen: by method and data combination (see `choice_key`), what `select` came to.
+            chosen: by method and data combination (see `choice_key`), what `select` chose.
         """
         for seed, values, method in itertools.product(self.seeds, combinations(self.vary), self.methods):
             cell = self._cell(method, seed, values)
@@ -258,7 +258,7 @@ def list_bench_presets() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _File(JsonConfig):
+class BenchmarkFile(JsonConfig):
     """A benchmark's TOML file.
 
     Args:
@@ -318,7 +318,7 @@ def make_benchmark(
     overrides = {name: value for name, value in overrides.items() if value}
     document = read_config_file(path) if path else _product(backbones, tasks)
     try:
-        file = _File.from_dict(document)
+        file = BenchmarkFile.from_dict(document)
         experiments = [_experiment(entry, file, overrides, options) for entry in file.experiment]
         _check_names(experiments)
     except ConfigError as error:
@@ -354,7 +354,9 @@ def _product(backbones: list[str], tasks: list[str]) -> dict[str, Any]:
     }
 
 
-def _experiment(entry: dict[str, Any], file: _File, overrides: dict[str, Any], options: list[str]) -> Experiment:
+def _experiment(
+    entry: dict[str, Any], file: BenchmarkFile, overrides: dict[str, Any], options: list[str]
+) -> Experiment:
     """An experiment with the defaults of its file, of its task and of the demo filled in."""
     own = {name: value for name, value in entry.items() if value or name not in ("methods", "seeds")}
     shared = {"methods": file.methods, "seeds": file.seeds}
