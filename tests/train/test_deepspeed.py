@@ -127,7 +127,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 @needs_deepspeed
 def test_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="DeepSpeed was asked for, but one process has nobody to share with"):
+    with pytest.raises(ConfigError, match="DeepSpeed was asked for, but one process alone cannot shard"):
         make_accelerator(TrainConfig())
 
 

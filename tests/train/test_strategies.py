@@ -184,7 +184,7 @@ def test_accelerate_launch_with_our_configurations(runs: Path, tmp_path: Path, n
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "one process has nobody to share with"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "one process alone cannot shard"),
     ],
 )
 def test_what_cannot_run_is_refused(asked: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

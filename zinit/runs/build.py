@@ -141,7 +141,7 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
 
 
 def demo_model(backbone: str) -> Path:
-    """Where the embedded model of a backbone lies.
+    """The folder of a backbone's embedded model.
 
     Raises:
         ConfigError: if it has none.

@@ -272,9 +272,9 @@ def _short(sites: list[str]) -> list[str]:
     return [".".join(part[start : len(part) - end]) or site for part, site in zip(parts, sites, strict=True)]
 
 
-def _shared(rows: list[list[str]]) -> int:
-    """How many first items are the same in all rows."""
-    equal = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+def _shared(names: list[list[str]]) -> int:
+    """How many first items are the same in all lists."""
+    equal = [len(set(column)) == 1 for column in zip(*names, strict=False)]
     return [*equal, False].index(False)
 
 

@@ -166,7 +166,7 @@ def preflight(run: Run, *, preset: str | None) -> None:
     run.identity = identity_of(run.config, task.fingerprint())
     if run.resume:
         run.identity = _check_same_run(run)
-    accelerator.wait_for_everyone()  # nobody creates the folder before everybody has looked at it
+    accelerator.wait_for_everyone()  # no process creates the folder before all have looked at it
     if run.is_main:
         with writing(run.output):
             run.output.mkdir(parents=True, exist_ok=True)
@@ -336,7 +336,7 @@ def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
     settings = config.to_dict()
     tables = {section: settings.pop(section) for section in SECTIONS}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    # A further model may lie elsewhere: what is in it is compared.
+    # A further model may move to another folder: what is in it is compared.
     sources = [spec.source for spec in TASKS.get(config.task).further_models(config.options).values()]
     flat = {name: value for name, value in flat.items() if not (name.startswith("task.") and value in sources)}
     everything = {**settings, **flat, "examples": examples}

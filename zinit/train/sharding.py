@@ -17,7 +17,7 @@ from zinit.tasks.base import Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FEW = 1 / 10  # what trains stays whole up to this share of the blocks' parameters
+FEW = 1 / 10  # of the blocks' parameters: up to so many, what trains stays whole
 
 
 def use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -25,7 +25,7 @@ def use_fsdp2(accelerator: Accelerator, config: TrainConfig) -> None:
 
     state: Any = accelerator.state
     if accelerator.num_processes == 1:
-        raise ConfigError("FSDP was asked for, but one process has nobody to share with. Launch at least two.")
+        raise ConfigError("FSDP was asked for, but one process alone cannot shard. Launch at least two.")
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate shards on GPUs and their like only; on CPUs it would run plain data parallelism without a word.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -50,7 +50,7 @@ def use_zero3(accelerator: Accelerator, config: TrainConfig) -> None:
 
     state: Any = accelerator.state
     if accelerator.num_processes == 1:
-        raise ConfigError("DeepSpeed was asked for, but one process has nobody to share with. Launch at least two.")
+        raise ConfigError("DeepSpeed was asked for, but one process alone cannot shard. Launch at least two.")
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # as above
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.distributed_type = DistributedType.DEEPSPEED
@@ -152,7 +152,7 @@ def _blocks(task: Task, kinds: Collection[str]) -> list[nn.Module]:
 
 
 def _kept_whole(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """What lies outside the blocks, the prefix, and what else trains inside if that is little."""
+    """The parameters outside the blocks, the prefix's, and what else trains inside if that is little."""
     inside = {parameter for block in blocks for parameter in block.parameters()}
     prefix = set() if task.handle is None else set(task.handle.parameters())
     trained = {parameter for parameter in inside - prefix if parameter.requires_grad}

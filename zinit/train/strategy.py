@@ -43,7 +43,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
         raise ConfigError("DeepSpeed was asked for, but is not installed: pip install 'zinit[deepspeed]'.")
     _join_after_restart()
-    # Said outright: else, without an accelerator, Accelerate takes each process for a run of its own.
+    # Stated explicitly: without an accelerator, Accelerate would take each process for a run of its own.
     cpu = not torch.accelerator.is_available()
     reset_accelerator_state()  # a process may make several runs, each with a precision and a strategy of its own
     if cpu and process_strategy() in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -111,14 +111,14 @@ def loading_device(accelerator: Accelerator, *, offload: bool = False) -> torch.
     """
     if offload and accelerator.num_processes > 1:
         raise ConfigError(
-            f"offload=true is for one process; {accelerator.num_processes} were launched. Several share a host that is "
+            f"offload=true is for one process; {accelerator.num_processes} were launched. Several hold a host that is "
             f"too large for one GPU under FSDP2: accelerate launch --config_file configs/accelerate/fsdp2.yaml ..."
         )
     return torch.device("cpu") if offload or is_sharded(accelerator) else accelerator.device
 
 
 def place(task: Task, accelerator: Accelerator, *, offload: bool = False) -> None:
-    """Moves a task to where it runs; of a sharded host's blocks each process keeps its share.
+    """Moves a task to where it runs; of a sharded host's blocks each process keeps its shard.
 
     Args:
         task: on the CPU, or there already.
@@ -229,8 +229,8 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
     present = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     _average([*gradients, present], accelerator)
-    for parameter, gradient, share in zip(parameters, gradients, present.tolist(), strict=True):
-        parameter.grad = gradient if share else None
+    for parameter, gradient, found in zip(parameters, gradients, present.tolist(), strict=True):
+        parameter.grad = gradient if found else None
 
 
 def _average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
