@@ -34,12 +34,14 @@ class Handle:
     Attributes:
         name: the adapter's name on the model.
         config: as attached.
+        takes_context: keys in the slots of the prefixes that a context goes to; asked at every call of a layer.
     """
 
     def __init__(
         self, state: AdapterState, name: str, config: PrefixConfig | AdapterConfig, modules: AdapterModules
     ) -> None:
         self._state, self.name, self.config, self._modules = state, name, config, modules
+        self.takes_context = tuple(slot_key(name, part.name) for part in modules.parts.values() if part.takes_context)
 
     def __repr__(self) -> str:
         attached = self._state.handles.get(self.name) is self
@@ -94,11 +96,6 @@ class Handle:
         """The adapted attention modules, lowest layer first."""
         adapted = {site for part in self.parts.values() for site in part.prefixes}
         return [site for name, site in self.state.sites.items() if name in adapted]
-
-    @property
-    def takes_context(self) -> tuple[str, ...]:
-        """Keys in the slots of the prefixes that a context goes to."""
-        return tuple(slot_key(self.name, part.name) for part in self.parts.values() if part.takes_context)
 
     @property
     def num_trainable(self) -> int:
