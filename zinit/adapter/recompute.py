@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zinit import compat
 from zinit.adapter.scopes import Scope, replaced
@@ -35,10 +36,7 @@ def watch(state: AdapterState, site: str) -> None:
     for name in blocks_around(site):
         if name not in state.block_hooks:
             block, calls = state.model.get_submodule(name), BlockCalls(state)
-            state.block_hooks[name] = [
-                block.register_forward_pre_hook(calls.before, with_kwargs=True),
-                block.register_forward_hook(calls.after, always_call=True),
-            ]
+            state.block_hooks[name] = [block.register_forward_pre_hook(calls.before, with_kwargs=True)]
 
 
 def unwatch(state: AdapterState) -> None:
@@ -91,7 +89,7 @@ class BlockCalls:
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In the forward pass, notes what is on; in the backward pass, puts it back."""
-        if torch.compiler.is_compiling() or not (block.training or torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() or block.training) or torch.compiler.is_compiling():
             return
         compat.wrap_checkpointing(block, lambda checkpoint: CarryScope(self.state, checkpoint), CarryScope)
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -109,12 +107,15 @@ class BlockCalls:
             return
         scope: AbstractContextManager[None] = replaced(self.state.key, found[1])
         scope.__enter__()
-        _put_back().append((block, scope))
+        # Only now, because every call of a module with such a hook costs: most are not computed again.
+        _put_back().append((block, scope, block.register_forward_hook(self.after, always_call=True)))
 
     def after(self, block: nn.Module, args: Any, output: Any) -> None:
         """Ends what `before` has put back, after an error too."""
-        if not torch.compiler.is_compiling() and (stack := _put_back()) and stack[-1][0] is block:
-            stack.pop()[1].__exit__(None, None, None)
+        if (stack := _put_back()) and stack[-1][0] is block:
+            _, scope, hook = stack.pop()
+            hook.remove()
+            scope.__exit__(None, None, None)
 
     def _note(self, call: Hashable, given: Tensor) -> None:
         if len(self.seen) >= self.purge_at:  # inputs that nobody keeps will not come again
@@ -134,7 +135,7 @@ class BlockCalls:
             )
 
 
-def _put_back() -> list[tuple[nn.Module, AbstractContextManager[None]]]:
+def _put_back() -> list[tuple[nn.Module, AbstractContextManager[None], RemovableHandle]]:
     if not hasattr(_THREAD, "stack"):
         _THREAD.stack = []
     return _THREAD.stack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ class AdapterState:
         open: the scopes that are open in any thread.
         tuned: {module: the adapters that tune it}, and the hook that serves them in ``hooks``.
         block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
+        outside: what a thread without scopes sees, see `snapshot`.
+        resolved: {site: the scope, slot and version of the last call there, and what was on}.
     """
 
     model: nn.Module
@@ -85,9 +88,13 @@ class AdapterState:
     block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
+    outside: Scope = NO_SCOPE
+    resolved: dict[str, tuple[weakref.ref[Scope], weakref.ref[PrefixSlot], int, ActivePrefix | None]] = field(
+        default_factory=dict
+    )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "open": set(), "routes": 0, "warned": False}
+        return {**vars(self), "open": set(), "routes": 0, "warned": False, "resolved": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, key=next(_keys))  # a copy has scopes of its own
@@ -115,7 +122,12 @@ class AdapterState:
 
     def snapshot(self) -> Scope:
         """What this thread sees now, for a layer that is computed again later."""
-        return replace(self.scope(), on=self.names_on(), cached=None)
+        scope = self.scope()
+        if scope is not NO_SCOPE:
+            return replace(scope, on=self.names_on(), cached=None)
+        if self.outside.on != self.on:
+            self.outside = Scope(on=self.on)
+        return self.outside
 
     def _warn(self) -> None:
         self.warned = True
@@ -179,6 +191,17 @@ class AdapterState:
             ConfigError: if a context comes with the call and it is not clear whose it is.
         """
         scope = self.scope()
+        if context is not None or torch.compiler.is_compiling():
+            return self._resolve(scope, slot, context)
+        known = self.resolved.get(slot.site)  # asked at every call of every layer: one token's time counts here
+        if known is not None and known[0]() is scope and known[1]() is slot and known[2] == self.version:
+            return known[3]
+        found = self._resolve(scope, slot, None)
+        if not scope.contexts:  # nothing keeps a context's tensors beyond its scope
+            self.resolved[slot.site] = (weakref.ref(scope), weakref.ref(slot), self.version, found)
+        return found
+
+    def _resolve(self, scope: Scope, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
         if scope.route is not None:
             if context is not None or scope.route.names & scope.contexts.keys():
                 raise ConfigError("a route takes no context: leave it out, or call the adapters one by one.")
@@ -194,8 +217,10 @@ class AdapterState:
                 own = None
                 if key in takes:
                     own = scope.contexts.get(name) if context is None else context
-                if own is not None or prefix.config.prompt != "context":
+                if own is not None:
                     members.append(PrefixWithContext(prefix, own))
+                elif prefix.config.prompt != "context":
+                    members.append(prefix)
         return together(members)
 
     def _check_one_takes(self, names: Sequence[str]) -> None:
