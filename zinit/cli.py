@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -83,32 +86,35 @@ def train(
         )
         if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("say where the run goes, so that all processes agree on it: --output DIR.")
-        output = output or f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from zinit.runs.directory import new_folder
     from zinit.runs.train import train_run
+    from zinit.train.checkpoint import resume_command
     from zinit.train.loop import Interrupted  # torch: after what can be said without it
 
     view = RunView(quiet=as_json)
-    try:
-        results = train_run(settings, output, preset=preset_name, resume=resume, on_event=view)
-    except (Interrupted, KeyboardInterrupt) as interruption:
-        view.close()
-        if is_main_process():
-            if isinstance(interruption, Interrupted):
-                print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
-            if os.path.exists(os.path.join(output, "run.json")):
-                print(f"Go on with: zinit train --resume --output {output}", file=sys.stderr)
-            else:
-                print("stopped before training began; nothing was written.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    finally:
-        view.close()
+    named = f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with nullcontext(Path(output)) if output else new_folder(Path(named)) as folder:
+        try:
+            results = train_run(settings, folder, preset=preset_name, resume=resume, on_event=view)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            view.close()
+            if is_main_process():
+                if isinstance(interruption, Interrupted):
+                    print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
+                if (folder / "run.json").exists():
+                    print(f"Go on with: {resume_command(folder)}", file=sys.stderr)
+                else:
+                    print("stopped before training began; nothing was written.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        finally:
+            view.close()
     if as_json:
-        print_json({"output": str(output), **results})
+        print_json({"output": str(folder), **results})
         return
     print_metrics(results, title=f"{settings.backbone} / {settings.task}")
-    view.console.print(f"\nEverything is in {output}; look at {output}/report.html", markup=False)
-    if TASKS.get(settings.task).generates and os.path.exists(os.path.join(output, "adapter.json")):
-        view.console.print(f"Talk to it: zinit chat {output}", markup=False)
+    view.console.print(f"\nEverything is in {folder}; look at {folder}/report.html", markup=False)
+    if TASKS.get(settings.task).generates and (folder / "adapter.json").exists():
+        view.console.print(f"Talk to it: zinit chat {shlex.quote(str(folder))}", markup=False)
 
 
 @app.command()
@@ -199,8 +205,6 @@ def bench(
       zinit bench --preset demo
       zinit bench --backbone llama --method zero-init --method lora --seed 0 --seed 1 --model DIR --data alpaca.json
     """
-    from pathlib import Path
-
     from zinit.bench.plan import make_benchmark
     from zinit.ui.benchmark import run_benchmark
     from zinit.ui.console import print_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Found = TypeVar("Found")
+
+
+def launched_rank() -> int:
+    """Which of the launched processes this is, before they have come together; 0 writes."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:

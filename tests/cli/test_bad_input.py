@@ -11,6 +11,7 @@ import pytest
 from tests.cli.conftest import QUICK, Zinit
 from tests.tiny import records, save_tiny_llama
 from tests.tiny import zinit as zinit_process
+from zinit.files import OWNER
 
 
 @pytest.fixture
@@ -188,6 +189,26 @@ def test_output_that_holds_a_run_or_something_else(
     refused(*train(model, data, tmp_path), says=["already holds files"])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     refused(*train(model, data, tmp_path / "notes.txt"), says=["is a file"])
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_output_that_links_to_nowhere(inside: str, refused, model: Path, data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "away")
+    refused(*train(model, data, link / inside), says=[f"{link} links to {tmp_path / 'away'}, which is not there"])
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_no_message_advises_to_resume_what_cannot_be(zinit: Zinit, model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / OWNER).write_text('{"host": "elsewhere", "process": 1}')
+    for name in ("link", "full", "taken"):
+        done = zinit(*train(model, data, tmp_path / name))
+        assert done.code == 2
+        assert "--resume" not in done.err
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "chat"])

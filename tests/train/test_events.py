@@ -17,6 +17,7 @@ from zinit.train.events import (
     Evaluated,
     Event,
     Gates,
+    Notice,
     PlanMade,
     Resumed,
     Stage,
@@ -39,6 +40,7 @@ STEP = Step(
 )
 LINES: list[tuple[Event, str]] = [
     (Stage("loading"), '{"event": "stage", "text": "loading"}'),
+    (Notice("mind"), '{"event": "notice", "text": "mind"}'),
     (PlanMade(7, 2, 4), '{"event": "plan", "steps": 7, "done": 2, "steps_per_epoch": 4}'),
     (Resumed(2), '{"event": "resume", "step": 2}'),
     (

@@ -21,9 +21,10 @@ from tests.tiny import environment, save_records, save_tiny_llama
 from tests.train.test_crash import run, steps
 from zinit.errors import CheckpointError, DataError, ZinitError
 from zinit.runs.config import RunConfig
+from zinit.runs.directory import Log
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
-from zinit.train.events import Event
+from zinit.train.events import Event, Notice, Step, read_log
 from zinit.ui import console
 
 OPTIONS = ["steps=8", "batch_size=4", "micro_batch_size=2", "save_every=2", "evaluate_every=0", "warmup_steps=2",
@@ -89,6 +90,40 @@ def test_a_full_disk_at_the_end_of_the_run(
     assert not (output / "adapter.json").exists()
     train_run(settings(folder), output, resume=True)
     assert_same_adapter(output, quiet_run)
+
+
+def test_no_room_for_the_record(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to resume, so no message says so; the same command works."""
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("zinit.runs.directory.write_atomically", full)
+        with pytest.raises(CheckpointError, match=r"run.json .*No space left.* Make room, then run the same command"):
+            train_run(settings(folder), output)
+    assert not output.exists()
+    assert train_run(settings(folder), output)["steps"] == 8
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(
+    folder: Path, quiet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, told, append = tmp_path / "run", list[Event](), Log._append
+
+    def no_room_for_a_while(self: Log, line: bytes) -> None:
+        step = json.loads(line).get("step", 0)
+        if 3 <= step < 7:
+            append(self, line[:10])  # what still went in
+            full()
+        append(self, line)
+
+    monkeypatch.setattr(Log, "_append", no_room_for_a_while)
+    train_run(settings(folder), output, on_event=told.append)
+    assert_same_adapter(output, quiet_run)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    assert notices == [f"{output / 'log.jsonl'} cannot be written: No space left on device. The run goes on without "
+                       f"these lines"]  # fmt: skip
+    log = read_log(output / "log.jsonl")
+    assert [event.step for event in log.of(Step)] == [1, 2, 7, 8], "each line stands alone again"
+    assert [event.step for event in told if isinstance(event, Step)] == list(range(1, 9))
 
 
 def full(*_: Any) -> None:

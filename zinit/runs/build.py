@@ -39,6 +39,8 @@ class Built:
         adapted: the model with what the method added.
         processor: its tokenizer or the like.
         key_probe: a sample of the frozen model's weights; None for a model that no backbone knows.
+        identity: what tells the model from another, before the method changed it; its sample of weights is of the
+            attention modules, which come from the file (a head may start at random).
         models: the further models of the task, by name.
         identities: what tells each of them from another; see `zinit.models.identity`.
     """
@@ -47,6 +49,7 @@ class Built:
     adapted: Adapted
     processor: Any
     key_probe: list[float] | None
+    identity: dict[str, Any]
     models: dict[str, LoadedModel]
     identities: dict[str, dict[str, Any]]
 
@@ -63,6 +66,7 @@ def build_model(
         saved: a finished run's folder to load the prefix from; None attaches a fresh one.
     """
     import torch
+    from torch import nn
 
     method: Method = METHODS.get(config.method)(config.method_options)
     name = config.dtype
@@ -75,9 +79,12 @@ def build_model(
     models = load_models(task.further_models(config.options), **loading)
     identities = {name: identify(loaded.model) for name, loaded in models.items()}
     try:
-        key_probe = fingerprint(model, BACKBONES.get(config.backbone).sites(model))["key_probe"]
+        sites = BACKBONES.get(config.backbone).sites(model)
+        key_probe = fingerprint(model, sites)["key_probe"]
     except BackboneError:
-        key_probe = None  # a method without attention sites may still be used
+        sites, key_probe = [], None  # a method without attention sites may still be used
+    attention = nn.ModuleList([site.module for site in sites])
+    identity = {**identify(model), "weights": identify(attention)["weights"]}
     context = ApplyContext(
         prefix=config.prefix,
         backbone=config.backbone,
@@ -90,6 +97,7 @@ def build_model(
         adapted=apply_method(method, model, context),
         processor=processor,
         key_probe=key_probe,
+        identity=identity,
         models=models,
         identities=identities,
     )

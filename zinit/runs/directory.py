@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from zinit.config import to_json
+from zinit.distributed import launched_rank
 from zinit.errors import CheckpointError, ConfigError
-from zinit.files import check_tensors, write_atomically
+from zinit.files import check_tensors, claim, is_ours, made_folder, write_atomically
 from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, Record
-from zinit.train.events import Event, Listener
+from zinit.train.checkpoint import resume_command, tidy
+from zinit.train.events import Event, Listener, Notice
 from zinit.train.strategy import gather_full, shard_like
 
 if TYPE_CHECKING:
@@ -34,12 +37,20 @@ def read_run(directory: str | Path) -> tuple[RunConfig, Record]:
     """
     path = Path(directory) / RECORD
     if not path.is_file():
-        raise CheckpointError(f"{directory} holds no run: there is no run.json. Expected a folder of 'zinit train'.")
+        killed = Path(directory).is_dir() and all(is_ours(file.name) for file in Path(directory).iterdir())
+        expected = (
+            "A run that was stopped before it began is started again by its own command, without --resume"
+            if killed
+            else "Expected a folder of 'zinit train'"
+        )
+        raise CheckpointError(f"{directory} holds no run: there is no run.json. {expected}.")
     try:
         record = Record.read(Path(directory))
         config = RunConfig.from_dict(record.config)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).rstrip('.')}. Restore it, or start a new run in another folder."
+        ) from error
     return config, record
 
 
@@ -52,34 +63,97 @@ def read_finished_run(directory: str | Path) -> tuple[RunConfig, Record]:
     config, record = read_run(directory)
     if not all((Path(directory) / name).is_file() for name in record.weights):
         raise CheckpointError(
-            f"the run in {directory} has not finished: there is no adapter yet. "
-            f"Go on with: zinit train --resume --output {directory}"
+            f"the run in {directory} has not finished: there is no adapter yet. Go on with: {resume_command(directory)}"
         )
     return config, record
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """A run goes into a new or empty folder that can be written, or goes on in its own.
+@contextmanager
+def claimed(output: Path, *, resume: bool, on_event: Listener) -> Iterator[None]:
+    """Holds a run's folder for this run alone, if it can take it. Of several processes the main one holds it.
+
+    What a killed run left half written is removed. A folder that is new, and that nothing was written to, is gone
+    afterwards.
+
+    Args:
+        output: a new or empty folder; with ``resume`` one that holds a run.
+        resume: whether the run goes on.
+        on_event: told of a claim that is taken over.
 
     Raises:
-        ConfigError: if it cannot.
+        ConfigError: if the folder cannot take the run, or another process holds it.
     """
+    _check_path(output)
+    if resume:
+        _check_content(output, resume)  # nothing is made where there is nothing to go on with
+    if launched_rank():
+        yield
+        return
+    with claim(output, tell=lambda text: on_event(Notice(text))):
+        _check_content(output, resume)
+        tidy(output)
+        yield
+
+
+@contextmanager
+def new_folder(wished: Path) -> Iterator[Path]:
+    """A folder that no other process has: the one wished for, or the next number of it. Gone again if it stays empty.
+
+    Raises:
+        ConfigError, CheckpointError: if it cannot be made.
+    """
+    with made_folder(wished.parent):
+        folder = wished
+        for number in itertools.count(2):
+            with writing(folder), suppress(FileExistsError):
+                folder.mkdir()
+                break
+            folder = wished.with_name(f"{wished.name}-{number}")
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _check_path(output: Path) -> None:
+    """The folder is one, or can be made, and holds nothing of somebody else's.
+
+    Raises:
+        ConfigError: if not.
+    """
+    for path in (output, *output.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"the output folder {output} cannot be made: {path} links to {path.readlink()}, which is not there. "
+                f"Make that folder, or name another with --output."
+            )
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output {output} is a file; name a folder.")
-    if resume:
-        if not (output / "run.json").is_file():
-            raise ConfigError(f"there is no run to resume in {output}.")
-    elif output.is_dir() and any(output.iterdir()):
-        what = "a run" if (output / "run.json").exists() else "files"
-        raise ConfigError(
-            f"the output folder {output} already holds {what}. Name another with --output, "
-            f"or go on with that run: --resume --output {output}"
-        )
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise ConfigError(f"the output folder {output} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"the output folder {output} cannot be made: {parent} is not writable.")
+    if output.is_dir() and not (output / RECORD).exists() and not all(is_ours(file.name) for file in output.iterdir()):
+        raise ConfigError(f"the output folder {output} already holds files. Name another with --output.")
+
+
+def _check_content(output: Path, resume: bool) -> None:
+    """A new run finds no run in the folder, one that goes on finds one.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if resume and not (output / RECORD).is_file():
+        raise ConfigError(
+            f"there is no run to resume in {output}: none was begun. Start it with the same command without --resume."
+        )
+    if not resume and (output / RECORD).exists():
+        raise ConfigError(
+            f"the output folder {output} already holds a run. Name another with --output, or go on with that run: "
+            f"{resume_command(output)}"
+        )
 
 
 def launch_id() -> str | None:
@@ -170,14 +244,15 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, then: "
-            f"zinit train --resume --output {path.parent}"
-        ) from error
+        begun = (path.parent / RECORD).is_file()
+        again = f"then: {resume_command(path.parent)}" if begun else "then run the same command again."
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Make room, {again}") from error
 
 
 class Log:
     """Appends events to ``log.jsonl`` and passes them on.
+
+    A line that cannot be written ends no training: the user is told once, and the next line is tried again.
 
     Args:
         output: the run's folder.
@@ -186,13 +261,25 @@ class Log:
     """
 
     def __init__(self, output: Path, writes: bool, on_event: Listener) -> None:
-        self.path, self.writes, self.on_event = output / "log.jsonl", writes, on_event
-        if writes and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with self.path.open("a", encoding="utf-8") as file:  # a kill tore the last line: it must not take the next
-                file.write("\n")
+        self.path, self.writes, self.on_event, self.told = output / "log.jsonl", writes, on_event, False
 
     def __call__(self, event: Event) -> None:
         if self.writes:
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(event.to_dict()) + "\n")
+            try:
+                self._append(to_json(event.to_dict()).encode() + b"\n")
+            except OSError as error:
+                if not self.told:
+                    self.told = True
+                    reason = error.strerror or error
+                    self.on_event(
+                        Notice(f"{self.path} cannot be written: {reason}. The run goes on without these lines")
+                    )
         self.on_event(event)
+
+    def _append(self, line: bytes) -> None:
+        with self.path.open("a+b", buffering=0) as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a kill or a full disk tore the last line: it must not take this one
+                    line = b"\n" + line
+            file.write(line)

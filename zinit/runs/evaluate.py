@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinit.models.offload import weights_in_place
+from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run
@@ -41,6 +42,8 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
     built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
     check_models(directory, record, built)
     task = build_task(config, built, labels=record.labels, train=data is None)
+    given = {"the run": str(directory), "--data": data, "--limit": limit, "what was read": task.data_report()}
+    check_agreement(accelerator, given)
     place(task, accelerator, offload=config.offload)
     metrics = {}
     kept = load_baseline(task, Path(directory))

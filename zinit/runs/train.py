@@ -14,12 +14,13 @@ from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
+from zinit.runs import agreement
 from zinit.runs.build import Built, build_model, build_task, check_models
 from zinit.runs.config import SECTIONS, RunConfig
 from zinit.runs.directory import (
     TRAINED,
     Log,
-    check_output,
+    claimed,
     launch_id,
     read_run,
     save_baseline,
@@ -32,7 +33,7 @@ from zinit.runs.evaluate import evaluate
 from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
 from zinit.tasks import TASKS
 from zinit.train import activation_cache
-from zinit.train.checkpoint import check_identity
+from zinit.train.checkpoint import check_identity, resume_command
 from zinit.train.events import Ended, Evaluated, Event, Listener, Stage, Step, Stopped
 from zinit.train.loop import Interrupted, fit, ignore
 from zinit.train.plan import Plan
@@ -50,6 +51,7 @@ MAY_CHANGE_ON_RESUME = (
     *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
 )
+PLACES = ("model", "data", "task.held_out_data")  # processes may have them elsewhere: what is in them is compared
 SAME_MODEL = 0.999  # cosine of two samples of the weights
 
 
@@ -111,30 +113,29 @@ def train_run(
         What ``metrics.json`` holds.
 
     Raises:
-        ConfigError: if the folder already holds something.
+        ConfigError: if the folder already holds something, or another run is going on in it.
         Interrupted: on a signal, after saving.
     """
-    run = build(config, Path(output), resume=resume, on_event=on_event)
-    preflight(run, preset=preset)
-    results = baseline(run)
-    steps, seconds = train(run)
-    publish(run, results, steps=steps, seconds=seconds)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
-    return results.to_dict()
+    output = Path(output)
+    resume = resume or was_restarted(output)
+    with claimed(output, resume=resume, on_event=on_event):
+        run = build(config, output, resume=resume, on_event=on_event)
+        preflight(run, preset=preset)
+        results = baseline(run)
+        steps, seconds = train(run)
+        publish(run, results, steps=steps, seconds=seconds)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
+        return results.to_dict()
 
 
 def build(config: RunConfig, output: Path, *, resume: bool, on_event: Listener) -> Run:
-    """The processes, the model and the task of a run. Nothing is written.
-
-    Raises:
-        ConfigError: if the folder cannot take this run.
-    """
+    """The processes, the model and the task of a run. Nothing is written."""
     from accelerate.utils import set_seed
 
-    resume = resume or was_restarted(output)
-    check_output(output, resume)
     accelerator = make_accelerator(config.train, **(_tensorboard(output) if config.train.tensorboard else {}))
+    settings = {name: value for name, value in _flat_settings(config).items() if name not in PLACES}
+    agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
@@ -152,7 +153,7 @@ def build(config: RunConfig, output: Path, *, resume: bool, on_event: Listener) 
 
 
 def preflight(run: Run, *, preset: str | None) -> None:
-    """Checks that the run can be trained, places it on its devices, and claims its folder.
+    """Checks that the run can be trained, places it on its devices, and begins its record.
 
     Raises:
         ConfigError, DataError: if there is nothing to train, or nothing to train on.
@@ -164,14 +165,13 @@ def preflight(run: Run, *, preset: str | None) -> None:
     with run.built.adapted.disabled(), weights_in_place(task):
         task.prepare()
     run.identity = identity_of(run.config, task.fingerprint())
+    agreement.check_agreement(accelerator, {"the hash of the examples": run.identity["examples"]})
+    agreement.check_models(accelerator, {**run.built.identities, "the model": run.built.identity})
     if run.resume:
         run.identity = _check_same_run(run)
-    accelerator.wait_for_everyone()  # no process creates the folder before all have looked at it
-    if run.is_main:
-        with writing(run.output):
-            run.output.mkdir(parents=True, exist_ok=True)
-        if not (run.resume and (run.output / RECORD).exists()):
-            write_json(run.output / RECORD, make_record(run, preset).to_dict())
+    accelerator.wait_for_everyone()  # no process begins a record before all have looked whether there is one
+    if run.is_main and not run.resume:
+        write_json(run.output / RECORD, make_record(run, preset).to_dict())
     if run.config.train.tensorboard:
         accelerator.init_trackers("tensorboard")
 
@@ -333,14 +333,17 @@ def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
         config: the settings.
         examples: a hash of the examples; see `Task.fingerprint`.
     """
+    everything = {**_flat_settings(config), "examples": examples}
+    return {name: value for name, value in everything.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+def _flat_settings(config: RunConfig) -> dict[str, Any]:
+    """All settings by their full names, but for the places of further models, which are compared themselves."""
     settings = config.to_dict()
     tables = {section: settings.pop(section) for section in SECTIONS}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    # A further model may move to another folder: what is in it is compared.
     sources = [spec.source for spec in TASKS.get(config.task).further_models(config.options).values()]
-    flat = {name: value for name, value in flat.items() if not (name.startswith("task.") and value in sources)}
-    everything = {**settings, **flat, "examples": examples}
-    return {name: value for name, value in everything.items() if name not in MAY_CHANGE_ON_RESUME}
+    return {**settings, **{n: value for n, value in flat.items() if not (n.startswith("task.") and value in sources)}}
 
 
 def _check_same_run(run: Run) -> dict[str, Any]:
@@ -368,7 +371,7 @@ def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -
     try:
         dataclasses.replace(file, fingerprint={**file.fingerprint, "key_probe": sample}).write(output)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Make room, then: zinit train --resume --output {output}") from error
+        raise CheckpointError(f"{error} Make room, then: {resume_command(output)}") from error
 
 
 def _tensorboard(output: Path) -> dict[str, Any]:

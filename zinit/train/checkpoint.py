@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 KEEP = 2
+UNFINISHED = (".building-*", ".removing-*")  # folders that are no checkpoints: not yet, or no longer
 STATE, MANIFEST = "state.safetensors", "manifest.json"
+
+
+def resume_command(directory: Path | str) -> str:
+    """What goes on with the run in a folder."""
+    return f"zinit train --resume --output {shlex.quote(str(directory))}"
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,11 +77,10 @@ def save(
             manifest = {"format_version": 1, "step": step, "identity": identity, "scaler": scaler, "sha256": files}
             _write(building / MANIFEST, json.dumps(manifest, indent=2).encode())
             if target.exists():
-                shutil.rmtree(target)
+                _remove(target)
             os.replace(building, target)
             _sync_folder(target.parent)
-            for old in [*sorted(target.parent.glob("step-*"))[:-KEEP], *target.parent.glob(".building-*")]:
-                shutil.rmtree(old, ignore_errors=True)
+            tidy(directory)
         except OSError as error:
             problem = str(error)
     accelerator.wait_for_everyone()
@@ -82,9 +88,26 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be written to {target}: {problem or 'another process failed'}. "
-            f"The last whole checkpoint is {_name(latest(directory))}. Make room, then go on with --resume."
+            f"The last whole checkpoint is {_name(latest(directory))}. Make room, then: {resume_command(directory)}"
         )
     return target
+
+
+def tidy(directory: Path) -> None:
+    """Removes all but the last checkpoints, and what a kill left of others."""
+    for old in sorted((directory / "resume").glob("step-*"))[:-KEEP]:
+        _remove(old)
+    for pattern in UNFINISHED:
+        for folder in (directory / "resume").glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint, which a kill leaves whole or under another name."""
+    going = checkpoint.with_name(f".removing-{checkpoint.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(checkpoint, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def latest(directory: Path) -> Path | None:

@@ -54,6 +54,18 @@ class Stage(Event):
 
 
 @dataclass(frozen=True)
+class Notice(Event):
+    """Something that the user should know, and that does not end the run.
+
+    Attributes:
+        text: for people.
+    """
+
+    kind = "notice"
+    text: str
+
+
+@dataclass(frozen=True)
 class PlanMade(Event):
     """The steps ahead are known.
 
@@ -194,7 +206,7 @@ class Gates(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    event.kind: event for event in (Stage, PlanMade, Resumed, Step, Evaluated, Gates, Stopped, Ended)
+    event.kind: event for event in (Stage, Notice, PlanMade, Resumed, Step, Evaluated, Gates, Stopped, Ended)
 }
 
 

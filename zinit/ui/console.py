@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from zinit.config import to_json
-from zinit.train.events import Ended, Evaluated, Event, PlanMade, Resumed, Stage, Step, Stopped
+from zinit.train.events import Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
 
 QUIET_SECONDS = 20.0
 PATIENCE = 5.0  # seconds
@@ -52,6 +52,8 @@ class RunView:
             case Stage():
                 self._stop()
                 self.console.print(f"{event.text} ...", markup=False, style="dim")
+            case Notice():
+                self.console.print(f"note: {event.text}", markup=False, style="bold")
             case PlanMade():
                 self._start(event)
             case Resumed():
