@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from zinit.train import checkpoint
 from zinit.train.events import Event, Step
 from zinit.train.held_out import held_out_loss
 from zinit.train.loop import NonFiniteLoss, fit
+from zinit.train.plan import Plan
 
 
 class Regression(Task):
@@ -97,8 +101,6 @@ def test_micro_batches_do_not_change_the_step(micro: int) -> None:
 def test_first_step_against_plain_torch() -> None:
     task, reference = Regression(), Regression()
     events = run(task, steps=1, weight_decay=0.0, clip_norm=None, warmup_steps=0)
-    from zinit.train.plan import Plan
-
     config = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05, steps=1, warmup_steps=0)
     chosen = Plan(config, reference.train_stream, 3).examples(0)
     batch = reference.collate(reference.train_stream, chosen)
@@ -111,6 +113,29 @@ def test_first_step_against_plain_torch() -> None:
     assert norms(events)[0] == pytest.approx(norm, rel=1e-5)
     torch.testing.assert_close(task.model[2].weight, reference.model[2].weight, rtol=1e-5, atol=1e-7)
     assert torch.equal(task.model[0].weight, reference.model[0].weight)
+
+
+def test_every_step_against_plain_torch() -> None:
+    """Settings that no default hides: betas, decay, and a clipping that some steps need and others do not."""
+    settings = {"beta1": 0.6, "beta2": 0.7, "weight_decay": 0.3, "clip_norm": 10.0, "steps": 9, "warmup_steps": 2}
+    task, reference = Regression(), Regression()
+    found = norms(run(task, **settings))
+    plan = Plan(TrainConfig(batch_size=8, learning_rate=0.05, **settings), reference.train_stream, 3)
+    weight, bias = reference.model[2].parameters()
+    optimizer = torch.optim.AdamW([weight, bias], betas=(0.6, 0.7), weight_decay=0.3)
+    expected = []
+    for step in range(9):
+        batch = reference.collate(reference.train_stream, plan.examples(step))
+        (reference(batch) / len(batch["x"])).backward()
+        expected.append(nn.utils.clip_grad_norm_([weight, bias], 10.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert min(found) < 10.0 < max(found)
+    for name, value in weights(reference).items():
+        torch.testing.assert_close(weights(task)[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -199,6 +224,81 @@ def test_stops_before_an_update_that_is_not_a_number(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"loss is nan.*step \d+ of 12 \(stream 'train'"):
         run(task, tmp_path, save_every=1)
     assert all(value.isfinite().all() for value in weights(task).values())
+
+
+def test_stops_before_a_gradient_that_is_not_a_number_though_the_loss_is(tmp_path: Path) -> None:
+    class Root(Regression):
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch) + (self.model[2].weight * 0).sum().sqrt()  # 0, and its slope is 0 * inf
+
+    task = Root()
+    before = weights(task)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is \d.* and the gradient's norm nan at step 1 of 12"):
+        run(task, tmp_path, save_every=1)
+    assert all(torch.equal(weights(task)[name], value) for name, value in before.items())
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [(2, [4, 5]), (3, [3, 5]), (9, [5]), (0, [])])
+def test_the_last_step_is_saved_whether_or_not_its_number_divides(
+    tmp_path: Path, save_every: int, kept: list[int]
+) -> None:
+    run(Regression(), tmp_path, steps=5, save_every=save_every)
+    assert sorted(folder.name for folder in (tmp_path / "resume").glob("*")) == [f"step-{n:08d}" for n in kept]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def killed_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Kills a run at one of the moments, counted from 0, at which the files of its checkpoints change."""
+    write, replace, rmtree = checkpoint._write, os.replace, shutil.rmtree
+    moments = itertools.count()
+
+    def half_written(path: Path, data: bytes) -> None:
+        if next(moments) == number:
+            path.write_bytes(data[: len(data) // 2])
+            raise Killed
+        write(path, data)
+
+    def not_renamed(*arguments: Any) -> None:
+        if next(moments) == number:
+            raise Killed
+        replace(*arguments)
+
+    def half_removed(path: Path, **options: Any) -> None:
+        if path.exists() and next(moments) == number:
+            sorted(path.iterdir())[0].unlink()
+            raise Killed
+        rmtree(path, **options)
+
+    patch.setattr(checkpoint, "_write", half_written)
+    patch.setattr(os, "replace", not_renamed)
+    patch.setattr(shutil, "rmtree", half_removed)
+
+
+def test_a_checkpoint_is_whole_or_absent_whenever_a_kill_comes(tmp_path: Path) -> None:
+    straight = Regression()
+    run(straight)
+    for number in itertools.count():
+        directory = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(patch, number)
+            try:
+                run(Regression(), directory, save_every=3)
+                break
+            except Killed:
+                pass
+        for folder in (directory / "resume").glob("step-*"):
+            names = json.loads((folder / "manifest.json").read_text())["sha256"]
+            assert {path.name for path in folder.iterdir()} == {"manifest.json", *names}, number
+        resumed = Regression()
+        checkpoint.tidy(directory)  # as whoever claims the folder
+        run(resumed, directory, resume=True, save_every=3)
+        assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(straight).items()), number
+        assert len(list((directory / "resume").iterdir())) == checkpoint.KEEP, "what was half written is gone"
+    assert number > 4 * 4, "four checkpoints of three files and a folder, two of them removed"
 
 
 def test_held_out_loss_is_the_mean_over_units() -> None:

@@ -9,6 +9,7 @@ import pytest
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.tasks.base import Stream
+from zinit.train import plan as planning
 from zinit.train.plan import Plan
 
 LENGTHS = [(37 * i) % 53 + 5 for i in range(103)]
@@ -34,6 +35,19 @@ def test_order_depends_on_the_seed_and_on_nothing_else() -> None:
     assert p.examples(9) == plan(micro_batch_size=3, learning_rate=1.0).examples(9)
     other = Plan(p.config, p.stream, seed=8)
     assert other.examples(9) != p.examples(9)
+
+
+def test_order_does_not_depend_on_what_was_asked_before() -> None:
+    """Orders are kept, so that a draw from a common generator would go unseen while they are."""
+    p, steps = plan(), [0, 7, 14]
+    found = []
+    for order in (steps, steps[::-1], [14], [0, 0, 7, 14]):
+        planning._order.cache_clear()
+        found.append({step: p.examples(step) for step in order})
+        planning._order.cache_clear()
+        found.append({step: p.examples(step) for step in order[:1]})
+    for each in found:
+        assert all(found[0][step] == examples for step, examples in each.items())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
