@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 _WHERE = {
     "AdapterConfig": "zinit.config",
     "PrefixConfig": "zinit.config",
+    "TuningConfig": "zinit.config",
     "Context": "zinit.prefix",
     "in_scope": "zinit.adapter.scopes",
     "ZeroGatedPrefix": "zinit.prefix",
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
     from zinit.adapter.scopes import in_scope
     from zinit.backbones.base import AttentionSite
-    from zinit.config import AdapterConfig, PrefixConfig
+    from zinit.config import AdapterConfig, PrefixConfig, TuningConfig
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
     from zinit.interop.importing import import_adapter
     from zinit.prefix import Context, ZeroGatedPrefix
@@ -52,6 +53,7 @@ __all__ = [
     "Handle",
     "PrefixConfig",
     "Task",
+    "TuningConfig",
     "ZeroGatedPrefix",
     "ZinitError",
     "attach",

@@ -273,26 +273,69 @@ class PrefixConfig(JsonConfig):
             raise ConfigError("prompt='context' learns no prompts, so prompts='hyper' has nothing to make.")
 
 
+LinearNames = Annotated[tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(JsonConfig):
+    """Bias tuning (LLaMA-Adapter V2, section 3.1): what an adapter changes in the host's linear layers and norms.
+
+    ``y = s * (W x + b)`` for each linear layer of the blocks, with s = 1 and b = 0 at the start, and norms with weights
+    of their own, so that the start is the host bit for bit. Prompts pass the tuned projections, but never their LoRA.
+
+    Args:
+        linears: which linear layers: ``"all"`` of the blocks, names of layers such as ``"q_proj"``, ``"head"``.
+        bias: learn b.
+        scale: where s multiplies: the ``"output"``, b included (the paper), the ``"input"`` (the 65B chat code), or
+            ``"none"``.
+        norms: learn the norms' weights; ``"blocks"`` leaves out those that stand beside the blocks.
+        lora_rank: r of a low-rank addition ``l2 (l1 x)`` to each layer, unscaled and outside of s; 0 adds none.
+        lora_linears: which layers get it; None is ``linears``.
+        prompts_through: prompts pass projections with ``"bias-scale"`` or those of the ``"base"``.
+    """
+
+    called: ClassVar[str] = "tuning"
+
+    linears: Annotated[
+        tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")
+    ] = ("all",)
+    bias: bool = True
+    scale: Literal["output", "input", "none"] = "output"
+    norms: Annotated[bool | Literal["blocks"], Words("true, false or 'blocks'")] = True
+    lora_rank: NonNegativeInt = 0
+    lora_linears: Annotated[tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'], or null")] | None = (
+        None
+    )
+    prompts_through: Literal["bias-scale", "base"] = "bias-scale"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.bias or self.scale != "none" or self.norms or self.lora_rank):
+            raise ConfigError("a tuning without bias, scale, norms and LoRA tunes nothing: leave it out.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(JsonConfig):
     """An adapter of several parts: prefixes of their own length, layers and gates, under one handle.
 
     Args:
-        parts: {name: prefix}, in the order of their parameters; their additions to a layer's attention sum.
+        parts: {name: prefix}, in the order of their parameters; their additions to a layer's attention sum. May be
+            empty where there is a tuning.
         context: registered name of the module that makes the context of all parts that take one; None has none, and a
             context is then given ready made.
         context_options: its settings.
-        tuning: what the adapter changes in the host's own modules besides; None changes nothing. Built by the object's
-            ``build(model, sites)``, see `zinit.adapter.tuning`.
+        tuning: what the adapter changes in the host's own modules besides; None changes nothing.
     """
 
-    parts: Annotated[dict[str, PrefixConfig], MinLen(1), Words("a table of at least one name with its prefix")]
+    parts: dict[str, PrefixConfig]
     context: str | None = None
     context_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tuning: Any = None
+    tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.parts and self.tuning is None:
+            raise ConfigError("an adapter needs at least one part, or a tuning.")
         for name, part in self.parts.items():
             if not name.isidentifier() or "__" in name:
                 raise ConfigError(f"a part's name must be an identifier such as 'early'; got {name!r}.")
@@ -306,10 +349,6 @@ class AdapterConfig(JsonConfig):
     def of(cls, config: PrefixConfig | AdapterConfig) -> AdapterConfig:
         """A single prefix as an adapter of one part."""
         return AdapterConfig(parts={"prefix": config}) if isinstance(config, PrefixConfig) else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, nested; the tuning's by its own ``to_dict``."""
-        return {**super().to_dict(), "tuning": None if self.tuning is None else self.tuning.to_dict()}
 
 
 ROLES = ("gates", "prompts", "source", "tuning", "head")  # of what trains

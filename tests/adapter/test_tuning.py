@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import zinit
 from tests.contract.cases import causal_lm, text_batch
 from tests.contract.checks import assert_same, snapshot
-from zinit.adapter.tuning import Tuning
+from zinit.adapter.tuning import TunedCall, Tuning, build_tuning
 from zinit.errors import ConfigError
 
 NAMES = ("model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj")
@@ -32,23 +32,23 @@ class Shift(Tuning):
         return self.names
 
     @classmethod
-    def changed(cls, on: Sequence[Any], name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        return output + torch.stack([own.shifts[own.names.index(name)] for own in on]).sum(0)
+    def changed(cls, on: Sequence[Any], call: TunedCall, output: Any) -> Tensor:
+        return output + torch.stack([own.shifts[own.names.index(call.name)] for own in on]).sum(0)
 
 
-@dataclass(frozen=True)
-class ShiftConfig:
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(zinit.TuningConfig):
     names: tuple[str, ...] = NAMES
 
-    def build(self, model: nn.Module, sites: Sequence[Any]) -> Shift:
-        return Shift({name: model.get_submodule(name).out_features for name in self.names})  # pyright: ignore
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"names": list(self.names)}
+@build_tuning.register
+def _(config: ShiftConfig, model: nn.Module, sites: Sequence[Any], **options: Any) -> Shift:
+    return Shift({name: model.get_submodule(name).out_features for name in config.names})  # pyright: ignore
 
 
 def tuned(length: int = 3, names: tuple[str, ...] = NAMES) -> zinit.AdapterConfig:
-    return zinit.AdapterConfig(parts={"prefix": zinit.PrefixConfig(length=length, layers=1)}, tuning=ShiftConfig(names))
+    parts = {"prefix": zinit.PrefixConfig(length=length, layers=1)}
+    return zinit.AdapterConfig(parts=parts, tuning=ShiftConfig(names=names))
 
 
 @torch.no_grad()

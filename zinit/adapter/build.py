@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zinit.adapter import bias_tuning as _registered  # noqa: F401
 from zinit.adapter import tuning as tunings
 from zinit.adapter.parts import Part
 from zinit.adapter.recompute import unwatch, watch
 from zinit.adapter.select import select_sites
 from zinit.adapter.sources import HyperPrompts, SharedPrompts, make_shared
 from zinit.adapter.state import AdapterState
-from zinit.adapter.tuning import Tuning
+from zinit.adapter.tuning import Tuning, build_tuning
 from zinit.backbones.base import AttentionSite, PrefixSlot
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError
@@ -111,7 +112,11 @@ def build_modules(
         )
         for name, part in config.parts.items()
     }
-    tuning = None if config.tuning is None else config.tuning.build(model, sites)
+    towers = {site.tower for own in chosen.values() for site in own} or {site.tower for site in sites}
+    tuned = [site for site in sites if site.tower in towers]
+    tuning = None
+    if config.tuning is not None:
+        tuning = build_tuning(config.tuning, model, tuned, device=device, generator=generator)
     return AdapterModules(parts=parts, shared=shared, tuning=tuning)
 
 
@@ -151,7 +156,7 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
         if not hasattr(state.model, ROOT):
             state.model.add_module(ROOT, nn.ModuleDict())
         state.model.get_submodule(ROOT).add_module(adapter, nn.ModuleDict(owned))
-    if modules.tuning is not None:
+    if modules.tuning is not None or state.tuned:
         tunings.install(state, adapter, modules.tuning)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinit.adapter.scopes import prompts_of
 from zinit.backbones.base import AttentionSite
 from zinit.compat import commit_hash, name_or_path
 from zinit.distributed import is_shard
@@ -41,7 +42,8 @@ def _key_probe(site: AttentionSite) -> list[float] | None:
         return None
     vector = torch.randn(1, site.width, generator=torch.Generator().manual_seed(0))
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    key, _ = site.project_kv(site.module, vector.to(weight.device, dtype))
+    with prompts_of(""):  # the base's keys, whatever tuning is on
+        key, _ = site.project_kv(site.module, vector.to(weight.device, dtype))
     return [round(number, 4) for number in key.flatten()[:PROBE].float().tolist()]
 
 

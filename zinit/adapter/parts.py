@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zinit.adapter.scopes import prompts_of
 from zinit.backbones.base import ActivePrefix
 from zinit.config import PrefixConfig
 from zinit.prefix import Context, ProjectKV, ZeroGatedPrefix
@@ -32,14 +33,25 @@ class Part:
 
 
 class PrefixWithContext:
-    """One prefix, and the context that goes to it in this call."""
+    """One prefix, and the context that goes to it in this call.
 
-    def __init__(self, prefix: ZeroGatedPrefix, context: Tensor | Context | None = None) -> None:
-        self.prefix, self.context, self.config = prefix, context, prefix.config
+    Args:
+        prefix: whose addition it makes.
+        context: if there is one.
+        adapter: whose it is, where modules that prompts pass are tuned.
+    """
+
+    def __init__(
+        self, prefix: ZeroGatedPrefix, context: Tensor | Context | None = None, adapter: str | None = None
+    ) -> None:
+        self.prefix, self.context, self.config, self.adapter = prefix, context, prefix.config, adapter
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `ZeroGatedPrefix.keys_values`."""
-        return self.prefix.keys_values(project, dtype, self.context)
+        if self.adapter is None:
+            return self.prefix.keys_values(project, dtype, self.context)
+        with prompts_of(self.adapter):
+            return self.prefix.keys_values(project, dtype, self.context)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `ZeroGatedPrefix.forward`."""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import torch
+
 from zinit.prefix import Context
 
 if TYPE_CHECKING:
@@ -126,6 +128,32 @@ def replaced(key: int, scope: Scope | None) -> Iterator[None]:
         yield
     finally:
         _SCOPES.set(before)
+
+
+_PROMPTS: contextvars.ContextVar[str | None] = contextvars.ContextVar("zinit_prompts", default=None)
+_TRACED: list[str | None] = [None]  # the same while torch.compile traces, which cannot follow the setting of one
+
+
+@contextmanager
+def prompts_of(adapter: str) -> Iterator[None]:
+    """Inside, it is an adapter's prompts that pass the host's modules, not words; "" is no adapter's: the base."""
+    if torch.compiler.is_compiling():
+        outer = _TRACED[0]
+        _TRACED[0] = adapter
+        yield
+        _TRACED[0] = outer
+        return
+    outer = _PROMPTS.get()
+    _PROMPTS.set(adapter)
+    try:
+        yield
+    finally:
+        _PROMPTS.set(outer)
+
+
+def prompts_at_hand() -> str | None:
+    """The adapter whose prompts pass the host's modules now; None where words do."""
+    return _TRACED[0] if torch.compiler.is_compiling() else _PROMPTS.get()
 
 
 def in_scope(function: Callable[P, T]) -> Callable[P, T]:

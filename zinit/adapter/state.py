@@ -66,7 +66,7 @@ class AdapterState:
         version: goes up whenever a prefix may give other keys and values than before.
         key: names this model among the scopes of a thread.
         open: the scopes that are open in any thread.
-        tuned: {module: the adapters that tune it}, and the hook that serves them in ``hooks``.
+        tuned: {module: {adapter: its tuning}}; the hooks that serve them are ``hooks``.
         block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
         outside: what a thread without scopes sees, see `snapshot`.
         resolved: {site: the scope, slot and version of the last call there, and what was on}.
@@ -83,8 +83,8 @@ class AdapterState:
     version: int = 0
     key: int = field(default_factory=lambda: next(_keys))
     open: set[Change] = field(default_factory=set)
-    tuned: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
     block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
@@ -175,6 +175,11 @@ class AdapterState:
         scope = self.scope()
         return self.on if scope.on is None else scope.on
 
+    def tunings_on(self) -> tuple[str, ...]:
+        """The adapters whose tuning is on for this thread: none in a route, which tuned adapters cannot be part of."""
+        scope = self.scope()
+        return () if scope.route is not None else self.on if scope.on is None else scope.on
+
     def names_at(self, slot: PrefixSlot) -> tuple[str, ...]:
         """The adapters that are on at a slot."""
         return tuple(name for name in self.names_on() if name in slot.members)
@@ -217,8 +222,8 @@ class AdapterState:
                 own = None
                 if key in takes:
                     own = scope.contexts.get(name) if context is None else context
-                if own is not None:
-                    members.append(PrefixWithContext(prefix, own))
+                if own is not None or (self.tuned and prefix.config.prompt != "context"):
+                    members.append(PrefixWithContext(prefix, own, name if self.tuned else None))
                 elif prefix.config.prompt != "context":
                     members.append(prefix)
         return together(members)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.scopes import prompts_of
 from zinit.adapter.select import select_sites
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
@@ -85,8 +86,9 @@ def fused_rows(site: AttentionSite, prompt: Tensor) -> tuple[Tensor, Tensor]:
             "not available here. Load the model with its weights."
         )
     tokens = prompt.to(weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype())
-    key, value = site.project_kv(site.module, tokens)
-    blocks = torch.cat([site.project_query(site.module, tokens), key, value], dim=1)[0].float().cpu()
+    with prompts_of(""):  # the base's
+        key, value = site.project_kv(site.module, tokens)
+        blocks = torch.cat([site.project_query(site.module, tokens), key, value], dim=1)[0].float().cpu()
     shared_by = site.num_heads // site.num_kv_heads
     first = torch.arange(site.num_kv_heads) * (shared_by + 2) + shared_by
     return blocks[first].contiguous(), blocks[first + 1].contiguous()
