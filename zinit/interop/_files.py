@@ -147,16 +147,14 @@ KINDS = (  # the first match counts; the modules of this package describe each
     ),
     Kind(
         "an official V2 chat adapter",
-        (),
-        "it holds biases, input scales and norms of every linear layer, which also act on the prompts (the released "
-        "65B file has no prompts and no gates at all)",
+        ("official-v2-chat",),
+        "",
         lambda name: re.search(r"\.w[qkvo123]_(bias|scale)$", name) is not None,
     ),
     Kind(
         "a LitGPT adapter_v2",
-        (),
-        "besides prompts and gates it holds output scales and biases of every linear layer, the head's included, and "
-        "norms, all trained together",
+        ("litgpt-v2", "litgpt-v2-legacy"),
+        "",
         lambda name: name.endswith((".adapter_bias", ".adapter_scale")),
     ),
     Kind(

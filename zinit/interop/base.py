@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
-from zinit.config import PrefixConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import CheckpointError, ConfigError
 from zinit.registry import did_you_mean
 
 Gate = Literal["tanh", "identity"]
 Imported = tuple[PrefixConfig, dict[str, Tensor]]
 """The settings of the prefixes and {parameter name: tensor}, for `zinit.attach` and ``load_state_dict``."""
+ImportedAdapter = tuple[PrefixConfig | AdapterConfig, dict[str, Tensor]]
+"""The same of an adapter that may be more than a prefix."""
 
 
 class Reader(Protocol):
     """Reads a file of one format. It may inspect the model but must not change it."""
 
-    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported: ...
+    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter: ...
 
 
 class Writer(Protocol):

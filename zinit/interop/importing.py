@@ -28,10 +28,10 @@ def import_adapter(
 
     Args:
         model: the model it was made for.
-        path: the file ("official-v1", "litgpt", "litgpt-legacy") or folder ("peft").
-        format: the implementation. LitGPT's files are "litgpt" from its version 0.5.5 on and "litgpt-legacy" before;
-            the file does not say which.
-        length: K. Only "official-v1" needs it: its file holds one table of K x L prompts and neither factor.
+        path: the file, or folder ("peft").
+        format: the implementation, see ``zinit ls formats``. LitGPT's files are "litgpt" and "litgpt-v2" from its
+            version 0.5.5 on, "litgpt-legacy" and "litgpt-v2-legacy" before; the file does not say which.
+        length: K. Only the official formats need it: their files hold one table of K x L prompts and neither factor.
         gate: how the gates are squashed. Only "official-v1" needs it: "tanh" as its trainer does, "identity" as its
             released inference script does. Its oldest files, with one gate per layer, are always read as "identity".
         name: of the adapter on this model.

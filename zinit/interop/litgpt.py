@@ -1,4 +1,4 @@
-"""Lightning-AI/litgpt, ``adapter`` (version 1).
+"""Lightning-AI/litgpt, ``adapter`` (version 1). Version 2 is in `zinit.interop.litgpt_v2`.
 
 ``lit_model.pth.adapter``: a dictionary under ``model`` with ``transformer.h.{l}.attn.adapter_wte.weight`` (K, C) and
 ``.gating_factor`` for each adapted layer l. The gate is per head and not squashed: (1, 1, H, 1) since August 2023,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,19 +52,33 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
     for site in select_sites(model, sites, config):
         prompt = tensors.pop(f"{site.name}.prompt.weight")
         tensors[f"{site.name}.key"], tensors[f"{site.name}.value"] = fused_rows(site, prompt)
+    warn_of_wrong_rows(path, "litgpt-legacy")
+    return dataclasses.replace(config, parametrization="key_value"), tensors
+
+
+def warn_of_wrong_rows(path: Path, legacy: str) -> None:
+    """Says what became of the prompts of a file of version 0.5.5 or later."""
     warnings.warn(
         f"{path}: LitGPT 0.5.5 and later reads a prompt's keys and values from the wrong rows of the fused projection. "
         f"The adapter was imported as learned keys and values computed from those rows: it gives the same outputs, but "
-        f"trains on as keys and values, not as prompts. For a file of an older version pass format='litgpt-legacy'.",
+        f"trains on as keys and values, not as prompts. For a file of an older version pass format={legacy!r}.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
-    return dataclasses.replace(config, parametrization="key_value"), tensors
 
 
 def _read(path: Path, sites: list[AttentionSite], format: str) -> Imported:
     tensors = tensors_in(read_pickle(path), path, unwrap="model")
     check_kind(tensors, path, format)
+    return prompts_by_layer(tensors, sites, path)
+
+
+def prompts_by_layer(tensors: dict[str, Tensor], sites: list[AttentionSite], path: Path) -> Imported:
+    """The prompts and gates of both versions' files.
+
+    Raises:
+        CheckpointError: if they do not fit the model.
+    """
     prompts, gates = _by_layer(tensors, PROMPT), _by_layer(tensors, GATE)
     if not prompts:
         raise CheckpointError(f"{path} has prompts under names that LitGPT does not use. Expected 'transformer.h.0'.")
@@ -72,8 +87,15 @@ def _read(path: Path, sites: list[AttentionSite], format: str) -> Imported:
 
 
 @torch.no_grad()
-def fused_rows(site: AttentionSite, prompt: Tensor) -> tuple[Tensor, Tensor]:
+def fused_rows(
+    site: AttentionSite, prompt: Tensor, change: Callable[[Tensor], Tensor] = lambda blocks: blocks
+) -> tuple[Tensor, Tensor]:
     """The keys and values that LitGPT 0.5.5 and later computes for a prompt, each (G, K, D).
+
+    Args:
+        site: whose projections.
+        prompt: (K, C).
+        change: of what the fused projection gives, (H + 2G, K, D): version 2 scales it.
 
     The fused projection has H + 2G blocks of D rows, q_1 .. q_H, k_1 .. k_G, v_1 .. v_G. LitGPT reads it as if it were
     stored by group, each with H/G queries, one key and one value: group g's key is block g (H/G + 2) + H/G and its
@@ -89,6 +111,7 @@ def fused_rows(site: AttentionSite, prompt: Tensor) -> tuple[Tensor, Tensor]:
     with prompts_of(""):  # the base's
         key, value = site.project_kv(site.module, tokens)
         blocks = torch.cat([site.project_query(site.module, tokens), key, value], dim=1)[0].float().cpu()
+    blocks = change(blocks)
     shared_by = site.num_heads // site.num_kv_heads
     first = torch.arange(site.num_kv_heads) * (shared_by + 2) + shared_by
     return blocks[first].contiguous(), blocks[first + 1].contiguous()

@@ -46,7 +46,18 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
     """
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
     check_kind(tensors, path, FORMAT)
-    sites, table = sites_of(model), tensors[TABLE]
+    return prompts_by_layer(tensors, sites_of(model), path, length=length, gate=gate)
+
+
+def prompts_by_layer(
+    tensors: dict[str, Tensor], sites: list[AttentionSite], path: Path, *, length: int, gate: Gate
+) -> Imported:
+    """The table of all prompts and the gates of the topmost layers, as the V1 and V2 files of the project hold them.
+
+    Raises:
+        CheckpointError: if they do not fit ``length`` or the model.
+    """
+    table = tensors[TABLE]
     _check_table(table, length, sites, path)
     gates = {int(found[1]): value for name, value in tensors.items() if (found := _GATE.fullmatch(name))}
     first = len(sites) - table.shape[0] // length
@@ -75,7 +86,7 @@ def _check_table(table: Tensor, length: int, sites: list[AttentionSite], path: P
     if any(site.num_kv_heads != site.num_heads for site in sites):
         raise CheckpointError(
             f"this model shares {sites[-1].num_kv_heads} key/value heads among {sites[-1].num_heads} query heads; "
-            f"official V1 adapters are made for the first LLaMA, which shares none. {path} belongs to another model."
+            f"the project's adapters are made for the first LLaMA, which shares none. {path} belongs to another model."
         )
 
 

@@ -1,0 +1,139 @@
+"""Lightning-AI/litgpt, ``adapter_v2``: prompts and gates, and scales and biases of every linear layer, and norms.
+
+``lit_model.pth.adapter_v2``: version 1's names (see `zinit.interop.litgpt`), and ``adapter_scale`` and ``adapter_bias``
+of every linear layer, the head's included: ``y = adapter_scale * (W x + adapter_bias)``. The query, key and value
+projections are one layer there, ``attn.qkv`` since version 0.5.5 with all queries first, ``attn.attn`` before with one
+block per group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zinit.adapter.select import select_sites
+from zinit.backbones.base import AttentionSite
+from zinit.backbones.layers import HEAD, linears_of
+from zinit.config import TuningConfig
+from zinit.errors import CheckpointError
+from zinit.interop._files import check_kind, read_pickle, tensors_in
+from zinit.interop._layers import sites_of
+from zinit.interop._llama import (
+    ATTENTION_NORM,
+    DOWN,
+    GATE,
+    KEY,
+    MLP_NORM,
+    OUT,
+    QUERY,
+    UP,
+    VALUE,
+    LlamaPaths,
+    tuned_adapter,
+)
+from zinit.interop.base import Format, Gate, Imported, ImportedAdapter
+from zinit.interop.litgpt import fused_rows, prompts_by_layer, warn_of_wrong_rows
+
+LAYERS = {"attn.proj": OUT, "mlp.fc_1": GATE, "mlp.fc_2": UP, "mlp.proj": DOWN}
+NORMS = {"norm_1.weight": ATTENTION_NORM, "norm_2.weight": MLP_NORM}
+FUSED, FUSED_BEFORE = "attn.qkv", "attn.attn"
+KINDS = {"adapter_bias": "bias", "adapter_scale": "scale"}
+LAST_NORM = "transformer.ln_f.weight"
+_NAME = re.compile(r"transformer\.h\.(\d+)\.(.+)")
+
+
+def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter:
+    """Reads a file of version 0.5.5 or later, its prompts as the keys and values that they had in training.
+
+    ``length`` and ``gate`` are unused: the file and LitGPT fix them.
+
+    Raises:
+        CheckpointError: if the file is damaged, of another kind, or does not fit the model.
+    """
+    tensors, sites = _open(path, model, "litgpt-v2", FUSED)
+    config, own = prompts_by_layer(tensors, sites, path)
+    for site in select_sites(model, sites, config):
+        scale, bias = (_fused(tensors, site, sites, kind) for kind in ("adapter_scale", "adapter_bias"))
+        prompt = own.pop(f"{site.name}.prompt.weight")
+        own[f"{site.name}.key"], own[f"{site.name}.value"] = fused_rows(
+            site, prompt, lambda blocks, scale=scale, bias=bias: scale * (blocks + bias)
+        )
+    warn_of_wrong_rows(path, "litgpt-v2-legacy")
+    prefix = dataclasses.replace(config, parametrization="key_value"), own
+    return _tuned(tensors, model, sites, path, prefix, legacy=False)
+
+
+def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter:
+    """Reads a file of a version before 0.5.5; see `read`."""
+    tensors, sites = _open(path, model, "litgpt-v2-legacy", FUSED_BEFORE)
+    return _tuned(tensors, model, sites, path, prompts_by_layer(tensors, sites, path), legacy=True)
+
+
+def _open(path: Path, model: nn.Module, format: str, fused: str) -> tuple[dict[str, Tensor], list[AttentionSite]]:
+    tensors = tensors_in(read_pickle(path), path, unwrap="model")
+    check_kind(tensors, path, format)
+    if not any(f".{fused}." in name for name in tensors):
+        other = {FUSED: "litgpt-v2-legacy", FUSED_BEFORE: "litgpt-v2"}[fused]
+        raise CheckpointError(f"{path} has no {fused!r}: another version wrote it. Import it with format={other!r}.")
+    return tensors, sites_of(model)
+
+
+def _fused(tensors: dict[str, Tensor], site: AttentionSite, sites: list[AttentionSite], kind: str) -> Tensor:
+    """(H + 2G, 1, D): what acts on the blocks of a layer's fused projection."""
+    stored = tensors[f"transformer.h.{sites.index(site)}.{FUSED}.{kind}"]
+    return stored.float().view(-1, 1, site.head_dim)
+
+
+def _tuned(
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    sites: list[AttentionSite],
+    path: Path,
+    prefix: Imported,
+    *,
+    legacy: bool,
+) -> ImportedAdapter:
+    paths = LlamaPaths(model, sites, path)
+    head = next(iter(linears_of(model, sites, [HEAD])))
+    tuned: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = _NAME.fullmatch(name)
+        own, _, kind = (found[2] if found else name).rpartition(".")
+        if found and found[2] in NORMS:
+            tuned[f"{paths.block(int(found[1]), path)}.{NORMS[found[2]]}.weight"] = tensor
+        elif found and kind in KINDS and own in (FUSED, FUSED_BEFORE):
+            block, site = paths.block(int(found[1]), path), sites[int(found[1])]
+            for layer, part in zip((QUERY, KEY, VALUE), _split(tensor, site, path, legacy=legacy), strict=True):
+                tuned[f"{block}.{layer}.{KINDS[kind]}"] = part
+        elif found and kind in KINDS and own in LAYERS:
+            tuned[f"{paths.block(int(found[1]), path)}.{LAYERS[own]}.{KINDS[kind]}"] = tensor
+        elif name in (f"lm_head.{kind}" for kind in KINDS):
+            tuned[f"{head}.{KINDS[kind]}"] = tensor
+        elif name == LAST_NORM:
+            tuned[f"{paths.last_norm}.weight"] = tensor
+    return tuned_adapter(prefix, TuningConfig(linears=("all", HEAD)), tuned)
+
+
+def _split(fused: Tensor, site: AttentionSite, path: Path, *, legacy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries', keys' and values' rows of a fused vector: all queries first, or one block per group."""
+    heads, groups, width = site.num_heads, site.num_kv_heads, site.head_dim
+    if fused.shape != ((heads + 2 * groups) * width,):
+        raise CheckpointError(
+            f"{path} has a fused projection of {tuple(fused.shape)} rows, but this model's has "
+            f"{(heads + 2 * groups) * width}."
+        )
+    if not legacy:
+        query, key, value = fused.split([heads * width, groups * width, groups * width])
+        return query, key, value
+    blocks = fused.view(groups, heads // groups + 2, width)
+    parts = blocks[:, :-2], blocks[:, -2], blocks[:, -1]
+    query, key, value = (torch.flatten(part) for part in parts)
+    return query, key, value
+
+
+LITGPT_V2 = Format("LitGPT 0.5.5 and later, adapter_v2", read, needs_weights=True)
+LITGPT_V2_LEGACY = Format("LitGPT before 0.5.5, adapter_v2", read_legacy)
