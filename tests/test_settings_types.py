@@ -115,6 +115,44 @@ def test_a_wrong_type_is_one_message_with_the_settings_name(where: str, name: st
     assert refused >= 5 or may_be(hint, object()), "the check is of little use here"
 
 
+ABSURD = [10**400, -(10**400), 16**6000, 1e300, -1e300]
+
+
+@pytest.mark.parametrize(("where", "name"), CASES)
+def test_no_number_is_without_a_limit(where: str, name: str) -> None:
+    """One that is absurdly large is refused by its type, before anything is made of that size."""
+    settings = CLASSES[where]
+    hint = get_type_hints(settings, include_extras=True)[name]
+    for number in ABSURD:
+        of_this_type = [(type(number)(5), number), ([type(number)(5)], [number])]  # what may be taken, and what not
+        for value in [absurd for usual, absurd in of_this_type if may_be(hint, usual) and not may_be(hint, object())]:
+            with pytest.raises(ConfigError) as error:
+                settings.from_dict({**REQUIRED.get(settings, {}), name: value})
+            check_message(str(error.value), name)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("prefix.length=1000000000", "[prefix] length must be a whole number of at least 1 (prompts per layer); got "
+                                     "1000000000. The largest that is taken is 65,536."),
+        (f"gate_init=-1{'0' * 30}", "gate_init must be a number or 'random'; got -1000000000000000000000000000000. The "
+                                    "largest that is taken is 1,000,000,000."),
+        (f"epochs=1{'0' * 400}", "[train] epochs must be a number above 0; got 1000000"),
+        (f"epochs=1{'0' * 4999}", "[train] epochs must be a number above 0; got '1000000"),
+        (f"steps=0x{'f' * 5000}", "[train] steps must be a whole number of at least 1, or none; got a whole number of "
+                                  "20,000 bits. The largest that is taken is 1,000,000,000."),
+        ("workers=2000", "[train] workers must be a whole number of at least 0; got 2000. The largest that is taken is "
+                         "1,024."),
+    ],
+)  # fmt: skip
+def test_a_limit_is_said_where_it_is_passed(option: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(backbone="llama", options=[option])
+    assert message in str(error.value)
+    assert len(str(error.value)) < 300
+
+
 def check_message(text: str, name: str) -> None:
     registered = "no " in text and "named" in text  # the message of a registry, about an unknown method
     assert name in text or registered, text

@@ -22,11 +22,15 @@ from zinit.validation import (
     Name,
     NonNegativeFloat,
     NonNegativeInt,
+    Number,
     PositiveFloat,
     PositiveInt,
     Rate,
     SettingType,
+    Size,
+    SizeOrZero,
     Words,
+    Workers,
     nested_error,
     shown,
 )
@@ -233,7 +237,7 @@ class PrefixConfig(JsonConfig):
             layers, ``"hyper"`` (arXiv 2502.03029). All parts of an adapter that say so share one network.
     """
 
-    length: Annotated[PositiveInt, Words("a whole number of at least 1 (prompts per layer)")] = 10
+    length: Annotated[Size, Words("a whole number of at least 1 (prompts per layer)")] = 10
     layers: Annotated[
         PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
         Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
@@ -244,7 +248,7 @@ class PrefixConfig(JsonConfig):
     ] = None
     gate: Literal["tanh", "identity"] = "tanh"
     gate_per: Literal["head", "layer"] = "head"
-    gate_init: Annotated[float | Literal["random"], Words("a number or 'random'")] = 0.0
+    gate_init: Annotated[Number | Literal["random"], Words("a number or 'random'")] = 0.0
     gating: bool = True
     separate_softmax: bool = True
     parametrization: Literal["prompt", "key_value"] = "prompt"
@@ -302,7 +306,7 @@ class TuningConfig(JsonConfig):
     bias: bool = True
     scale: Literal["output", "input", "none"] = "output"
     norms: Annotated[bool | Literal["blocks"], Words("true, false or 'blocks'")] = True
-    lora_rank: NonNegativeInt = 0
+    lora_rank: SizeOrZero = 0
     lora_linears: Annotated[tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'], or null")] | None = (
         None
     )
@@ -455,7 +459,7 @@ class TrainConfig(JsonConfig):
     compile: bool = False
     evaluate_every: NonNegativeInt | None = None
     save_every: NonNegativeInt | None = None
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
     tensorboard: bool = False
     activation_cache: Folder | None = None
 

@@ -16,8 +16,8 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from zinit.errors import ConfigError
 
@@ -46,15 +46,47 @@ class Words:
     text: str
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A note in ``Annotated``: a number's largest size, of which messages speak only where it is passed.
+
+    Args:
+        most: of the number without its sign.
+    """
+
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Looked at before anything is computed with the number, which may be too large for that."""
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value == value and abs(value) > self.most and abs(value) != math.inf:
+            raise PydanticCustomError("zinit_limit", "too large", {"most": self.most})
+        return value
+
+
 def split_at_commas(value: Any) -> Any:
     """``"a, b"``, as a command line has it, is ``("a", "b")``; anything but text stays as it is."""
     return tuple(part for part in map(str.strip, value.split(",")) if part) if isinstance(value, str) else value
 
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
+# Limits that nothing sensible comes near: beyond them is a slip of the keyboard, which could ask for all memory.
+MOST = 10**9  # of what is counted, and of any number
+WIDEST = 2**16  # of what a tensor is made for: prompts, ranks, pixels of a side
+PROCESSES = 1024
+
+PositiveInt = Annotated[int, Ge(1), Limit(MOST)]
+NonNegativeInt = Annotated[int, Ge(0), Limit(MOST)]
+Size = Annotated[int, Ge(1), Limit(WIDEST)]
+SizeOrZero = Annotated[int, Ge(0), Limit(WIDEST)]
+Workers = Annotated[int, Ge(0), Limit(PROCESSES)]
+Tokens = Annotated[int, Ge(8), Limit(MOST)]  # room for an example
+Whole = Annotated[int, Limit(MOST)]
+Number = Annotated[float, Limit(MOST)]
+PositiveFloat = Annotated[float, Gt(0), Limit(MOST)]
+NonNegativeFloat = Annotated[float, Ge(0), Limit(MOST)]
 Rate = Annotated[float, Ge(0), Lt(1), Words("a rate in [0, 1)")]
 Seed = Annotated[int, Ge(0), Lt(2**63), Words("a whole number of at least 0 (and below 2**63)")]
 Name = Annotated[str, MinLen(1), Words("a name")]
@@ -139,7 +171,9 @@ def _as_config_error(error: ValidationError, name: str, of: SettingType, value: 
     if isinstance(value, float) and not math.isfinite(value):
         words = words.replace("a number", "a finite number")
     hint = ""
-    if not isinstance(value, list | tuple | dict) and of.accepts([value]):
+    if limits := [found.get("ctx", {})["most"] for found in error.errors() if found["type"] == "zinit_limit"]:
+        hint = f" The largest that is taken is {max(limits):,}."
+    elif not isinstance(value, list | tuple | dict) and of.accepts([value]):
         hint = f" For one, write a list: [{shown(value)}]."
     return ConfigError(f"{name} must be {words}; got {shown(value)}.{hint}")
 
@@ -149,7 +183,15 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-_short = Repr()
+class _Short(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no number of more than 4,300 digits
+            return f"a whole number of {x.bit_length():,} bits"
+
+
+_short = _Short()
 _short.maxstring = _short.maxother = 80
 _short.maxlong = 40
 

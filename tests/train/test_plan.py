@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.tasks.base import Stream
 from zinit.train import plan as planning
+from zinit.train.batches import load_batches
 from zinit.train.plan import Plan
 
 LENGTHS = [(37 * i) % 53 + 5 for i in range(103)]
@@ -35,6 +38,26 @@ def test_order_depends_on_the_seed_and_on_nothing_else() -> None:
     assert p.examples(9) == plan(micro_batch_size=3, learning_rate=1.0).examples(9)
     other = Plan(p.config, p.stream, seed=8)
     assert other.examples(9) != p.examples(9)
+
+
+def test_the_plan_is_what_it_always_was() -> None:
+    """Orders that runs of earlier versions were trained in, and are resumed in."""
+    p = plan()
+    assert p.examples(6) == [93, 21, 84, 38, 91, 12, 82]
+    assert p.examples(20) == [63, 30, 80, 21, 38, 75, 36]
+    assert all(isinstance(index, int) for index in p.examples(0))
+
+
+def test_no_step_is_planned_before_it_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = plan(steps=10**9, warmup_steps=0)
+    planned: list[int] = []
+    examples = Plan.examples
+    monkeypatch.setattr(Plan, "examples", lambda self, step: planned.append(step) or examples(self, step))
+    one_process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    batches = load_batches(endless, lambda stream, part: {"x": torch.tensor(part)}, one_process, start=10**9 - 2)  # pyright: ignore[reportArgumentType]
+    assert next(batches)["x"].tolist() == endless.micro_batches(10**9 - 2, 0, 1)[0][0]
+    assert max(planned) == 10**9 - 2
+    assert len(planned) < 5
 
 
 def test_order_does_not_depend_on_what_was_asked_before() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from zinit.config import JsonConfig
 from zinit.methods.base import Adapted, ApplyContext, Method
-from zinit.validation import PositiveInt
+from zinit.validation import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class BottleneckSettings(JsonConfig):
         width: of the bottleneck. Houlsby et al. use 8 to 256.
     """
 
-    width: PositiveInt = 16
+    width: Size = 16
 
 
 class BottleneckLayer(nn.Module):

@@ -14,7 +14,7 @@ from zinit.backbones.base import AttentionSite
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
-from zinit.validation import PositiveFloat, PositiveInt, Rate
+from zinit.validation import PositiveFloat, Rate, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class LoraSettings(JsonConfig):
         dropout: of the update's input.
     """
 
-    rank: PositiveInt = 8
+    rank: Size = 8
     alpha: PositiveFloat = 16
     dropout: Rate = 0.05
 

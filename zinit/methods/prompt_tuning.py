@@ -13,7 +13,7 @@ from torch import nn
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
-from zinit.validation import PositiveInt
+from zinit.validation import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class PromptTuningSettings(JsonConfig):
         length: learned embeddings in front of the input; None is the run's ``prefix.length``.
     """
 
-    length: PositiveInt | None = None
+    length: Size | None = None
 
 
 class PromptTuning(Method):

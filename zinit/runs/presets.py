@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zinit.compat import modern_settings
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, first_line
 from zinit.registry import did_you_mean
 
 PRESETS = resources.files("zinit.runs") / "presets"
@@ -65,7 +65,12 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises:
         tomllib.TOMLDecodeError: if it is not TOML.
     """
-    return _with_none(tomllib.loads(text))
+    try:
+        return _with_none(tomllib.loads(text))
+    except tomllib.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, tables without end
+        raise tomllib.TOMLDecodeError(first_line(error)) from error
 
 
 def _with_none(value: Any) -> Any:

@@ -24,10 +24,10 @@ APART = 15_485_863  # a prime: streams of one length are in orders of their own
 
 
 @functools.lru_cache(maxsize=ORDERS_KEPT)
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of one epoch."""
+def _order(seed: int, epoch: int, count: int) -> torch.Tensor:
+    """The order of one epoch; as a tensor, which takes a quarter of a list's memory."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Draws:
         """The examples of one step, over all processes, longest first (a too large batch fails at once)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         chosen = _order(self.seed, epoch, len(self.stream))[position * self.size : (position + 1) * self.size]
-        return sorted(chosen, key=lambda index: (-self.stream.lengths[index], index))
+        return sorted(chosen.tolist(), key=lambda index: (-self.stream.lengths[index], index))
 
     def count(self, step: int) -> int:
         """Supervised units of one step, over all processes: what its loss is divided by."""

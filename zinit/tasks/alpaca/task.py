@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 
 from zinit.compat import attention_implementation
@@ -22,7 +21,7 @@ from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
-from zinit.validation import CommaSeparated, Name, NonNegativeInt, PositiveInt, Words
+from zinit.validation import CommaSeparated, Name, NonNegativeInt, PositiveInt, Tokens, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,7 +52,7 @@ class AlpacaConfig(JsonConfig):
             micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
     """
 
-    max_length: Annotated[int, Ge(8)] = 512
+    max_length: Tokens = 512
     held_out: PositiveInt = 200
     held_out_data: str | None = None
     fields: Fields = ("instruction", "input", "output")

@@ -29,7 +29,7 @@ from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
-from zinit.validation import CommaSeparated, Name, Names, NonNegativeInt, PositiveInt, Words, shown
+from zinit.validation import CommaSeparated, Name, Names, PositiveInt, Seed, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +77,7 @@ class BaseToNovelConfig(JsonConfig):
     crop_scale: Annotated[float, Gt(0), Le(1), Words("a number above 0 and of at most 1")] = 0.08
     few: Literal["error", "use_all"] = "error"
     on_bad: OnBad = "error"
-    split_seed: NonNegativeInt = 0
+    split_seed: Seed = 0
     held_out_data: str | None = None
 
     def __post_init__(self) -> None:

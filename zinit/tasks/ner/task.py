@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, pap
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.windows import Window, make_windows
-from zinit.validation import CommaSeparated, Name, NonNegativeInt, Words, shown
+from zinit.validation import CommaSeparated, Name, NonNegativeInt, Tokens, Whole, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,10 +48,10 @@ class TokenClassificationConfig(JsonConfig):
         held_out_data: a source of its own for the held-out sentences instead.
     """
 
-    max_length: Annotated[int, Ge(8)] = 128
+    max_length: Tokens = 128
     stride: NonNegativeInt = 32
-    token_column: int = 0
-    tag_column: int = -1
+    token_column: Whole = 0
+    tag_column: Whole = -1
     fields: Fields = ("tokens", "ner_tags")
     labels: Labels | None = None
     held_out: Annotated[float, Gt(0), Lt(1), Words("a number between 0 and 1, both excluded")] = 0.1

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, pap
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks.squad.windows import Window, best_answer, make_windows
-from zinit.validation import NonNegativeInt, PositiveInt
+from zinit.validation import NonNegativeInt, Number, PositiveInt, Tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,12 +58,12 @@ class SquadConfig(JsonConfig):
             has one, else those about a tenth of the contexts.
     """
 
-    max_length: Annotated[int, Ge(8)] = 384
+    max_length: Tokens = 384
     stride: NonNegativeInt = 128
     max_question: PositiveInt = 64
     n_best: PositiveInt = 20
     max_answer: PositiveInt = 30
-    null_threshold: float = 0.0
+    null_threshold: Number = 0.0
     version: Version = "auto"
     on_bad: Literal["error", "skip"] = "error"
     held_out_data: str | None = None

@@ -26,7 +26,7 @@ from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
 from zinit.tasks.vtab.lists import Split, vtab_layout
 from zinit.tasks.vtab.split import NAMED, vtab_split
-from zinit.validation import CommaSeparated, Name, NoneIsAWord, PositiveFloat, PositiveInt, Rate, Words
+from zinit.validation import CommaSeparated, Name, NoneIsAWord, PositiveFloat, Rate, Size, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,7 +68,7 @@ class VTABConfig(JsonConfig):
     fields: Columns | None = None
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     normalisation: Annotated[Literal["imagenet", "model", "none"], NoneIsAWord] = "imagenet"
-    image_size: Annotated[PositiveInt, Words("a whole number of at least 1 (pixels)")] | None = None
+    image_size: Annotated[Size, Words("a whole number of at least 1 (pixels)")] | None = None
     head_init: Literal["normal", "logistic-regression"] = "normal"
     head_C: PositiveFloat = 1.0
     drop_path: Rate = 0.0
