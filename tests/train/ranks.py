@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from tests.train.test_fit import Regression, losses, norms
 from tests.train.test_fit import run as fit_regression
 from zinit.errors import ConfigError
+from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 
@@ -44,6 +45,10 @@ def main() -> None:
             found[name] = "trained"
         except ConfigError as error:
             found[name] = str(error)
+    try:
+        evaluate_run(folder / "runs" / "places", data=str(folder / ("other.json" if rank else "data.json")), limit=0)
+    except ConfigError as error:
+        found["evaluation"] = str(error)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

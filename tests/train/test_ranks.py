@@ -64,6 +64,14 @@ def test_every_rank_is_told_what_differs(found: list[dict[str, Any]], name: str)
 
 
 @pytest.mark.integration
+def test_an_evaluation_on_unlike_data_is_refused_by_all(found: list[dict[str, Any]]) -> None:
+    zero, one = (each["evaluation"] for each in found)
+    assert zero == one
+    assert "disagree: --data is" in zero
+    assert "other.json' on rank 1" in zero
+
+
+@pytest.mark.integration
 def test_steps_of_two_processes_are_those_of_one(found: list[dict[str, Any]]) -> None:
     """Also where the last step of an epoch has fewer examples than there are processes. Norms show what Adam hides."""
     one = toy()
