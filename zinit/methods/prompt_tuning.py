@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
@@ -31,6 +32,8 @@ class PromptTuning(Method):
     """Learned embeddings before the first layer only; for models that read one sequence of tokens."""
 
     name = "prompt-tuning"
+        3e-2, "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)", "head"
+    )
     Config = PromptTuningSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
@@ -56,6 +59,8 @@ class PromptTuning(Method):
             wrapped: Any = get_peft_model(host, settings)
         skipped = _SkipPrompts(length)
         wrapped.register_forward_hook(skipped)
+        if can_generate:
+            vars(wrapped)["generate"] = functools.partial(_generate, wrapped, skipped)
 
         @contextmanager
         def disabled() -> Iterator[None]:
@@ -74,6 +79,23 @@ class PromptTuning(Method):
                 skipped.length = length
 
         return Adapted(model=wrapped, disabled=disabled)
+
+
+def _generate(
+    wrapped: Any, skipped: _SkipPrompts, *, input_ids: Tensor, attention_mask: Tensor, **settings: Any
+) -> Tensor:
+    """``generate`` with the prompts in front of the text once. PEFT's own puts them there again before every token.
+
+    It looks for the cache under the name ``past_key_values``, which transformers no longer uses.
+    """
+    model = wrapped.get_base_model()
+    if skipped.length == 0:  # switched off
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, **settings)
+    words = model.get_input_embeddings()(input_ids)
+    prompts = wrapped.get_prompt(batch_size=len(input_ids)).to(words.dtype)
+    mask = torch.cat([attention_mask.new_ones(prompts.shape[:2]), attention_mask], dim=1)
+    new = model.generate(inputs_embeds=torch.cat([prompts, words], dim=1), attention_mask=mask, **settings)
+    return torch.cat([input_ids, new], dim=1)
 
 
 class _SkipPrompts:

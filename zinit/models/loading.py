@@ -218,14 +218,15 @@ def model_source(source: str | Path) -> str:
     Raises:
         BackboneError: if it is a path that holds no model.
     """
-    path = Path(source).expanduser()
+    path, text = Path(source).expanduser(), str(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
+            message = f"the folder {source} holds no model: it has no config.json."
+            raise BackboneError(message) from FileNotFoundError(text)
         return str(path)
-    text = str(source)
     if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
+        message = f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id."
+        raise BackboneError(message) from FileNotFoundError(text)  # it may be there another time
     return text
 
 

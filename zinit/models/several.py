@@ -12,6 +12,7 @@ from torch import nn
 
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.loading import Loading
+from zinit.models.room import check_vocabulary
 from zinit.registry import import_object
 
 
@@ -50,6 +51,7 @@ def call_loader(load: Callable[..., Any], source: str | Path, owner: str, **load
         loading: see `zinit.models.loading.Loading`.
 
     Raises:
+        BackboneError: if the tokenizer has tokens that the model's embedding has no row for.
         ConfigError: if the model is to be quantised and the loader does not know how.
     """
     parameters = inspect.signature(load).parameters
@@ -58,7 +60,9 @@ def call_loader(load: Callable[..., Any], source: str | Path, owner: str, **load
             name = getattr(load, "__name__", "loader")
             raise ConfigError(f"{owner} cannot quantise its model: its {name} takes no 'quantize'. Leave it out.")
         loading = {name: value for name, value in loading.items() if name in parameters}
-    return load(source, **loading)
+    model, processor = load(source, **loading)
+    check_vocabulary(model, processor, source)
+    return model, processor
 
 
 def load_model(name: str, spec: ModelSpec, **loading: Unpack[Loading]) -> LoadedModel:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.errors import ConfigError
+from zinit.models.room import check_positions
 from zinit.tasks.base import Batch
 
 HEAD_STD = 0.02  # as transformers initialises its heads
@@ -89,19 +90,7 @@ def check_encoder(model: nn.Module, tokenizer: Any, max_length: int) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{type(tokenizer).__name__} has no padding token. Set one in tokenizer_config.json.")
-    room = _room(model)
-    if room is not None and max_length > room:
-        raise ConfigError(
-            f"task.max_length is {max_length}, but the model has room for {room} tokens: -o task.max_length={room}."
-        )
-
-
-def _room(model: nn.Module) -> int | None:
-    """Tokens that the position embeddings reach. RoBERTa's begin after those of the padding token."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    check_positions(model, max_length)
 
 
 def paper_figure(method: str, dataset: str, metric: str) -> float | None:

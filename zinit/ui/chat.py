@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, first_line
+from zinit.models.room import positions
 from zinit.runs.build import load_run
 from zinit.runs.directory import read_finished_run
 from zinit.tasks import TASKS
@@ -50,10 +52,27 @@ class ChatSession:
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.eval()
         self.device, self.base = device, base
-        self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
-            self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+            sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        self.generation = self._generation(sampling)
         torch.manual_seed(seed)
+
+    def _generation(self, sampling: dict[str, Any]) -> Any:
+        """The model's own configuration under what the user says; which of its entries count is printed."""
+        from zinit.models.generation import conversational
+
+        eos = self.tokenizer.eos_token_id
+        try:
+            config, used, ignored = conversational(self.model, eos_token_id=eos, **sampling)
+        except (ValueError, TypeError) as error:
+            raise _bad_generation(error) from error
+        self.used = used
+        parts = [f"uses {', '.join(f'{name}={value!r}' for name, value in used.items())}"] if used else []
+        parts += [f"does not use {', '.join(ignored)}"] if ignored else []
+        if parts:
+            print(f"(of the model's generation settings this {'; it '.join(parts)})", file=sys.stderr)
+        return config
 
     def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
         """The answer to one instruction; streamed to the standard output while it is generated.
@@ -102,21 +121,32 @@ class ChatSession:
         ids = self.task.encode_prompt(self.tokenizer, prompt)
         if not ids:
             raise ConfigError("the prompt is empty; say something.")
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = positions(self.model)
         if room is not None and len(ids) >= room:
             raise ConfigError(f"the prompt has {len(ids)} tokens, but the model has room for {room}.")
-        sampling = dict(self.sampling)
+        generation = copy.copy(self.generation)
         if room is not None:
-            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], room - len(ids))
+            generation.max_new_tokens = min(generation.max_new_tokens, room - len(ids))
         inputs = torch.tensor([ids], device=self.device)
-        eos = self.tokenizer.eos_token_id
-        with self.handle.disabled() if self.base else nullcontext():
-            generated = self.model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-                pad_token_id=eos,
-                eos_token_id=eos,
-                **sampling,
-            )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        try:
+            with self.handle.disabled() if self.base else nullcontext():
+                generated = self.model.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    streamer=streamer,
+                    generation_config=generation,
+                    tokenizer=self.tokenizer,  # which stop_strings need
+                )
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            if not self.used:
+                raise
+            raise _bad_generation(error) from error
         return self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def _bad_generation(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the settings in the model's generation_config.json cannot be used: {first_line(error)} Correct the file, or "
+        f"remove it."
+    )

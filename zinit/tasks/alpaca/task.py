@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -18,6 +20,7 @@ from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.losses import chunked_cross_entropy, split_head
+from zinit.models.room import check_positions, positions
 from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
@@ -76,12 +79,7 @@ class Alpaca(Task):
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token, which ends a response.")
-        room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if room is not None and config.max_length > room:
-            raise ConfigError(
-                f"task.max_length is {config.max_length}, but the model has room for {room} tokens: "
-                f"-o task.max_length={room}."
-            )
+        check_positions(model, config.max_length)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
         self._capacity = _capacity(model, config) if config.packing else None
@@ -176,9 +174,13 @@ class Alpaca(Task):
         chosen = self.held_out_examples[:limit]
         if not chosen:
             return Evaluation(metrics={})
-        predictions = map_over_ranks(
-            accelerator, len(chosen), lambda indices: self.answer([chosen[index].prompt for index in indices])
-        )
+        predictions = [""] * len(chosen)
+        alike = self._by_room([example.prompt_length for example in chosen])  # the same on every process
+        for places in alike.values():
+            prompts = [chosen[place].prompt for place in places]
+            found = map_over_ranks(accelerator, len(prompts), partial(self._answer_some, prompts))
+            for place, text in zip(places, found, strict=True):
+                predictions[place] = text
         references = [example.response.strip() for example in chosen]
         metrics: dict[str, float] = {}
         for name in ("exact_match", "rouge_l"):
@@ -189,6 +191,9 @@ class Alpaca(Task):
         ]
         return Evaluation(metrics=metrics, counts={"answered": len(chosen)}, samples=samples)
 
+    def _answer_some(self, prompts: Sequence[str], indices: Sequence[int]) -> list[str]:
+        return self.answer([prompts[index] for index in indices])
+
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], *, batch_size: int = 32) -> list[str]:
         """Greedy continuations, neighbours in length together, left-padded.
@@ -197,35 +202,53 @@ class Alpaca(Task):
             prompts: as text, template included.
             batch_size: prompts per forward pass.
         """
-        device = next(self.model.parameters()).device
         encoded = [self.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
         answers = [""] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = max(len(encoded[index]) for index in chosen)
-            ids = torch.full((len(chosen), longest), self.tokenizer.eos_token_id, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for place, index in enumerate(chosen):
-                ids[place, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
-                mask[place, longest - len(encoded[index]) :] = 1
-            generated = self.model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=self.config.max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=self.tokenizer.eos_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-            )
-            texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
-            for index, text in zip(chosen, texts, strict=True):
-                answers[index] = text.strip()
+        for count, alike in self._by_room([len(encoded[index]) for index in order]).items():
+            for start in range(0, len(alike), batch_size):
+                chosen = [order[place] for place in alike[start : start + batch_size]]
+                texts = self._continue([encoded[index] for index in chosen], count)
+                for index, text in zip(chosen, texts, strict=True):
+                    answers[index] = text.strip()
         return answers
+
+    def _by_room(self, lengths: Sequence[int]) -> dict[int, list[int]]:
+        """{tokens of the longest answer: places of the prompts with room for it}: no answer ends by another's room.
+
+        Args:
+            lengths: of the prompts, in tokens.
+
+        Raises:
+            ConfigError: if a prompt leaves no room at all.
+        """
+        room, most = positions(self.model), self.config.max_new_tokens
+        if room is not None and max(lengths, default=0) >= room:
+            raise ConfigError(
+                f"a prompt has {max(lengths)} tokens, but the model has room for {room}, answer included."
+            )
+        found: dict[int, list[int]] = defaultdict(list)
+        for place, length in enumerate(lengths):
+            found[most if room is None else min(most, room - length)].append(place)
+        return found
+
+    def _continue(self, encoded: Sequence[Sequence[int]], count: int) -> list[str]:
+        """Greedy continuations of one batch, each of at most ``count`` tokens."""
+        from zinit.models.generation import greedy
+
+        device, eos = next(self.model.parameters()).device, self.tokenizer.eos_token_id
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), eos, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, own in enumerate(encoded):
+            ids[place, longest - len(own) :] = torch.tensor(own)
+            mask[place, longest - len(own) :] = 1
+        generated = self.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=greedy(max_new_tokens=count, eos_token_id=eos),
+        )
+        return self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
 
     def data_report(self) -> dict[str, Any]:
         """Counts of records read, kept, truncated and skipped."""

@@ -27,6 +27,7 @@ from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import ConfigError, DataError
+from zinit.models.room import positions
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
 from zinit.validation import CommaSeparated, Name, Names, PositiveInt, Seed, Words, shown
@@ -180,13 +181,13 @@ class BaseToNovel(Task):
     def _tokenise(self, names: Sequence[str], host: Any) -> dict[str, Tensor]:
         """Prompts of every class, its templates next to each other: (classes x templates, T)."""
         prompts = [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
-        room, padding = int(host.text_config.max_position_embeddings), self.processor.padding
+        room, padding = positions(self.model), self.processor.padding
         size = {"max_length": room} if padding == "max_length" else {}
         encoded = self.processor.tokenizer(
             prompts, padding=padding, **size, return_tensors="pt", split_special_tokens=True
         )
         longest = int(encoded["input_ids"].shape[1])
-        if longest > room:
+        if room is not None and longest > room:
             raise DataError(
                 f"a prompt has {longest} tokens, but the text tower has room for {room}: {max(prompts, key=len)!r}. "
                 f"Shorten task.template or the class's name."

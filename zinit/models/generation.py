@@ -1,0 +1,77 @@
+"""How a model generates text: by a configuration that is complete in itself, or by the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import GenerationConfig
+
+# Entries beside a model's weights that shape an answer, and that a chat takes over.
+SHAPES = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
+    *("min_new_tokens", "min_length", "exponential_decay_length_penalty", "max_time", "remove_invalid_values"),
+)
+SAMPLING = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits")
+SAID_OTHERWISE = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k")
+NO_SETTINGS = ("bos_token_id", "pad_token_id", "use_cache", "transformers_version")  # shape no answer
+
+
+class OwnGenerationConfig(GenerationConfig):
+    """A configuration that ``model.generate`` does not fill up from the model's own.
+
+    ``generate`` copies every entry that is None, and every custom one, from ``model.generation_config``: what lies
+    beside the weights would be part of a measurement. Its general defaults still apply.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """As transformers'; but what comes from the model (the only call that allows custom entries) is left out."""
+        return kwargs if allow_custom_entries else super().update(defaults_only=defaults_only, **kwargs)
+
+
+def greedy(*, max_new_tokens: int, eos_token_id: int) -> GenerationConfig:
+    """Greedy answers, whatever lies beside the weights: for measurements.
+
+    Args:
+        max_new_tokens: longest answer.
+        eos_token_id: ends an answer, and pads.
+    """
+    return OwnGenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        pad_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def conversational(model: Any, *, eos_token_id: int, **said: Any) -> tuple[GenerationConfig, dict[str, Any], list[str]]:
+    """The model's own configuration, as far as one answer to one prompt can follow it.
+
+    Args:
+        model: of transformers.
+        eos_token_id: the tokenizer's; ends an answer beside the model's own ones, and pads.
+        said: what the user says, such as ``max_new_tokens``; goes before the model's.
+
+    Returns:
+        The configuration, the model's entries that it uses, and the names of those that it does not.
+    """
+    own: dict[str, Any] = dict(model.generation_config.to_diff_dict())
+    ends = _numbers(own.pop("eos_token_id", None))
+    taken = (*SHAPES, *SAMPLING) if said.get("do_sample") else SHAPES
+    used = {name: value for name, value in own.items() if name in taken and value is not None}
+    if set(ends) - {eos_token_id}:
+        used["eos_token_id"] = ends
+    known = {*used, *SAID_OTHERWISE, *NO_SETTINGS, *SAMPLING}
+    rest = {name: value for name, value in own.items() if name not in known and not name.startswith("_")}
+    ignored = [name for name, value in rest.items() if value is not None and value is not False]
+    tokens = {"pad_token_id": eos_token_id, "eos_token_id": list(dict.fromkeys([eos_token_id, *ends]))}
+    return OwnGenerationConfig(**{**used, **said, **tokens}), used, ignored
+
+
+def _numbers(value: int | Sequence[int] | None) -> list[int]:
+    """Token numbers, of which transformers writes one bare."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
