@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zinit.errors import ConfigError, ZinitError
+from zinit.errors import ConfigError, ZinitError, is_by_settings
 
 app = typer.Typer(
     name="zinit",
@@ -237,10 +237,8 @@ def bench(
     )
     if as_json:
         print_json({"output": output, "finished": finished.complete, "rows": [row.to_dict() for row in finished.rows]})
-    if finished.interrupted:
-        raise typer.Exit(130)
-    if finished.failed:
-        raise typer.Exit(1)
+    if finished.status:
+        raise typer.Exit(finished.status)
 
 
 @app.command()
@@ -354,7 +352,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ZinitError as error:
-        from zinit.ui.console import print_error
+        from zinit.ui.console import print_error, print_json
 
         print_error(error)
+        if "--json" in sys.argv:  # scripts ask whether the same command may go better another time
+            print_json({"error": str(error), "by_settings": is_by_settings(error)})
         sys.exit(2)

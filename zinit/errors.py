@@ -24,6 +24,21 @@ class DataError(ZinitError):
     """A data file is missing, unreadable or lacks a field."""
 
 
+def is_by_settings(error: BaseException) -> bool:
+    """Whether the same settings would be refused again, whatever becomes of files, folders and other machines.
+
+    What an operating system or a network refused, and what is wrong with data or checkpoints, may be mended.
+    """
+    if not isinstance(error, ConfigError | BackboneError):
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return True
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind."""
     text = str(error).strip()

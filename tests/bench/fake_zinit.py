@@ -19,7 +19,8 @@ def main() -> None:
     seed = int(said[said.index("--seed") + 1])
     rate = float(options.get("train.learning_rate", 1))
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.json").write_text(json.dumps({"said": said, "device": "cpu"}))
+    config = {"train": {"learning_rate": rate, "rates": {"gates": 0.5, "head": 1.0}}}
+    (output / "run.json").write_text(json.dumps({"said": said, "device": "cpu", "config": config}))
     (output / "log.jsonl").write_text(
         "".join(json.dumps({"event": "step", "step": step, "loss": 1 / step}) + "\n" for step in range(1, 5)) + '{"torn'
     )
@@ -35,12 +36,18 @@ def main() -> None:
     method = options["method"]
     if method == "bitfit":
         print("zinit: there are no bias terms.", file=sys.stderr)
+        print(json.dumps({"error": "there are no bias terms.", "by_settings": True}))
+        sys.exit(2)
+    if method == "head-only" and not Path(os.environ["FAKE_JOURNAL"] + ".mended").exists():
+        print("zinit: no space left on device", file=sys.stderr)
+        print(json.dumps({"error": "no space left on device", "by_settings": False}))
         sys.exit(2)
     if method == "full" and not Path(os.environ["FAKE_JOURNAL"] + ".mended").exists():
         raise RuntimeError("a fault")
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     score = {"zero-init": 0.8, "random-gate": 0.5}.get(method, 0.1) + seed / 100 - abs(rate - 3) / 10
-    metrics = {"frozen": {"accuracy": 0.1}, "adapted": {"accuracy": score}}
+    score -= {"random-gate": seed * seed / 50}.get(method, 0.0)
+    metrics = {"frozen": {"accuracy": 0.1, "loss": 4.0}, "adapted": {"accuracy": score, "loss": 2 - 2 * score}}
     counts = {"held_out": 50}
     print(json.dumps({"metrics": metrics, "counts": counts, "num_trainable": 7, "steps": 4, "seconds": 0.5}))
 

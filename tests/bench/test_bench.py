@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import signal
 import statistics
@@ -22,6 +23,8 @@ from zinit.bench.runner import Runner, final_cells, read_cells
 from zinit.bench.summary import summarise
 from zinit.bench.write import write_summary
 from zinit.errors import ConfigError, DataError
+from zinit.ui import benchmark as ui
+from zinit.ui.benchmark import Finished
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +37,7 @@ methods = ["zero-init", "random-gate", "bitfit"]
 name = "one"
 backbone = "llama"
 metric = "accuracy"
-options = ["train.learning_rate=3"]
+method_options = { all = ["train.learning_rate=3"] }
 [[experiment]]
 name = "layers"
 backbone = "llama"
@@ -91,21 +94,27 @@ def test_the_summary_is_the_arithmetic_of_the_cells(tmp_path: Path, journal: Pat
     Runner(plan, tmp_path / "out", jobs=4, launcher=FAKE).run()
     rows = {(row.experiment, row.method, str(row.vary)): row for row in write_summary(plan, tmp_path / "out")}
     row = rows["one", "random-gate", "{}"]
-    assert row.values == pytest.approx({0: 0.5, 1: 0.51, 2: 0.52})
-    assert row.mean == pytest.approx(0.51)
-    assert row.std == pytest.approx(statistics.stdev([0.5, 0.51, 0.52]))
+    assert row.values == pytest.approx({0: 0.5, 1: 0.49, 2: 0.44})
+    assert row.mean == pytest.approx(1.43 / 3)
+    assert row.std == pytest.approx(statistics.stdev([0.5, 0.49, 0.44]))
     assert (row.base, row.samples, row.num_trainable, row.missing) == (pytest.approx(0.1), 50, 7, [])
-    assert row.difference == pytest.approx(-0.3)
-    assert row.difference_std == pytest.approx(0.0, abs=1e-12)  # paired by seed: each differs by the same
+    assert row.difference == pytest.approx(-1 / 3)
+    assert row.difference_std == pytest.approx(statistics.stdev([-0.3, -0.32, -0.38]))  # paired by seed
     assert row.pairs == 3
+    assert row.losses == pytest.approx({0: 1.0, 1: 1.02, 2: 1.12})
+    assert (row.base_loss, row.loss_difference) == (4.0, pytest.approx(2 / 3))
+    assert row.loss_difference_std == pytest.approx(2 * statistics.stdev([0.3, 0.32, 0.38]))
+    assert row.rates == {"": 3.0, "gates": 1.5}
     assert rows["one", "zero-init", "{}"].difference is None
     assert "no bias terms" in rows["one", "bitfit", "{}"].problem
     assert rows["layers", "zero-init", "{'prefix.layers': 2}"].mean == pytest.approx(0.61)
     with (tmp_path / "out" / "summary.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [float(line["mean"]) for line in table if line["method"] == "random-gate"] == pytest.approx([0.51])
+    assert [float(line["mean"]) for line in table if line["method"] == "random-gate"] == pytest.approx([1.43 / 3])
     text = (tmp_path / "out" / "summary.md").read_text()
-    assert "| random-gate | - | accuracy | 0.510 | 0.010 | 0, 1, 2 | 50 | 0.100 | -0.300 ± 0.000 (3) | 7 |" in text
+    figures = "0.477 | 0.032 | 0, 1, 2 | 50 | 0.100 | -0.333 ± 0.042 (3)"
+    loss = "1.047 | 4.000 | +0.667 ± 0.083 (3)"
+    assert f"| random-gate | - | accuracy | {figures} | {loss} | 3, gates 1.5 | 7 |" in text
     assert "Demo figures" in text
     assert "paper's" not in text.split("## one")[1]  # no column for what is not known
 
@@ -214,6 +223,54 @@ def test_a_failed_cell_is_tried_again_and_others_go_on(tmp_path: Path, journal: 
     assert len(read_cells(tmp_path / "out")) == 6
 
 
+def run(plan: Benchmark, output: Path, monkeypatch: pytest.MonkeyPatch, **said: Any) -> Finished:
+    monkeypatch.setattr(ui, "Runner", functools.partial(Runner, launcher=FAKE))
+    return ui.run_benchmark(plan, output, jobs=1, **said)
+
+
+def test_what_may_be_mended_is_tried_again_by_the_same_command(
+    tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = benchmark(tmp_path, methods=["head-only", "bitfit"], seeds=[0])
+    assert plan.experiments[1].methods == ("head-only", "bitfit")
+    plan = Benchmark(experiments=plan.experiments[:1])
+    finished = run(plan, tmp_path / "out", monkeypatch, quiet=True)
+    assert [name.split(".")[1] for name in finished.failed] == ["head-only"]
+    assert finished.status == 1
+    assert [cell["cell"]["method"] for cell in read_cells(tmp_path / "out")] == ["bitfit"]
+    Path(f"{journal}.mended").touch()
+    finished = run(plan, tmp_path / "out", monkeypatch, quiet=True)
+    assert (finished.failed, finished.status, finished.complete) == ([], 0, True)
+    assert [entry["cell"].split(".")[1] for entry in started(journal)] == ["head-only", "bitfit", "head-only"]
+
+
+def test_nothing_measured_is_no_success(
+    tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = Benchmark(experiments=benchmark(tmp_path, methods=["bitfit"], seeds=[0]).experiments[:1])
+    assert run(refused, tmp_path / "refused", monkeypatch, quiet=True).status == 2
+    assert "nothing was measured" in capsys.readouterr().err
+    plan = Benchmark(experiments=benchmark(tmp_path, methods=["zero-init"], seeds=[0]).experiments[:1])
+    late = run(plan, tmp_path / "late", monkeypatch, budget=0)
+    assert (late.status, late.left_out) == (1, 1)
+    told = capsys.readouterr().err
+    assert "1 runs are left: the budget is spent" in told
+    assert "0/1" in told
+    assert "1/1" not in told
+    assert run(plan, tmp_path / "late", monkeypatch, quiet=True).status == 0
+
+
+def test_within_its_budget_a_run_starts_however_long_others_took(tmp_path: Path, journal: Path) -> None:
+    plan = Benchmark(experiments=benchmark(tmp_path, methods=["zero-init"], seeds=[0, 1]).experiments[:1])
+    first, second = final_cells(plan, tmp_path / "out")
+    Runner(plan, tmp_path / "out", jobs=1, launcher=FAKE).run()
+    file = tmp_path / "out" / "cells" / f"{first.id}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "wall_seconds": 1e9}))
+    (tmp_path / "out" / "cells" / f"{second.id}.json").unlink()
+    Runner(plan, tmp_path / "out", jobs=1, budget=300, launcher=FAKE).run()
+    assert len(read_cells(tmp_path / "out")) == 2
+
+
 def test_the_budget_is_kept(tmp_path: Path, journal: Path) -> None:
     events: list[dict[str, Any]] = []
     runner = Runner(benchmark(tmp_path), tmp_path / "out", jobs=1, budget=0, launcher=FAKE, on_event=events.append)
@@ -262,6 +319,7 @@ def test_settings_are_chosen_before_the_final_runs(tmp_path: Path, journal: Path
         (TWO.replace("[1, 2]", "3"), "vary must be a table that maps a setting to a list of values"),
         (TWO.replace("[0, 1, 2]", '["a"]'), "seeds must be a list of whole numbers of at least 0"),
         (TWO.replace("metric =", "metrik ="), "no setting 'metrik'. Did you mean 'metric'"),
+        (TWO.replace("{ all", "{ al"), "no method named 'al'"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, expected: str, tmp_path: Path) -> None:

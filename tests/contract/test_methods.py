@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from tests.contract.cases import Case
-from zinit.config import PrefixConfig
+from zinit.config import ROLES, PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method, rate_settings
 
 PREFIX = PrefixConfig(length=3)
 REFUSED = {  # method: backbones that it cannot be used on, and why
@@ -120,3 +121,32 @@ def test_sizes_are_those_of_the_arithmetic(leader: Case) -> None:
     if refusal("prompt-tuning", leader) is None:
         assert size("prompt-tuning") == 3 * sites[0].width
     assert size("full") == sum(parameter.numel() for parameter in leader.build().parameters())
+
+
+def test_every_role_that_trains_has_a_rate_of_known_origin(name: str, leader: Case) -> None:
+    """Roles as `Task.groups` tells them apart: those of a handle, and the rest as the head."""
+    own = METHODS.get(name)
+    assert set(own.default_rates) <= set(ROLES)
+    assert all(math.isfinite(rate.value) and rate.value > 0 for rate in own.default_rates.values())
+    assert all(len(rate.source.split()) > 2 for rate in own.default_rates.values())
+    settings = TrainConfig.from_dict(rate_settings(own))
+    for role, rate in own.default_rates.items():
+        assert settings.learning_rate * settings.rates.factor("main", role) == pytest.approx(rate.value)
+    if name == "logistic-regression" or refusal(name, leader) is not None:  # the first trains by no rate
+        return
+    _, adapted = adapt(name, leader.build(), leader)
+    roles = {} if adapted.handle is None else adapted.handle.roles()
+    assert {role for role, parameters in roles.items() if parameters} | {"head"} <= set(own.default_rates)
+
+
+def test_the_prefix_trains_at_the_rate_of_the_loop() -> None:
+    assert rate_settings(METHODS.get("zero-init")) == {"learning_rate": TrainConfig().learning_rate}
+    for name in ("random-gate", "prefix-tuning"):  # ablations change one thing
+        assert METHODS.get(name).default_rates == METHODS.get("zero-init").default_rates
+
+
+def test_rates_by_role_become_factors() -> None:
+    class Two(METHODS.get("lora")):
+        default_rates: ClassVar = {"gates": LearningRate(0.03, "a"), "head": LearningRate(0.003, "b")}
+
+    assert rate_settings(Two) == {"learning_rate": 0.03, "rates": {"head": 0.1}}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zinit.bench.plan import Cell
+from zinit.bench.cells import Cell
 from zinit.bench.summary import dataset_of
 from zinit.tasks.ner.task import TokenClassification
 from zinit.tasks.squad.task import Squad

@@ -1,7 +1,7 @@
 """Runs the cells of a benchmark: each once, each in a process of its own, several side by side.
 
-A cell is finished when ``cells/<id>.json`` is there, which is written last and atomically. A cell that was cut off goes
-on from its last checkpoint.
+A cell is finished when ``cells/<id>.json`` is there, which is written last and atomically: its run is done, or its
+settings were refused. A cell that was cut off goes on from its last checkpoint; one that failed is tried again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -23,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zinit.bench.plan import Benchmark, Cell, Experiment, choice_key, combinations
+from zinit.bench.cells import Cell, Experiment, choice_key, combinations
+from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
 from zinit.config import to_json
 from zinit.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ from zinit.runs.record import Record, Results
 from zinit.train.events import Evaluated, Step, read_log
 
 Event = dict[str, Any]
+LOWER_IS_BETTER = ("loss", "perplexity")
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
 
 
@@ -91,7 +92,8 @@ class Runner:
                 process.send_signal(signal.SIGTERM)
 
     def _finish(self, cells: Sequence[Cell]) -> None:
-        todo = deque(cell for cell in cells if not self._path(cell).exists())
+        finished = {cell["id"] for cell in read_cells(self.output)}
+        todo = deque(cell for cell in cells if cell.id not in finished)
         self.on_event({"event": "plan", "cells": len(cells), "todo": len(todo), "jobs": self.jobs})
         free = deque(self.devices or [None])
         threads: list[threading.Thread] = []
@@ -104,7 +106,7 @@ class Runner:
                         if not todo:
                             return
                         cell = todo.popleft()
-                    if not self._affordable(cell):
+                    if self.deadline is not None and time.monotonic() >= self.deadline:
                         self.on_event({"event": "budget", "cell": cell.id})
                         continue
                     self._run_cell(cell, device)
@@ -120,14 +122,6 @@ class Runner:
                 thread.join(timeout=0.2)  # in slices, so that signals are seen
         if failures:
             raise failures[0]
-
-    def _affordable(self, cell: Cell) -> bool:
-        """Whether the cell will probably end within the budget, judged by its experiment's finished cells."""
-        if self.deadline is None:
-            return True
-        left = self.deadline - time.monotonic()
-        known = [c["wall_seconds"] for c in read_cells(self.output) if c["cell"]["experiment"] == cell.experiment]
-        return left > (statistics.median(known) if known else 0)
 
     def _path(self, cell: Cell) -> Path:
         return self.output / "cells" / f"{cell.id}.json"
@@ -167,11 +161,7 @@ class Runner:
             document |= {"status": "done", **_result(run, json.loads(out))}
             shutil.rmtree(run / "resume", ignore_errors=True)
         else:
-            lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-            own = [line.removeprefix("zinit: ") for line in lines if line.startswith("zinit: ")]
-            error = (own or lines)[-1]
-            # The user's error (status 2) holds for good; anything else may go better another time.
-            document |= {"status": "refused" if process.returncode == 2 else "failed", "error": error}
+            document |= _failure(process.returncode, out, err, run)
         document["wall_seconds"] = round(time.monotonic() - started, 2)
         if document["status"] != "failed":
             write_json(self._path(cell), document)
@@ -191,6 +181,26 @@ class Runner:
             except OSError as error:
                 raise ConfigError(f"another benchmark is running in {self.output}. Wait for it, or stop it.") from error
             yield
+
+
+def _failure(status: int, out: bytes, err: bytes, run: Path) -> dict[str, Any]:
+    """Why there is no result: only a refusal because of the settings is final ("refused"), whatever else is "failed".
+
+    Args:
+        status: of the process.
+        out: what it printed; a refusal is a JSON document there.
+        err: its error stream.
+        run: its folder: what is wrong with that is nothing of the settings.
+    """
+    lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    own = [line.removeprefix("zinit: ") for line in lines if line.startswith("zinit: ")]
+    error = (own or lines)[-1]
+    try:
+        by_settings = json.loads(out)["by_settings"] is True
+    except (ValueError, KeyError, TypeError):
+        by_settings = False
+    final = status == 2 and by_settings and str(run) not in error
+    return {"status": "refused", "by_settings": True, "error": error} if final else {"status": "failed", "error": error}
 
 
 def _die_with_parent() -> None:
@@ -219,9 +229,20 @@ def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     record = Record.read(run)
     return {
         **{name: getattr(found, name) for name in ("metrics", "counts", "num_trainable", "steps", "seconds")},
+        "rates": _rates(record.config),
         "curves": {name: _thinned(points) for name, points in curves.items()},
         "run": {name: getattr(record, name) for name in ("model", "data", "demo", "device", "versions", "fingerprint")},
     }
+
+
+def _rates(config: dict[str, Any]) -> dict[str, float]:
+    """The learning rates of a run: {"": of most that trains, role: of what has one of its own}."""
+    train = config.get("train", {})
+    rate, factors = train.get("learning_rate"), train.get("rates", {})
+    if rate is None:
+        return {}
+    own = {role: rate * factor for role, factor in factors.items() if isinstance(factor, float | int) and factor != 1}
+    return {"": rate, **own}
 
 
 def _thinned(points: list[list[float]], most: int = 300) -> list[list[float]]:
@@ -231,7 +252,7 @@ def _thinned(points: list[list[float]], most: int = 300) -> list[list[float]]:
 
 
 def read_cells(output: Path) -> list[dict[str, Any]]:
-    """All finished cells of a folder.
+    """All finished cells of a folder: done, or refused by their settings.
 
     Raises:
         DataError: if one of them cannot be read.
@@ -242,7 +263,8 @@ def read_cells(output: Path) -> list[dict[str, Any]]:
             found.append(modern_results(json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}). Remove it, and its cell is run again.") from error
-    return found
+    # zinit 0.1 noted every refusal as final, one for want of disk space too.
+    return [cell for cell in found if cell["status"] == "done" or cell.get("by_settings")]
 
 
 def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
@@ -263,7 +285,7 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
 def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """The settings with the best metric, by method and varied values; only where every trial is finished."""
     trials: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
-    tried = combinations(experiment.select.vary)
+    tried, sign = combinations(experiment.select.vary), -1.0 if experiment.metric in LOWER_IS_BETTER else 1.0
     for index, cell in enumerate(experiment.selection_cells()):
         found = finished.get(cell.id, {})
         if not found:
@@ -271,7 +293,7 @@ def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[
         value = ((found.get("metrics") or {}).get("adapted") or {}).get(experiment.metric)
         settings = tuple(f"{key}={to_json(v)}" for key, v in tried[index % len(tried)].items())
         key = choice_key(cell.method, cell.vary)
-        trials.setdefault(key, []).append((float("-inf") if value is None else value, settings))
-    sign = -1.0 if experiment.metric in ("loss", "perplexity") else 1.0
+        worst = value is None or not math.isfinite(value)  # refused, or diverged
+        trials.setdefault(key, []).append((-math.inf if worst else sign * value, settings))
     complete = {key: found for key, found in trials.items() if len(found) == len(tried)}
-    return {key: max(found, key=lambda trial: sign * trial[0])[1] for key, found in complete.items()}
+    return {key: max(found, key=lambda trial: trial[0])[1] for key, found in complete.items()}

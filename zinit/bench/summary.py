@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zinit.bench.plan import REFERENCE, Benchmark, Cell, Experiment
+from zinit.bench.cells import Cell, Experiment
+from zinit.bench.plan import REFERENCE, Benchmark
 from zinit.bench.runner import final_cells, read_cells
 from zinit.tasks import TASKS
 
+LOSS = "loss"
 SAMPLES = ("evaluated", "answered", "questions", "sentences", "test", "held_out")  # names of the count of examples
 
 
@@ -32,6 +34,11 @@ class Row:
         difference: mean of (this - zero-init) over the seeds that both have; None for zero-init itself.
         difference_std: its standard deviation.
         pairs: how many seeds both have.
+        rates: the learning rates it trained at: {"": of most that trains, role: of what has one of its own}.
+        losses: the held-out loss by seed, where the metric is another.
+        base_loss: that of the base.
+        loss_difference: mean of (this - zero-init) over the seeds that both have.
+        loss_difference_std: its standard deviation.
         num_trainable: parameters.
         samples: examples that the metric is over.
         seconds: of training, mean.
@@ -52,6 +59,11 @@ class Row:
     difference: float | None = None
     difference_std: float | None = None
     pairs: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    base_loss: float | None = None
+    loss_difference: float | None = None
+    loss_difference_std: float | None = None
     num_trainable: int | None = None
     samples: int | None = None
     seconds: float | None = None
@@ -127,15 +139,18 @@ def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
         row.problem = f"the task reports no {row.metric}, but {', '.join(cell['metrics']['adapted'])}."
         return False
     row.values[seed] = value
+    loss = cell["metrics"]["adapted"].get(LOSS)
+    if loss is not None and row.metric != LOSS:
+        row.losses[seed] = loss
     row.missing.remove(seed)
     return True
 
 
 def _average(row: Row, cells: list[dict[str, Any]]) -> None:
     """Enters what a row's cells have in common, and the means of what they measured."""
-    base = [cell["metrics"]["base"].get(row.metric) for cell in cells]
-    row.base = statistics.fmean(base) if all(value is not None for value in base) else None
+    row.base, row.base_loss = _base(cells, row.metric), _base(cells, LOSS)
     row.num_trainable = cells[0]["num_trainable"]
+    row.rates = cells[0].get("rates", {})
     row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
     row.seconds = statistics.fmean(cell["seconds"] for cell in cells)
     measured = [cell["metrics"]["adapted"] for cell in cells]
@@ -143,12 +158,23 @@ def _average(row: Row, cells: list[dict[str, Any]]) -> None:
     row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
 
 
+def _base(cells: list[dict[str, Any]], metric: str) -> float | None:
+    """A metric of the base, mean over the seeds; None where one has none."""
+    found = [cell["metrics"]["base"].get(metric) for cell in cells]
+    return statistics.fmean(found) if all(value is not None for value in found) else None
+
+
 def _compare(row: Row, reference: Row) -> None:
     """Enters the differences from the reference, paired by seed."""
-    pairs = [value - reference.values[seed] for seed, value in row.values.items() if seed in reference.values]
-    row.pairs = len(pairs)
-    row.difference = statistics.fmean(pairs) if pairs else None
-    row.difference_std = statistics.stdev(pairs) if len(pairs) > 1 else None
+    row.difference, row.difference_std, row.pairs = paired(row.values, reference.values)
+    row.loss_difference, row.loss_difference_std, _ = paired(row.losses, reference.losses)
+
+
+def paired(values: dict[int, float], reference: dict[int, float]) -> tuple[float | None, float | None, int]:
+    """Mean and standard deviation of the differences at the seeds that both have, and how many these are."""
+    pairs = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    mean = statistics.fmean(pairs) if pairs else None
+    return mean, statistics.stdev(pairs) if len(pairs) > 1 else None, len(pairs)
 
 
 def _key(experiment: str, method: str, vary: dict[str, Any]) -> str:
@@ -182,6 +208,10 @@ COLUMNS = (
     "samples",
     "base",
     "minus zero-init",
+    "loss",
+    "base loss",
+    "loss minus zero-init",
+    "rate",
     "trainable",
     "seconds",
 )
@@ -197,9 +227,6 @@ def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(row: Row) -> list[str]:
-    difference = show(row.difference, sign="+")
-    if row.difference_std is not None:
-        difference += f" ± {show(row.difference_std)} ({row.pairs})"
     seeds = ", ".join(map(str, row.values)) or "-"
     if row.missing:
         seeds += f" (not run: {', '.join(map(str, row.missing))})"
@@ -212,10 +239,23 @@ def _line(row: Row) -> list[str]:
         seeds,
         "-" if row.samples is None else str(row.samples),
         show(row.base),
-        difference,
+        _difference(row.difference, row.difference_std, row.pairs),
+        show(statistics.fmean(row.losses.values()) if row.losses else None),
+        show(row.base_loss) if row.losses else "-",
+        _difference(row.loss_difference, row.loss_difference_std, row.pairs),
+        show_rates(row.rates),
         "-" if row.num_trainable is None else f"{row.num_trainable:,}",
         show(row.seconds, 1),
     ]
+
+
+def _difference(mean: float | None, std: float | None, pairs: int) -> str:
+    return show(mean, sign="+") + (f" ± {show(std)} ({pairs})" if std is not None else "")
+
+
+def show_rates(rates: dict[str, float]) -> str:
+    """Learning rates for a table: ``0.03, gates 0.3``."""
+    return ", ".join(f"{role} {rate:.3g}".strip() for role, rate in rates.items()) or "-"
 
 
 def dataset_of(cell: Cell) -> str:

@@ -15,7 +15,8 @@ from zinit.runs.directory import write_json
 
 CSV_COLUMNS = (
     *("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "base"),
-    *("difference", "difference_std", "num_trainable", "seconds", "paper"),
+    *("difference", "difference_std", "losses", "base_loss", "loss_difference", "loss_difference_std", "rates"),
+    *("num_trainable", "seconds", "paper"),
 )
 
 
@@ -41,6 +42,7 @@ def as_csv(rows: list[Row]) -> str:
     writer.writerow(CSV_COLUMNS)
     for row in rows:
         plain = {**row.to_dict(), "vary": json.dumps(row.vary), "seeds": " ".join(map(str, row.values))}
+        plain |= {name: json.dumps(plain[name]) for name in ("losses", "rates")}
         writer.writerow([plain[name] for name in CSV_COLUMNS])
     return text.getvalue()
 

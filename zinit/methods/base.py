@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -67,6 +67,18 @@ class NoSettings(JsonConfig):
     """For methods that have none."""
 
 
+class LearningRate(NamedTuple):
+    """A learning rate, and where the number is from."""
+
+    value: float
+    source: str
+
+    @classmethod
+    def of_roles(cls, value: float, source: str, *roles: str) -> dict[str, LearningRate]:
+        """The same rate for several roles of what trains; see `zinit.config.ROLES`."""
+        return dict.fromkeys(roles, cls(value, source))
+
+
 class Method(ABC):
     """A way to adapt a pretrained model.
 
@@ -76,11 +88,14 @@ class Method(ABC):
     Attributes:
         name: registered name.
         trains_host: whether weights of the model itself are trained, which are then float32 unless a dtype is set.
+        default_rates: by the role of what trains, the rate that it trains at where nobody says another. Empty takes
+            the preset's, or else the loop's own.
     """
 
     name: str
     Config: type[JsonConfig] = NoSettings
     trains_host = False
+    default_rates: Mapping[str, LearningRate] = {}
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -104,6 +119,21 @@ class Method(ABC):
             Whether it did; False sends the task to the engine.
         """
         return False
+
+
+def rate_settings(method: type[Method]) -> dict[str, Any]:
+    """A method's default rates as settings of ``[train]``: the largest, and factors on it by role; or nothing."""
+    rates = {role: rate.value for role, rate in method.default_rates.items()}
+    if not rates:
+        return {}
+    largest = max(rates.values())
+    factors = {role: value / largest for role, value in rates.items() if value != largest}
+    return {"learning_rate": largest, **({"rates": factors} if factors else {})}
+
+
+def shares_rates(method: type[Method], other: type[Method]) -> bool:
+    """Whether a rate that was chosen for one method is one for the other: an ablation of it, or one without rates."""
+    return not method.default_rates or method.default_rates == other.default_rates
 
 
 def apply_method(method: Method, model: nn.Module, context: ApplyContext) -> Adapted:

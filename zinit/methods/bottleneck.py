@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zinit.config import JsonConfig
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
 from zinit.validation import Size
 
 
@@ -56,6 +56,9 @@ class Bottleneck(Method):
     """A bottleneck adapter after each attention sub-layer (the first of Houlsby et al.'s two per layer)."""
 
     name = "bottleneck"
+    default_rates = LearningRate.of_roles(
+        3e-4, "the example of Houlsby et al.'s code, google-research/adapter-bert", "head"
+    )
     Config = BottleneckSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

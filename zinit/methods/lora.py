@@ -13,7 +13,7 @@ from torch import nn
 from zinit.backbones.base import AttentionSite
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
 from zinit.validation import PositiveFloat, Rate, Size
 
 
@@ -36,6 +36,7 @@ class Lora(Method):
     """Low-rank updates of the query and value projections (of the fused projection where there is one)."""
 
     name = "lora"
+    default_rates = LearningRate.of_roles(3e-4, "Alpaca-LoRA's finetune.py, the paper's baseline", "head")
     Config = LoraSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

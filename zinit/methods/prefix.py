@@ -7,14 +7,17 @@ from dataclasses import replace
 from torch import nn
 
 from zinit.adapter.attach import attach, load
-from zinit.config import PrefixConfig
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.config import ROLES, PrefixConfig
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
+
+PAPER = "the paper's base rate 9e-3, applied as base x batch / 256 with its batch of 64"
 
 
 class ZeroInit(Method):
     """Zero-init attention: gated prompts in every layer, with the run's ``prefix`` settings as they are."""
 
     name = "zero-init"
+    default_rates = LearningRate.of_roles(9e-3 * 64 / 256, PAPER, *ROLES)  # its ablations change one thing, and no rate
 
     def settings(self, prefix: PrefixConfig) -> PrefixConfig:
         """What is attached."""

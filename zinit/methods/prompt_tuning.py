@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
 from zinit.validation import Size
 
 
@@ -32,6 +32,7 @@ class PromptTuning(Method):
     """Learned embeddings before the first layer only; for models that read one sequence of tokens."""
 
     name = "prompt-tuning"
+    default_rates = LearningRate.of_roles(
         3e-2, "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)", "head"
     )
     Config = PromptTuningSettings

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
 
 
 class HeadOnly(Method):
     """The task's head on the frozen model (linear probing by gradient descent)."""
 
     name = "head-only"
+    default_rates = LearningRate.of_roles(1e-3, "ours: the default of Adam (Kingma and Ba, 2015)", "head")
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
@@ -22,6 +23,7 @@ class Full(Method):
     """Full fine-tuning: every weight, and the head."""
 
     name = "full"
+    default_rates = LearningRate.of_roles(2e-5, "Stanford Alpaca's full fine-tuning of LLaMA-7B", "head")
     trains_host = True
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
@@ -33,6 +35,7 @@ class BitFit(Method):
     """BitFit (Ben Zaken et al., ACL 2022): the bias terms, and the head."""
 
     name = "bitfit"
+    default_rates = LearningRate.of_roles(1e-3, "the example of Ben Zaken et al.'s code, benzakenelad/BitFit", "head")
     trains_host = True
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

@@ -9,6 +9,7 @@ from zinit.compat import modern_settings
 from zinit.config import JsonConfig, PrefixConfig, TrainConfig, setting_names
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.methods.base import rate_settings
 from zinit.models.quantization import Quantize
 from zinit.registry import Registry, did_you_mean
 from zinit.tasks import TASKS
@@ -147,9 +148,18 @@ class RunConfig(JsonConfig):
         if "backbone" not in values:
             raise ConfigError("a run needs a backbone: --backbone NAME, or backbone = ... in the config file.")
         arguments = {name: values[name] for name in known if name in values}
-        for name, table in read_tables(values).items():
+        tables = read_tables(values)
+        for name, table in _with_default_rates(tables).items():
             arguments |= _read_section(name, table)
         return cls(**arguments)
+
+
+def _with_default_rates(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables, with the method's own learning rates where none is said."""
+    if "learning_rate" in tables["train"]:
+        return tables
+    own = rate_settings(METHODS.get(tables["method"].get("name", DEFAULT_METHOD)))
+    return {**tables, "train": {**own, **tables["train"]}}
 
 
 def _read_section(name: str, table: dict[str, Any]) -> dict[str, Any]:

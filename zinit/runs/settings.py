@@ -8,12 +8,15 @@ from typing import Any
 
 from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
+from zinit.methods import METHODS
+from zinit.methods.base import shares_rates
 from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
 from zinit.runs.options import merge, run_overrides
 from zinit.runs.presets import preset_names, read_config_file, read_preset
 from zinit.tasks import TASKS
 from zinit.validation import shown
 
+RATES = ("learning_rate", "min_learning_rate", "rates")  # settings of [train] that are right for one method only
 TEXTS = ("preset", "backbone", "model", "data")  # of a config file, which are looked at before all is checked
 
 
@@ -59,14 +62,29 @@ def resolve(
     has_model = bool(model or from_file.get("model") or overrides.get("model"))
     preset = _full_preset(preset, task, has_model=has_model)
 
-    values = {} if preset is None else read_preset(preset)
-    values.pop("description", None)
+    named = overrides.get("method", {}).get("name") or from_file["method"].get("name")
+    values = {} if preset is None else preset_values(preset, named)
     arguments = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed}
     for source in (from_file, _given(arguments), {"task": {"name": task}}, overrides):
         merge(values, source)
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
     return RunConfig.from_dict(_with_absolute_paths(values)), preset
+
+
+def preset_values(preset: str, method: str | None) -> dict[str, Any]:
+    """A preset's settings for a run by some method: its learning rates are those of its own method.
+
+    Args:
+        preset: its full name.
+        method: registered name; None is the preset's own.
+    """
+    values = read_preset(preset)
+    values.pop("description", None)
+    own = read_tables(values)["method"].get("name", DEFAULT_METHOD)
+    if method is not None and not shares_rates(METHODS.get(method), METHODS.get(own)):
+        values["train"] = {name: value for name, value in values.get("train", {}).items() if name not in RATES}
+    return values
 
 
 def override(

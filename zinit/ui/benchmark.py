@@ -15,10 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zinit.bench.plan import Benchmark
 from zinit.bench.runner import Event, Runner
-from zinit.bench.summary import Row, table
+from zinit.bench.summary import PAPER, Row, table
 from zinit.bench.write import write_summary
-from zinit.ui.console import print_table
+from zinit.ui.console import output_width, print_table
 
+SHARED = ("metric", "setting", "seeds", "samples", "base", "base loss")  # said once where all lines have the same
+LEFT_OUT = (  # on a narrow terminal, in this order
+    *("seconds", "trainable", "samples", "base loss", "base", "std", "metric", "seeds", "loss minus zero-init", "loss"),
+    *(PAPER, "rate", "minus zero-init"),
+)
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -36,11 +41,27 @@ class Finished:
         rows: of the summary.
         interrupted: by a signal.
         failed: cells that broke; they are tried again next time.
+        left_out: how many runs the budget left out.
     """
 
     rows: list[Row] = field(default_factory=list)
     interrupted: bool = False
     failed: list[str] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is any figure."""
+        return any(row.values for row in self.rows)
+
+    @property
+    def status(self) -> int:
+        """The exit status: 130 stopped, 1 failed or nothing measured, 2 if all that was asked for was refused."""
+        if self.interrupted:
+            return 130
+        if self.failed or (not self.measured and any(row.missing for row in self.rows)):
+            return 1
+        return 0 if self.measured else 2
 
     @property
     def complete(self) -> bool:
@@ -71,13 +92,51 @@ def run_benchmark(
     if not quiet:
         for experiment in benchmark.experiments:
             header, lines = table(row for row in finished.rows if row.experiment == experiment.name)
-            print_table(experiment.name, header, lines)
+            shared, header, lines = fit(header, lines, output_width())
+            print_table("\n".join([experiment.name, *shared]), header, lines)
     console.print(f"Tables and plots: {output}/report.html, {output}/summary.md, {output}/summary.csv", markup=False)
     for cell in finished.failed:
         console.print(f"failed: {cell}; the same command tries it again", markup=False)
+    if finished.left_out:
+        console.print(
+            f"{finished.left_out} runs are left: the budget is spent. The same command goes on.", markup=False
+        )
+    if not finished.measured:
+        console.print("nothing was measured", markup=False)
     if finished.interrupted:
         console.print("stopped; everything is saved. The same command goes on.", markup=False)
     return finished
+
+
+def fit(header: list[str], lines: list[list[str]], width: int) -> tuple[list[str], list[str], list[list[str]]]:
+    """A table that fits a terminal without breaking words; ``summary.md`` has it whole.
+
+    Args:
+        header: names of the columns.
+        lines: cells.
+        width: of the terminal, in characters.
+
+    Returns:
+        Sentences for the title (what all lines share, and what is left out), names (in lines of their own words) and
+        cells of the columns that are shown.
+    """
+    columns = {name: [line[place] for line in lines] for place, name in enumerate(header)}
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"} or name == "mean"}
+    shared = {name: columns.pop(name)[0] for name in SHARED if len(set(columns.get(name, []))) == 1}
+    left_out: list[str] = []
+    for name in LEFT_OUT:
+        if _width(columns) > width and name in columns:
+            left_out.append(name)
+            del columns[name]
+    said = [", ".join(f"{name} {value}" for name, value in shared.items())] if shared else []
+    said += [f"too narrow for: {', '.join(left_out)} (see summary.md)"] if left_out else []
+    shown = [list(cells) for cells in zip(*columns.values(), strict=True)]
+    return said, [name.replace(" ", "\n") for name in columns], shown
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Characters of a table's line: cells whole, names broken at spaces only, and the rules between."""
+    return 1 + sum(3 + max(map(len, [*name.split(" "), *cells])) for name, cells in columns.items())
 
 
 @contextmanager
@@ -116,8 +175,7 @@ class _View:
             elif event["event"] == "cell":
                 self._cell(event)
             elif event["event"] == "budget":
-                self.progress.advance(self.bar)
-                self.progress.print(f"left out {event['cell']}: the budget is spent")
+                self.finished.left_out += 1
 
     def _plan(self, event: Event) -> None:
         done = event["cells"] - event["todo"]

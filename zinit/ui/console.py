@@ -145,6 +145,11 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     _output().print(table)
 
 
+def output_width() -> int:
+    """Characters of a line of the standard output."""
+    return _output().width
+
+
 def _output() -> Console:
     """The standard output; wide where nobody looks at it, so that nothing is cut for scripts."""
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)

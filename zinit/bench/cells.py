@@ -1,0 +1,257 @@
+"""Experiments, taken apart into cells. One cell is one run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+
+from zinit.config import JsonConfig
+from zinit.errors import ConfigError
+from zinit.methods import METHODS
+from zinit.methods.base import rate_settings, shares_rates
+from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
+from zinit.runs.presets import read_preset
+from zinit.runs.settings import resolve
+from zinit.validation import Name, Seed, Words
+
+ALL = "all"  # in the place of a method's name: of every method
+RATES = ("learning_rate", "train.learning_rate")  # a setting that is one method's, unless all are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of the benchmark: what is passed to ``zinit train``.
+
+    Attributes:
+        experiment: name of the experiment it belongs to.
+        backbone: registered name.
+        task: registered name.
+        method: registered name.
+        seed: of everything random.
+        preset: of the run.
+        model: folder or Hub id; None is the embedded demo.
+        data: file, folder or Hub id; None is the embedded demo's.
+        vary: the settings that the experiment goes through, at this cell's values.
+        options: further settings, ``key=value``.
+    """
+
+    experiment: str
+    backbone: str
+    task: str
+    method: str
+    seed: int
+    preset: str | None = None
+    model: str | None = None
+    data: str | None = None
+    vary: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """A readable name that differs when anything differs."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
+        name = "".join(letter if letter.isalnum() else "-" for letter in self.experiment)[:40]
+        return f"{name}.{self.method}.seed{self.seed}.{digest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "options": list(self.options)}
+
+    def arguments(self) -> list[str]:
+        """The arguments of ``zinit train``, but for where the run goes."""
+        named = {"task": self.task, "preset": self.preset, "model": self.model, "data": self.data, "seed": self.seed}
+        return [
+            *("--backbone", self.backbone),
+            *(part for name, value in named.items() if value is not None for part in (f"--{name}", str(value))),
+            *(part for option in self.all_options() for part in ("-o", option)),
+        ]
+
+    def all_options(self) -> list[str]:
+        """The method, the options and the values of what varies, as options of ``zinit train``."""
+        varied = (f"{key}={_toml(value)}" for key, value in self.vary.items())
+        return [f"method={self.method}", *self.options, *varied]
+
+    def resolve(self) -> RunConfig:
+        """The settings of its run.
+
+        Raises:
+            ConfigError: if one is wrong or missing.
+        """
+        settings, _ = resolve(
+            backbone=self.backbone,
+            task=self.task,
+            model=self.model,
+            data=self.data,
+            preset=self.preset,
+            seed=self.seed,
+            options=self.all_options(),
+        )
+        return settings
+
+    def command(self) -> str:
+        """What a user would type to repeat this cell."""
+        return shlex.join(["zinit", "train", *self.arguments()])
+
+
+def _toml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+Options = tuple[str, ...]
+Vary = Annotated[
+    dict[str, Annotated[list[Any], MinLen(1)]],
+    Words('a table that maps a setting to a list of values, such as {"prefix.layers" = [1, 2]}'),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(JsonConfig):
+    """Settings to choose among, by the metric on other data, before the final runs (first seed only).
+
+    The last evaluation counts; ties go to the combination that comes first.
+
+    Args:
+        vary: the settings, all combinations: {"train.learning_rate": [1e-3, 1e-2]}.
+        options: further settings of the runs that choose: ["task.split=train800"].
+    """
+
+    vary: Vary = field(default_factory=dict)
+    options: Options = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(JsonConfig):
+    """A table of the benchmark: one backbone and task, several methods.
+
+    Args:
+        name: unique in the benchmark.
+        backbone: registered name.
+        task: registered name; None is the backbone's own.
+        preset: of its runs; None is the task's demo, where there is no model.
+        model: folder or Hub id.
+        data: file, folder or Hub id.
+        methods: registered names; none are the benchmark's.
+        seeds: none are the benchmark's.
+        metric: the one figure to compare, as ``metrics.json`` names it.
+        options: further settings of all its runs.
+        method_options: further settings by method, or of "all": {"full": ["train.learning_rate=1e-4"]}. A learning
+            rate belongs here: a method that is given none trains at its own (`zinit.methods.base.Method`).
+        vary: settings to go through, all combinations: {"prefix.layers": [1, 2, 4]}.
+        select: settings to choose before the final runs; empty chooses none.
+        note: a sentence for the report.
+    """
+
+    called = "an experiment"
+
+    name: Name
+    backbone: Name
+    task: str | None = None
+    preset: str | None = None
+    model: str | None = None
+    data: str | None = None
+    methods: tuple[Name, ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    metric: Name = "accuracy"
+    options: Options = ()
+    method_options: dict[str, list[str]] = field(default_factory=dict)
+    vary: Vary = field(default_factory=dict)
+    select: Selection = field(default_factory=Selection)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for method in (*self.methods, *(name for name in self.method_options if name != ALL)):
+            METHODS.where(method)
+
+    @property
+    def selects(self) -> bool:
+        """Whether settings are chosen before the final runs."""
+        return self.select != Selection()
+
+    def cells(self, *, chosen: dict[str, tuple[str, ...]] | None = None) -> Iterator[Cell]:
+        """The final runs, seed by seed.
+
+        Args:
+            chosen: by method and data combination (see `choice_key`), what `select` chose.
+        """
+        for seed, values, method in itertools.product(self.seeds, combinations(self.vary), self.methods):
+            cell = self._cell(method, seed, values)
+            if self.selects:
+                cell = replace(cell, options=(*cell.options, *(chosen or {}).get(choice_key(method, values), ())))
+            yield cell
+
+    def selection_cells(self) -> Iterator[Cell]:
+        """The runs that settings are chosen by."""
+        if not self.selects:
+            return
+        for values, method, tried in itertools.product(
+            combinations(self.vary), self.methods, combinations(self.select.vary)
+        ):
+            cell = self._cell(method, self.seeds[0], values)
+            trial = (f"{key}={_toml(value)}" for key, value in tried.items())
+            options = (*cell.options, *self.select.options, *trial)
+            yield replace(cell, experiment=f"{self.name} (selection)", options=options)
+
+    def _cell(self, method: str, seed: int, values: dict[str, Any]) -> Cell:
+        options = (*self.options, *self.method_options.get(ALL, ()), *self.method_options.get(method, ()))
+        given = [*options, *self.vary, *self.select.vary]
+        rated = any(option.partition("=")[0] in RATES for option in given)
+        return Cell(
+            experiment=self.name,
+            backbone=self.backbone,
+            task=str(self.task),
+            method=method,
+            seed=seed,
+            preset=self.preset,
+            model=self.model,
+            data=self.data,
+            vary=values,
+            options=options if rated else (*self._default_rates(method), *options),
+        )
+
+    def _default_rates(self, method: str) -> Options:
+        """A method's own learning rates, where the preset's are another's: a cell's name and command hold them."""
+        preset: dict[str, Any] = {}
+        if self.preset is not None:
+            preset = read_preset(self.preset if "/" in self.preset else f"{self.task}/{self.preset}")
+        own = METHODS.get(method)
+        if shares_rates(own, METHODS.get(read_tables(preset)["method"].get("name", DEFAULT_METHOD))):
+            return ()
+        settings = rate_settings(own)
+        factors = settings.pop("rates", {})
+        return (
+            *(f"train.{name}={value!r}" for name, value in settings.items()),
+            *(f"train.rates.{role}={factor!r}" for role, factor in factors.items()),
+        )
+
+    def check_rates(self) -> None:
+        """A learning rate is said for one method, or for all by that word.
+
+        Raises:
+            ConfigError: naming the rate and the methods.
+        """
+        groups = {tuple(METHODS.get(method).default_rates.items()) for method in self.methods} - {()}
+        bare = [option for option in self.options if option.partition("=")[0] in RATES]
+        if bare and len(groups) > 1:
+            raise ConfigError(
+                f"{bare[0]} is a rate for one method, and there are {', '.join(self.methods)}. Say whose it is: "
+                f"-o {self.methods[0]}:{bare[0]}, or -o {ALL}:{bare[0]} for all (in a file: method_options = "
+                f'{{ {self.methods[0]} = ["{bare[0]}"] }}).'
+            )
+
+
+def combinations(vary: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """[{"a": 1, "b": 1}, {"a": 1, "b": 2}, ...]; one empty combination of nothing."""
+    return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+
+
+def choice_key(method: str, values: dict[str, Any]) -> str:
+    """What a selection is made for."""
+    return json.dumps([method, values], sort_keys=True)
