@@ -103,7 +103,7 @@ def test_the_best_is_chosen_when_all_have_ended(
     trials = list(plan.experiments[0].selection_cells())
     for trial, value in zip(trials, found, strict=True):
         assert final_cells(plan, tmp_path) == []
-        finish(tmp_path, trial, **({"status": "refused"} if value is None else {metric: value}))
+        finish(tmp_path, trial, status="refused" if value is None else "done", **{metric: value})
     assert [cell.options[-1] for cell in final_cells(plan, tmp_path)] == [f"train.learning_rate={best}"] * 2
 
 

@@ -218,7 +218,7 @@ def test_help_loads_no_models() -> None:
 OPTIONS = {
     "train": {"--backbone", "--task", "--model", "--data", "--preset", "--config", "--option", "--seed", "--output",
               "--resume", "--json"},
-    "eval": {"--data", "--limit", "--json"},
+    "eval": {"--data", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
     "generate": {"--prompt", "--input", "--raw", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen",

@@ -65,7 +65,8 @@ def test_the_last_position_is_the_last(name: str) -> None:
 
 def test_what_else_limits_and_what_does_not() -> None:
     assert positions(LlamaModel(LlamaConfig(**SMALL))) == 24
-    assert positions(clip()) == clip().config.text_config.max_position_embeddings
+    dual: Any = clip()
+    assert positions(dual) == dual.config.text_config.max_position_embeddings
     assert positions(BloomModel(BloomConfig(vocab_size=24, hidden_size=8, n_layer=1, n_head=2))) is None
     assert positions(T5EncoderModel(T5Config(vocab_size=24, d_model=8, d_kv=4, d_ff=8, num_layers=1))) is None
     assert positions(torch.nn.Linear(2, 2)) is None
@@ -84,7 +85,7 @@ def test_a_token_without_a_row_is_named() -> None:
         BackboneError, match=r"there: the tokenizer has the token '<t0>' \(number 260\) and 6 more, but .* 260 rows"
     ):
         check_vocabulary(model, with_another(encoder_tokenizer(), "<new>"), "there")
-    dual = clip()
+    dual: Any = clip()
     rows = dual.config.text_config.vocab_size
     tokenizer = byte_tokenizer()
     with pytest.raises(BackboneError, match=rf"\(number {rows}\) and {len(tokenizer) - rows - 1} more, but"):

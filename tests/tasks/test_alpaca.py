@@ -142,3 +142,16 @@ def test_answers_do_not_depend_on_the_batch(model: LlamaForCausalLM, tmp_path: P
 def test_more_tokens_than_the_model_has_room_for(model: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_length is 600, but the model has room for 512 tokens"):
         task(model, some(4), tmp_path, max_length=600)
+
+
+def test_white_space_at_the_edges_is_no_content(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    assert format_prompt("Sing.", " \n\u3000") == format_prompt("Sing.")
+    long = {"instruction": "Wait", "input": "", "output": " " * 400 + "now"}
+    records = [*some(20), {"instruction": " \t", "input": "x", "output": "y"}, long]
+    t = task(model, records, tmp_path, max_length=200, held_out=2)
+    counts = t.data_report()
+    parts = ("train", "held_out")
+    assert sum(counts[f"{p}_skipped_blank_instruction"] for p in parts) == 1
+    assert sum(counts[f"{p}_skipped_response_cut_to_blanks"] for p in parts) == 1
+    assert sum(counts[f"{p}_truncated"] for p in parts) == 0
+    assert len(t.train_examples) + len(t.held_out_examples) == 20 == sum(counts[p] for p in parts)

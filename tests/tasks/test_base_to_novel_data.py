@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import normalizers
 
 from tests.shared import SHARED
 from tests.tasks.clip import SIZE, accounted, clip, evaluate, folders, make_image, task, tokenizer
@@ -279,3 +280,27 @@ def test_a_crop_is_a_part_of_the_image() -> None:
     assert 0.2 < min(map(abs, covered)) < 0.45
     assert 0.8 < max(map(abs, covered)) < 1.05
     assert 15 < sum(value < 0 for value in covered) < 45  # mirrored
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("crane", "crane_"), "cannot tell the classes 'crane' and 'crane_' apart: it reads the same tokens for both"),
+        (
+            ("red_fox", "red fox"),
+            r"'red fox' and 'red_fox' apart.*'a photo of a red fox\.'.*-o task.drop_classes=red_fox",
+        ),
+        (("Owl", "owl"), "'Owl' and 'owl' apart"),
+        (("__", "owl"), "the class '__' has no name that could be read"),
+    ],
+)
+def test_classes_that_the_text_tower_cannot_tell_apart(names: tuple[str, str], message: str, tmp_path: Path) -> None:
+    folders(tmp_path / "data")
+    for place, name in enumerate(names):
+        (tmp_path / "data" / f"kind_{place}").rename(tmp_path / "data" / name)
+    processor = ClipProcessor(tokenizer())
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # as CLIP's
+    with pytest.raises(DataError, match=message):
+        task(tmp_path / "data", processor=processor)
+    labels = sorted(folder.name for folder in (tmp_path / "data").iterdir())
+    assert task(tmp_path / "data", processor=processor, labels=labels).labels == labels  # a finished run's stay

@@ -12,9 +12,12 @@ from tests.shared import needs_data
 from tests.tasks.encoder import encoder_tokenizer, tiny_encoder
 from tests.tasks.squad import DATA, document, make, write
 from zinit.errors import ConfigError, DataError
+from zinit.runs.config import RunConfig
+from zinit.runs.evaluate import evaluate, write_artifacts
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.squad.questions import parse_questions, read_questions
 from zinit.tasks.squad.task import Squad, SquadConfig
+from zinit.train.strategy import make_accelerator
 
 
 @needs_data
@@ -163,3 +166,74 @@ def test_the_data_decides_the_version(tmp_path: Path) -> None:
         make(tmp_path, version="1.1")
     with pytest.raises(ConfigError, match=r"version must be one of 'auto', '1.1', '2.0'; got 3\.0"):
         SquadConfig(version=3.0)  # pyright: ignore[reportArgumentType]
+
+
+BLANKS = ("", " ", "\n\t ", "\u00a0\u3000")
+
+
+def with_questions(*texts: str) -> dict[str, Any]:
+    whole = document(12, unanswerable=False)
+    for place, text in enumerate(texts):
+        paragraph = whole["data"][0]["paragraphs"][place]
+        extra = {"id": f"x{place}", "question": text, "answers": paragraph["qas"][0]["answers"]}
+        paragraph["qas"].append(extra)
+    return whole
+
+
+def test_white_space_around_a_question_is_no_content(tmp_path: Path) -> None:
+    """A question behind 70 blanks was cut to nothing."""
+    plain = make(tmp_path, with_questions("Where is it?"))
+    blanks = make(tmp_path, with_questions(" " * 70 + "Where is it?\n" + "\t" * 70))
+    assert blanks.fingerprint() == plain.fingerprint()
+    assert blanks.data_report() == plain.data_report()
+
+
+def test_questions_without_content_are_skipped_and_counted(tmp_path: Path) -> None:
+    task = make(tmp_path, with_questions(*BLANKS))
+    counts = task.data_report()
+    assert counts["train_skipped_blank_question"] + counts["held_out_skipped_blank_question"] == len(BLANKS)
+    assert counts["read"] == counts["train"] + counts["held_out"] + len(BLANKS) == 16
+    kept = [*task.train_questions, *task.held_out_questions]
+    assert len(kept) == 12
+    assert all(question.text for question in kept)
+    for part in ("train", "held_out"):
+        questions, windows = getattr(task, f"{part}_questions"), getattr(task, f"{part}_windows")
+        assert {window.question for window in windows} == set(range(len(questions)))
+        for window in windows:  # each is of the question that it says
+            asked = task.tokenizer(questions[window.question].text, add_special_tokens=False)["input_ids"]
+            assert window.ids[1 : 1 + len(asked)].tolist() == asked
+    only = document(2, unanswerable=False)
+    for paragraph in only["data"][0]["paragraphs"]:
+        paragraph["qas"][0]["question"] = " "
+    with pytest.raises(DataError, match="questions of the train part are blank"):
+        make(tmp_path, only)
+
+
+def blind(whole: dict[str, Any]) -> dict[str, Any]:
+    for paragraph in whole["data"][0]["paragraphs"]:
+        for question in paragraph["qas"]:
+            del question["answers"], question["is_impossible"]
+    return whole
+
+
+def test_a_blind_test_set_is_answered_and_not_measured(tmp_path: Path) -> None:
+    data = write(tmp_path / "blind.json", blind(document(4)))
+    inputs = {"model": tiny_encoder(), "processor": encoder_tokenizer()}
+    config = SquadConfig(max_length=96, stride=16, max_question=32, held_out_data=data)
+    task = Squad(TaskInputs(**inputs, train=False), config)
+    assert len(task.held_out_stream) == 0  # there is no loss either
+    config_of_run = RunConfig(backbone="roberta", task="squad")
+    found = evaluate(task, config_of_run, make_accelerator(config_of_run.train))
+    assert found.metrics == {}
+    assert found.counts["questions"] == 6
+    assert set(task.predictions) == {"q0", "q1", "n1", "q2", "q3", "n3"}
+    assert all(task.predictions.values())
+    write_artifacts(task, tmp_path / "answers")
+    assert json.loads((tmp_path / "answers" / "predictions.json").read_text()) == task.predictions
+    with pytest.raises(DataError, match="there is no field 'answers'"):  # nor is it trained or selected on
+        Squad(TaskInputs(**inputs), config)
+    half = document(4)
+    half["data"][0]["paragraphs"][0] = blind(document(1))["data"][0]["paragraphs"][0]
+    write(tmp_path / "blind.json", half)
+    with pytest.raises(DataError, match=r"'q1' has answers, but those before it have none\. Give all"):
+        Squad(TaskInputs(**inputs, train=False), config)

@@ -21,7 +21,7 @@ from zinit.ui.chat import ChatSession
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model with learned positions, in the place of a run's."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 264, "n_positions": 120, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    shape: dict[str, Any] = {"vocab_size": 264, "n_positions": 120, "n_embd": 32, "n_layer": 1, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).eval()
     handle = attach(model, PrefixConfig(length=2))
     monkeypatch.setattr(chat, "read_finished_run", lambda where: (SimpleNamespace(task="alpaca"), None))

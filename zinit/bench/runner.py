@@ -239,7 +239,7 @@ def _rates(config: dict[str, Any]) -> dict[str, float]:
     """The learning rates of a run: {"": of most that trains, role: of what has one of its own}."""
     train = config.get("train", {})
     rate, factors = train.get("learning_rate"), train.get("rates", {})
-    if rate is None:
+    if not isinstance(rate, float | int):
         return {}
     own = {role: rate * factor for role, factor in factors.items() if isinstance(factor, float | int) and factor != 1}
     return {"": rate, **own}

@@ -81,7 +81,8 @@ def check_vocabulary(model: nn.Module, processor: Any, source: object) -> None:
 
 def _word_embeddings(model: Any) -> Iterator[nn.Embedding]:
     """The embedding of the tokens of a text model, or of the text tower."""
-    for host in (model, getattr(model, "text_model", None)):
+    hosts: tuple[Any, ...] = (model, getattr(model, "text_model", None))
+    for host in hosts:
         try:
             found = host.get_input_embeddings()
         except (AttributeError, NotImplementedError):

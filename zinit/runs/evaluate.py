@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zinit.errors import ConfigError
 from zinit.models.offload import weights_in_place
 from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models
 from zinit.runs.config import RunConfig
-from zinit.runs.directory import load_baseline, load_trained, read_finished_run
+from zinit.runs.directory import load_baseline, load_trained, read_finished_run, write_json
 from zinit.runs.settings import absolute_path
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from zinit.tasks.base import Evaluation, Task
 
 
-def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    directory: str | Path, *, data: str | None = None, limit: int | None = None, output: str | Path | None = None
+) -> dict[str, Any]:
     """The base and the adapted model of a finished run on its held-out examples, or on other data.
 
     The base is left out where its baseline needs training data that are not read, and the run kept none.
@@ -32,6 +35,7 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
         directory: of the run.
         data: evaluate on all of this instead.
         limit: examples an answer is generated for.
+        output: a folder for what the adapted model answered, such as ``predictions.json``.
     """
     config, record = read_finished_run(directory)
     if data is not None:
@@ -52,12 +56,31 @@ def evaluate_run(directory: str | Path, *, data: str | None = None, limit: int |
             metrics["base"] = evaluate(task, config, accelerator, limit).metrics
     load_trained(task, Path(directory))  # not before: the base is without them
     adapted = evaluate(task, config, accelerator, limit)
+    if output is not None and accelerator.is_main_process:
+        write_artifacts(task, Path(output))
     return {
         "metrics": metrics | {"adapted": adapted.metrics},
         "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
     }
+
+
+def write_artifacts(task: Task, folder: Path) -> None:
+    """Writes what a task's last evaluation answered.
+
+    Raises:
+        ConfigError: if the task keeps no answers, or the folder cannot be written to.
+    """
+    artifacts = task.artifacts()
+    if not artifacts:
+        raise ConfigError(f"the task {task.name!r} keeps no answers in files. Leave --output out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, document in artifacts.items():
+            write_json(folder / name, document)
+    except OSError as error:
+        raise ConfigError(f"the answers cannot be written to {folder}: {error.strerror}.") from error
 
 
 def evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
@@ -67,6 +90,6 @@ def evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int
     with accelerator.autocast(), weights_in_place(task):
         evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
-    evaluation.metrics = {"loss": loss, **of_text, **evaluation.metrics}
+    evaluation.metrics = ({"loss": loss, **of_text} if count else {}) | evaluation.metrics
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
     return evaluation

@@ -15,7 +15,10 @@ from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_texts, format_prompt
 
 Record = dict[str, str]
-COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
+COUNTED: tuple[str, ...] = (
+    *("", "_truncated", "_empty_response"),
+    *("_skipped_prompt_too_long", "_skipped_blank_instruction", "_skipped_response_cut_to_blanks"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ def encode_records(
         tokenizer: of the model.
         records: with the three fields.
         fields: names of instruction, input and output.
-        max_length: tokens of an example; a longer one is cut, one whose prompt leaves no room is skipped.
+        max_length: tokens of an example; a longer one is cut, one of which no response is left then is skipped.
 
     Returns:
         The examples, and counts under the names of `COUNTED`.
@@ -60,6 +63,9 @@ def encode_records(
     examples: list[Example] = []
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not records[i][instruction].strip():
+            counts["_skipped_blank_instruction"] += 1
+            continue
         start, both = encoded[i], encoded[len(records) + i]
         if both[: len(start)] != start:
             both = start + encode_texts(tokenizer, [response])[0]
@@ -68,11 +74,19 @@ def encode_records(
         if prompt_length >= max_length:
             counts["_skipped_prompt_too_long"] += 1
             continue
+        if len(ids) > max_length and _is_blank(tokenizer, ids[prompt_length:max_length]) and response.strip():
+            counts["_skipped_response_cut_to_blanks"] += 1
+            continue
         counts["_truncated"] += len(ids) > max_length
         counts["_empty_response"] += not response.strip()
         examples.append(Example(ids=ids[:max_length], prompt_length=prompt_length, prompt=prompt, response=response))
     counts[""] = len(examples)
     return examples, counts
+
+
+def _is_blank(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether tokens stand for nothing but white space, which at the edges of a field is no content."""
+    return not tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def split_records(

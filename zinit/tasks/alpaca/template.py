@@ -14,9 +14,9 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
     Args:
         instruction: what to do.
-        input: further context; may be empty.
+        input: further context; may be empty or blank.
     """
-    if input:
+    if input.strip():
         return (
             f"{HEADER}, paired with an input that provides further context. {REQUEST}\n\n"
             f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"

@@ -117,6 +117,8 @@ class BaseToNovel(Task):
         self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
         if len(self.labels) < 4:
             raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
+        if inputs.labels is None:  # those of a finished run were trained on as they are
+            self._check_names(self.labels)
         middle = (len(self.labels) + 1) // 2
         self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
         sources, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
@@ -133,7 +135,7 @@ class BaseToNovel(Task):
             self._counts[f"{half}_classes_without_test"] = len(self.classes[half]) - len(set(self._tested[half][1]))
             if not self._tested[half][0]:
                 raise DataError(f"there is no image of a {half} class to test on: {self._counts}.")
-            for key, tokens in self._tokenise(self.classes[half], host).items():
+            for key, tokens in self._tokenise(self.classes[half]).items():
                 self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
         self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
         patches = (self.size // int(getattr(host.vision_config, "patch_size", 16))) ** 2
@@ -178,9 +180,33 @@ class BaseToNovel(Task):
         self._counts["test_skipped_unreadable"] += len(opened.skipped)
         return opened, [number[mine[position].label] for position in opened.kept]
 
-    def _tokenise(self, names: Sequence[str], host: Any) -> dict[str, Tensor]:
+    def _check_names(self, names: Sequence[str]) -> None:
+        """The text tower reads every class's name, and tells it from the others.
+
+        Raises:
+            DataError: naming two classes with the same tokens, or one that is read as nothing.
+        """
+        prompts = self._prompts(names)
+        ids = self.processor.tokenizer(prompts, split_special_tokens=True)["input_ids"]
+        size, seen = len(self.config.template), dict[str, str]()
+        for index, name in enumerate(names):
+            if not _spoken(name):
+                raise DataError(f"the class {name!r} has no name that could be read. Rename it.")
+            first = seen.setdefault(repr(ids[index * size : (index + 1) * size]), name)
+            if first != name:
+                raise DataError(
+                    f"the text tower cannot tell the classes {first!r} and {name!r} apart: it reads the same tokens "
+                    f"for both, those of {prompts[index * size]!r}. Rename one of them, or leave it out: "
+                    f"-o task.drop_classes={name}"
+                )
+
+    def _prompts(self, names: Sequence[str]) -> list[str]:
+        """What is read for every class, its templates next to each other."""
+        return [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
+
+    def _tokenise(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Prompts of every class, its templates next to each other: (classes x templates, T)."""
-        prompts = [text.replace("{}", _spoken(name)) for name in names for text in self.config.template]
+        prompts = self._prompts(names)
         room, padding = positions(self.model), self.processor.padding
         size = {"max_length": room} if padding == "max_length" else {}
         encoded = self.processor.tokenizer(

@@ -25,6 +25,7 @@ class Question:
         context: the text the answer is a part of.
         answers: the expected answers; none if there is no answer.
         starts: where each of them begins in the context, in characters.
+        blind: whether the data does not say what is expected, as in a test set.
     """
 
     id: str
@@ -32,19 +33,21 @@ class Question:
     context: str
     answers: tuple[str, ...]
     starts: tuple[int, ...]
+    blind: bool = False
 
 
 class _BadQuestionError(DataError):
     """One question is wrong in a way that leaves the others as they are."""
 
 
-def read_questions(source: str, *, skip_bad: bool = False) -> tuple[list[Question], int]:
+def read_questions(source: str, *, skip_bad: bool = False, blind: bool = False) -> tuple[list[Question], int]:
     """The questions of a JSON, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
 
     Args:
         source: path, or Hub id such as ``rajpurkar/squad_v2`` (its ``train`` split; ``id:split`` names another).
         skip_bad: leave out questions whose answers are not where the data says, or whose id another question has too,
             instead of refusing them.
+        blind: allow data in which no question has a field ``answers``.
 
     Returns:
         The questions, and how many were left out.
@@ -53,10 +56,12 @@ def read_questions(source: str, *, skip_bad: bool = False) -> tuple[list[Questio
         DataError: naming file, paragraph and question.
     """
     document, name = read_document(source)
-    return parse_questions(document, name, skip_bad=skip_bad)
+    return parse_questions(document, name, skip_bad=skip_bad, blind=blind)
 
 
-def parse_questions(document: Any, name: str, *, skip_bad: bool = False) -> tuple[list[Question], int]:
+def parse_questions(
+    document: Any, name: str, *, skip_bad: bool = False, blind: bool = False
+) -> tuple[list[Question], int]:
     """The questions of a document.
 
     Args:
@@ -64,6 +69,7 @@ def parse_questions(document: Any, name: str, *, skip_bad: bool = False) -> tupl
             records ``{"id", "context", "question", "answers"}``, bare or under "data".
         name: of the document, for messages.
         skip_bad: see `read_questions`.
+        blind: likewise.
 
     Returns:
         See `read_questions`.
@@ -78,6 +84,7 @@ def parse_questions(document: Any, name: str, *, skip_bad: bool = False) -> tupl
     found: list[Question] = []
     seen: dict[str, str] = {}
     skipped = number = 0
+    without: bool | None = None  # whether the first question has no answers, which is then so of all
     for where, context, record in _records(document, name):
         identity = _text(record, "id", where)
         first = seen.setdefault(identity, where.removeprefix(f"{name}, "))
@@ -87,7 +94,8 @@ def parse_questions(document: Any, name: str, *, skip_bad: bool = False) -> tupl
         try:
             if repeated:
                 raise _BadQuestionError(f"{where}: its id is not unique, {first} has it too. {SKIP}")
-            found.append(_question(record, identity, context, where))
+            without = _is_blind(record) if without is None else without
+            found.append(_question(record, identity, context, where, blind=blind and without))
         except _BadQuestionError:
             if not skip_bad:
                 raise
@@ -174,8 +182,16 @@ def _records(document: Any, name: str) -> Iterator[tuple[str, str, dict[str, Any
                 yield where, context, record
 
 
-def _question(record: dict[str, Any], identity: str, context: str, where: str) -> Question:
-    text = _text(record, "question", where)
+def _is_blind(record: dict[str, Any]) -> bool:
+    return record.get("answers") is None and record.get("is_impossible") is None
+
+
+def _question(record: dict[str, Any], identity: str, context: str, where: str, *, blind: bool) -> Question:
+    text = _text(record, "question", where).strip()  # a tokenizer may make tokens of blanks
+    if blind:
+        if not _is_blind(record):
+            raise DataError(f"{where} has answers, but those before it have none. Give all answers, or none.")
+        return Question(id=identity, text=text, context=context, answers=(), starts=(), blind=True)
     answers = list(_answers(record, where))
     impossible = record.get("is_impossible")
     if impossible is not None and not isinstance(impossible, bool):

@@ -54,7 +54,8 @@ class SquadConfig(JsonConfig):
         version: "1.1" has no unanswerable questions and always answers; "2.0" has; "auto" is 2.0 if the data has any.
         on_bad: what to do with a question whose answer is not where the data says, or whose id another question
             has too: "error" or "skip" (which is counted).
-        held_out_data: a source of the held-out questions. Without it they are the ``dev*`` file of a data folder that
+        held_out_data: a source of the held-out questions; for an evaluation alone they may have no answers (a blind
+            test set), and are answered then. Without it they are the ``dev*`` file of a data folder that
             has one, else those about a tenth of the contexts.
     """
 
@@ -73,6 +74,7 @@ class Squad(Task):
     """See the module. Needs an encoder and its fast tokenizer; the head is trained along.
 
     Attributes:
+        blind: whether the held-out questions have no answers, as those of a test set: they are answered, not measured.
         predictions: {question id: answer} of the last evaluation, as the official scripts read them.
         null_odds: {question id: how much better "no answer" scores than the best answer}.
     """
@@ -92,15 +94,17 @@ class Squad(Task):
         self.train_questions, self.held_out_questions, self._counts = _split(
             config, inputs.data, inputs.seed, train=inputs.train
         )
-        self.train_windows = self._encode(self.train_questions, "train")
-        self.held_out_windows = self._encode(self.held_out_questions, "held_out")
+        self.train_questions, self.train_windows = self._encode(self.train_questions, "train")
+        self.held_out_questions, self.held_out_windows = self._encode(self.held_out_questions, "held_out")
+        self.blind = any(question.blind for question in self.held_out_questions)
         self.train_stream = _stream("train", self.train_windows)
-        self.held_out_stream = _stream("held_out", self.held_out_windows)
+        self.held_out_stream = _stream("held_out", [] if self.blind else self.held_out_windows)
         self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
         self.predictions: dict[str, str] = {}
         self.null_odds: dict[str, float] = {}
 
-    def _encode(self, questions: list[Question], part: str) -> list[Window]:
+    def _encode(self, questions: list[Question], part: str) -> tuple[list[Question], list[Window]]:
+        """The questions of which something is left, and their windows."""
         windows = make_windows(
             self.tokenizer,
             questions,
@@ -110,12 +114,15 @@ class Squad(Task):
             types=takes_token_types(self.model, self.tokenizer),
         )
         self._counts |= {
-            part: len(questions),
+            part: len(windows.questions),
+            f"{part}_skipped_blank_question": len(questions) - len(windows.questions),
             f"{part}_windows": len(windows.items),
             f"{part}_truncated_questions": windows.truncated_questions,
             f"{part}_truncated_answers": windows.unreachable,
         }
-        return windows.items
+        if questions and not windows.questions:
+            raise DataError(f"all {len(questions)} questions of the {part} part are blank.")
+        return windows.questions, windows.items
 
     def collate(self, stream: Stream, indices: Sequence[int]) -> Batch:
         """What `pad` makes, with the positions ``starts`` and ``ends`` (B,) of the answers' first and last tokens."""
@@ -158,6 +165,8 @@ class Squad(Task):
         ids = [question.id for question in questions]
         self.predictions = dict(zip(ids, given, strict=True))
         self.null_odds = dict(zip(ids, odds, strict=True))
+        if self.blind:
+            return Evaluation(metrics={}, counts={"questions": len(questions), "refused": sum(refused)})
         references = [list(question.answers) for question in questions]
         metric = METRICS.get("squad_v2" if self.unanswerable else "squad")()
         metrics = metric.compute(predictions=given, references=references)
@@ -254,9 +263,9 @@ def _split(
     """Training and held-out questions: no context is in both."""
     skipped = 0
 
-    def read(source: str) -> list[Question]:
+    def read(source: str, *, blind: bool = False) -> list[Question]:
         nonlocal skipped
-        questions, bad = read_questions(source, skip_bad=config.on_bad == "skip")
+        questions, bad = read_questions(source, skip_bad=config.on_bad == "skip", blind=blind)
         skipped += bad
         return questions
 
@@ -271,7 +280,7 @@ def _split(
     elif train_file is not None and (train or dev_file is None):
         training = read(train_file)
     if dev_file is not None:
-        held_out = read(dev_file)
+        held_out = read(dev_file, blind=not train)
     elif train_file is not None:
         training, held_out = split_questions(training, seed, train_file)
     if not train:
@@ -295,7 +304,7 @@ def _demo() -> tuple[list[Question], list[Question]]:
 
 def _has_unanswerable(config: SquadConfig, questions: list[Question]) -> bool:
     """Whether the data, or its set version, has unanswerable questions."""
-    without = [question for question in questions if not question.answers]
+    without = [question for question in questions if not (question.answers or question.blind)]
     if config.version == "1.1" and without:
         raise DataError(
             f"task.version is 1.1, but {len(without)} questions have no answer, the first is {without[0].id!r}. "

@@ -48,11 +48,13 @@ class Windows:
 
     Attributes:
         items: the windows.
+        questions: those that the windows are of: a question of which nothing is left has none.
         truncated_questions: how many questions were cut.
         unreachable: how many questions have an answer that no window holds whole.
     """
 
     items: list[Window]
+    questions: list[Question]
     truncated_questions: int
     unreachable: int
 
@@ -71,10 +73,16 @@ def make_windows(
         types: whether the model takes token types.
     """
     items: list[Window] = []
+    kept: list[Question] = []
     truncated = unreachable = 0
-    for begin in range(0, len(questions), AT_ONCE):
-        part = questions[begin : begin + AT_ONCE]
+    for start in range(0, len(questions), AT_ONCE):
+        part = questions[start : start + AT_ONCE]
         texts = _cut(tokenizer, [question.text for question in part], max_question)
+        begin, left = len(kept), [place for place, text in enumerate(texts) if text.strip()]
+        part, texts = [part[place] for place in left], [texts[place] for place in left]
+        if not part:
+            continue
+        kept += part
         truncated += sum(text != question.text for text, question in zip(texts, part, strict=True))
         encoded = tokenizer(
             texts,
@@ -93,14 +101,15 @@ def make_windows(
             held |= {place} if window.end != window.cls else set()
             items.append(window)
         unreachable += sum(bool(question.answers) and place not in held for place, question in enumerate(part))
-    return Windows(items=items, truncated_questions=truncated, unreachable=unreachable)
+    return Windows(items=items, questions=kept, truncated_questions=truncated, unreachable=unreachable)
 
 
 def _cut(tokenizer: Any, texts: list[str], longest: int) -> list[str]:
-    """What the first tokens of each text stand for."""
+    """What the first tokens of each text stand for; nothing of a text that has no tokens."""
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     cut = []
     for text, offsets in zip(texts, encoded["offset_mapping"], strict=True):
+        text = text if offsets else ""
         cut.append(text if len(offsets) <= longest else text[: offsets[longest][0]].rstrip())
     return cut
 
