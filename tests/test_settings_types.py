@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 from pydantic import BeforeValidator
 
-from zinit.bench.plan import BenchmarkFile, Experiment, Selection, make_benchmark
+from zinit.bench.cells import Experiment, Selection
+from zinit.bench.plan import BenchmarkFile, make_benchmark
 from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, describe_settings, setting_paths
 from zinit.errors import ConfigError
 from zinit.methods import METHODS

@@ -16,6 +16,10 @@ class BackboneError(ZinitError):
     """A model cannot take the prefix that was asked for."""
 
 
+class LoadingError(BackboneError):
+    """A model's files are missing, unreadable or not what is needed."""
+
+
 class CheckpointError(ZinitError):
     """An adapter or a resume checkpoint is missing, damaged, or made for something else."""
 
@@ -27,9 +31,10 @@ class DataError(ZinitError):
 def is_by_settings(error: BaseException) -> bool:
     """Whether the same settings would be refused again, whatever becomes of files, folders and other machines.
 
-    What an operating system or a network refused, and what is wrong with data or checkpoints, may be mended.
+    What an operating system or a network refused, and what is wrong with data, models' files or checkpoints, may be
+    mended.
     """
-    if not isinstance(error, ConfigError | BackboneError):
+    if not isinstance(error, ConfigError | BackboneError) or isinstance(error, LoadingError):
         return False
     cause: BaseException | None = error
     while cause is not None:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.tiny import ROOT, environment
 from zinit.bench.plan import Benchmark, list_bench_presets, make_benchmark
-from zinit.bench.runner import Runner, final_cells, read_cells
+from zinit.bench.runner import Runner, _failure, final_cells, read_cells
 from zinit.bench.summary import summarise
 from zinit.bench.write import write_summary
 from zinit.errors import ConfigError, DataError
@@ -353,3 +353,23 @@ def test_presets_are_complete(name: str) -> None:
     plan.check()
     assert plan.description
     assert all(experiment.seeds and experiment.methods for experiment in plan.experiments)
+
+
+@pytest.mark.parametrize(
+    ("status", "out", "err", "expected"),
+    [
+        (2, {"error": "no biases", "by_settings": True}, "zinit: no biases", "refused"),
+        (2, {"error": "no space", "by_settings": False}, "zinit: no space", "failed"),
+        (2, {"error": "x", "by_settings": True}, "zinit: the output RUN is not writable", "failed"),  # its own folder
+        (2, None, "zinit: said by another version", "failed"),
+        (1, {"by_settings": True}, "Traceback", "failed"),
+        (2, None, "", "failed"),
+    ],
+)
+def test_trouble_with_its_own_folder_is_none_of_the_settings(
+    status: int, out: Any, err: str, expected: str, tmp_path: Path
+) -> None:
+    text = b"" if out is None else json.dumps(out).encode()
+    found = _failure(status, text, err.replace("RUN", str(tmp_path)).encode(), tmp_path)
+    assert found["status"] == expected
+    assert found["error"]

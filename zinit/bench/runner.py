@@ -238,7 +238,8 @@ def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
 def _rates(config: dict[str, Any]) -> dict[str, float]:
     """The learning rates of a run: {"": of most that trains, role: of what has one of its own}."""
     train = config.get("train", {})
-    rate, factors = train.get("learning_rate"), train.get("rates", {})
+    rate: Any = train.get("learning_rate")
+    factors: dict[str, Any] = train.get("rates", {})
     if not isinstance(rate, float | int):
         return {}
     own = {role: rate * factor for role, factor in factors.items() if isinstance(factor, float | int) and factor != 1}

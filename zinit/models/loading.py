@@ -218,15 +218,14 @@ def model_source(source: str | Path) -> str:
     Raises:
         BackboneError: if it is a path that holds no model.
     """
-    path, text = Path(source).expanduser(), str(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            message = f"the folder {source} holds no model: it has no config.json."
-            raise BackboneError(message) from FileNotFoundError(text)
+            raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
         return str(path)
+    text = str(source)
     if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        message = f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id."
-        raise BackboneError(message) from FileNotFoundError(text)  # it may be there another time
+        raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
     return text
 
 

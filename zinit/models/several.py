@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from zinit.errors import ConfigError, ZinitError
+from zinit.errors import BackboneError, ConfigError, LoadingError, ZinitError
 from zinit.models.loading import Loading
 from zinit.models.room import check_vocabulary
 from zinit.registry import import_object
@@ -51,7 +51,7 @@ def call_loader(load: Callable[..., Any], source: str | Path, owner: str, **load
         loading: see `zinit.models.loading.Loading`.
 
     Raises:
-        BackboneError: if the tokenizer has tokens that the model's embedding has no row for.
+        LoadingError: if there is no such model, or its tokenizer has tokens that its embedding has no row for.
         ConfigError: if the model is to be quantised and the loader does not know how.
     """
     parameters = inspect.signature(load).parameters
@@ -60,8 +60,11 @@ def call_loader(load: Callable[..., Any], source: str | Path, owner: str, **load
             name = getattr(load, "__name__", "loader")
             raise ConfigError(f"{owner} cannot quantise its model: its {name} takes no 'quantize'. Leave it out.")
         loading = {name: value for name, value in loading.items() if name in parameters}
-    model, processor = load(source, **loading)
-    check_vocabulary(model, processor, source)
+    try:
+        model, processor = load(source, **loading)
+        check_vocabulary(model, processor, source)
+    except BackboneError as error:
+        raise LoadingError(str(error)) from error
     return model, processor
 
 
