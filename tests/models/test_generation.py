@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaFor
 
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
 from zinit.methods.base import ApplyContext
 from zinit.methods.prompt_tuning import PromptTuning, PromptTuningSettings
 from zinit.models.generation import conversational
@@ -131,6 +132,20 @@ def test_virtual_tokens_take_positions_too(tmp_path: Path) -> None:
     with adapted.disabled():
         t.answer(["a" * 270])
     assert read[0] == 271
+
+
+def test_examples_leave_virtual_tokens_room(tmp_path: Path) -> None:
+    def made(length: int, **settings: Any) -> Alpaca:
+        apply = PromptTuning(PromptTuningSettings(length=length)).apply
+        model = apply(gpt2(300), ApplyContext(prefix=PrefixConfig(), backbone="llama", seed=0)).model
+        return task(model, tmp_path, **{"max_length": 300, **settings})
+
+    longest = max(made(1).train_stream.lengths)
+    made(300 - longest)
+    with pytest.raises(ConfigError, match=rf"an example has {longest} tokens, but .* for {longest - 1}, .*-o task.max"):
+        made(301 - longest)
+    with pytest.raises(ConfigError, match=r"task\.max_length is 301, but"):
+        made(1, max_length=301)
 
 
 def test_virtual_tokens_stand_in_front_once(tmp_path: Path) -> None:

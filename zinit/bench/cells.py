@@ -238,7 +238,7 @@ class Experiment(JsonConfig):
             ConfigError: naming the rate and the methods.
         """
         groups = {tuple(METHODS.get(method).default_rates.items()) for method in self.methods} - {()}
-        bare = [option for option in self.options if option.partition("=")[0] in RATES]
+        bare = [option for option in (*self.options, *self.select.options) if option.partition("=")[0] in RATES]
         if bare and len(groups) > 1:
             raise ConfigError(
                 f"{bare[0]} is a rate for one method, and there are {', '.join(self.methods)}. Say whose it is: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,9 +34,23 @@ def check_positions(model: nn.Module, max_length: int) -> None:
         ConfigError: if not.
     """
     room = positions(model)
-    if room is not None and max_length > room:
+    if room is not None and max_length > room + _virtual_tokens(model):  # short texts may leave the prompts room
         raise ConfigError(
             f"task.max_length is {max_length}, but the model has room for {room} tokens: -o task.max_length={room}."
+        )
+
+
+def check_lengths(model: nn.Module, *splits: Sequence[int]) -> None:
+    """A model has room for all of these lengths, PEFT's virtual prompts in front.
+
+    Raises:
+        ConfigError: if not.
+    """
+    room, longest = positions(model), max((length for lengths in splits for length in lengths), default=0)
+    if room is not None and longest > room:
+        raise ConfigError(
+            f"an example has {longest} tokens, but the model has room for {room}, the prompts of the method aside: "
+            f"-o task.max_length={room}."
         )
 
 

@@ -15,10 +15,7 @@ from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_texts, format_prompt
 
 Record = dict[str, str]
-COUNTED: tuple[str, ...] = (
-    *("", "_truncated", "_empty_response"),
-    *("_skipped_prompt_too_long", "_skipped_blank_instruction", "_skipped_response_cut_to_blanks"),
-)
+COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ def encode_records(
         max_length: tokens of an example; a longer one is cut, one of which no response is left then is skipped.
 
     Returns:
-        The examples, and counts under the names of `COUNTED`.
+        The examples, and counts under the names of `COUNTED`, and of what was skipped beside.
     """
     instruction, input, output = fields
     prompts = [format_prompt(record[instruction], record[input]) for record in records]

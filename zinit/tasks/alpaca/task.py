@@ -20,7 +20,7 @@ from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.losses import chunked_cross_entropy, split_head
-from zinit.models.room import check_positions, positions
+from zinit.models.room import check_lengths, check_positions, positions
 from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
@@ -100,6 +100,7 @@ class Alpaca(Task):
             )
         self.train_stream = _stream("train", self.train_examples)
         self.held_out_stream = _stream("held_out", self.held_out_examples)
+        check_lengths(model, self.train_stream.lengths, self.held_out_stream.lengths)
 
     def _encode(self, records: list[Record], part: str) -> list[Example]:
         config = self.config

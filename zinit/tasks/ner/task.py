@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zinit.config import JsonConfig
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
+from zinit.models.room import check_lengths
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
@@ -89,6 +90,7 @@ class TokenClassification(Task):
         self.held_out_windows = self._encode(held_out, "held_out")
         self.train_stream = _stream("train", self.train_windows)
         self.held_out_stream = _stream("held_out", self.held_out_windows)
+        check_lengths(self.model, *([len(w.ids) for w in part] for part in (self.train_windows, self.held_out_windows)))
         self._predictions: list[list[str]] = []
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:

@@ -19,6 +19,7 @@ from zinit.config import JsonConfig
 from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
+from zinit.models.room import check_lengths
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
@@ -99,6 +100,7 @@ class Squad(Task):
         self.blind = any(question.blind for question in self.held_out_questions)
         self.train_stream = _stream("train", self.train_windows)
         self.held_out_stream = _stream("held_out", [] if self.blind else self.held_out_windows)
+        check_lengths(self.model, *([len(w.ids) for w in part] for part in (self.train_windows, self.held_out_windows)))
         self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
         self.predictions: dict[str, str] = {}
         self.null_odds: dict[str, float] = {}
@@ -115,11 +117,12 @@ class Squad(Task):
         )
         self._counts |= {
             part: len(windows.questions),
-            f"{part}_skipped_blank_question": len(questions) - len(windows.questions),
             f"{part}_windows": len(windows.items),
             f"{part}_truncated_questions": windows.truncated_questions,
             f"{part}_truncated_answers": windows.unreachable,
         }
+        if blank := len(questions) - len(windows.questions):
+            self._counts[f"{part}_skipped_blank_question"] = blank
         if questions and not windows.questions:
             raise DataError(f"all {len(questions)} questions of the {part} part are blank.")
         return windows.questions, windows.items
