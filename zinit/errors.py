@@ -38,6 +38,8 @@ def is_by_settings(error: BaseException) -> bool:
         return False
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, OSError):
+            return False
         cause = cause.__cause__ or cause.__context__
     return True
 
