@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ CASES = {  # case: how it is imported, and the label that its loss ignores (None
     "litgpt-adapter-v1-legacy": ({"format": "litgpt-legacy"}, -100),
     "official-v2-chat": ({"format": "official-v2-chat", "length": 5}, 0),
     "official-v2-chat-noprompt": ({"format": "official-v2-chat"}, 0),
+    "official-v2-multimodal-bias": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
+    "official-v2-multimodal-lora": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
     "litgpt-adapter-v2": ({"format": "litgpt-v2"}, -100),
     "litgpt-adapter-v2-legacy": ({"format": "litgpt-v2-legacy"}, -100),
 }
@@ -38,8 +41,6 @@ WITH_LOSS = [case for case, (_, ignored) in CASES.items() if ignored is not None
 WITH_GENERATION = [case for case in CASES if not case.startswith("official-v1-text") or case.endswith("greedy")]
 REFUSED = {  # case: how one might try, and what the message must name
     "peft-gpt2": ({"format": "peft"}, "after the output projection"),
-    "official-v2-multimodal-bias": ({"format": "official-v1", "length": 5}, "visual projection"),
-    "official-v2-multimodal-lora": ({"format": "official-v1", "length": 5}, "visual projection"),
     "imagebind-llm": ({"format": "official-v1", "length": 1}, "ImageBind feature"),
 }
 
@@ -59,7 +60,17 @@ def adapted(case: str, implementation: str = "sdpa") -> tuple[torch.nn.Module, z
     model = base_model(case, implementation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return model, zinit.import_adapter(model, adapter_path(case), **CASES[case][0])
+        return model, zinit.import_adapter(model, adapter_path(case), **CASES[case][0], **encoder_of(case))
+
+
+def encoder_of(case: str) -> dict:
+    """The case's own vision tower, where it has one."""
+    return {"encoder": GOLDEN / case / "vision"} if (GOLDEN / case / "vision").is_dir() else {}
+
+
+def seen(handle: zinit.Handle, inputs: dict, rows: slice = slice(None)) -> AbstractContextManager:
+    """The images of a case's rows, where it has some."""
+    return handle.given(image=inputs["images"][rows]) if "images" in inputs else nullcontext()
 
 
 def tensors(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -85,7 +96,9 @@ def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch
     found = {}
     for index, site in enumerate(handle.sites, start=4 - len(handle.sites)):
         gate = own[f"{site.name}.gate"]
-        if case.startswith("official"):
+        if case.startswith("official-v2-multimodal"):
+            found |= gate_gradients(case, index, gate)
+        elif case.startswith("official"):
             found[f"layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
         elif case.startswith("peft"):
             found[f"base_model.model.{site.name}.adaption_gate"] = gate
@@ -104,7 +117,47 @@ def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch
             found[f"transformer.h.{index}.attn.adapter_wte.weight"] = prompt
     if case.startswith("official") and prompts:
         found["adapter_query.weight"] = torch.cat(list(prompts.values()))
-    return found | tuned_gradients(case, handle, own)
+    tuned = tuned_gradients(case, handle, own)
+    if case.startswith("official-v2-multimodal"):
+        tuned = {f"llama.{name}": gradient for name, gradient in tuned.items()} | bridge_gradients(own)
+    return found | tuned
+
+
+def gate_gradients(case: str, index: int, effective: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a gate and, in files with LoRA, of its factor, by that of their product."""
+    stored = torch.load(adapter_path(case), weights_only=True)["model"]
+    name = f"llama.layers.{index}.attention."
+    factor, squashed = stored.get(f"{name}new_gate"), stored[f"{name}gate"].flatten().tanh()
+    if factor is None:
+        return {f"{name}gate": effective.view(1, -1, 1, 1)}
+    through_tanh = effective * factor.flatten() * (1 - squashed**2)
+    return {
+        f"{name}gate": through_tanh.view(1, -1, 1, 1),
+        f"{name}new_gate": (effective * squashed).sum().view(1, 1, 1, 1),
+    }
+
+
+BRIDGE = {"proj_in": "clip_proj", "norm_in": "clip_proj_norm", "proj_out": "visual_proj",
+          "norm_out": "visual_proj_norm"}  # fmt: skip
+BLOCK = {"norm1": "norm1", "norm2": "norm2", "self_attn.out_proj": "attn.proj", "linear1": "mlp.fc1",
+         "linear2": "mlp.fc2"}  # fmt: skip
+
+
+def bridge_gradients(own: dict) -> dict[str, torch.Tensor]:
+    """Of the module that makes visual tokens."""
+    found = {}
+    for name, gradient in own.items():
+        path, _, kind = name.removeprefix("shared.context.").rpartition(".")
+        if name == "shared.context.query":
+            found["visual_query.weight"] = gradient
+        elif name.startswith("shared.context.blocks."):
+            _, number, inside = path.split(".", 2)
+            if kind.startswith("in_proj_"):
+                inside, kind = "attn.qkv", kind.removeprefix("in_proj_")
+            found[f"visual_blocks.{number}.{BLOCK.get(inside, inside)}.{kind}"] = gradient
+        elif name.startswith("shared.context."):
+            found[f"{BRIDGE[path]}.{kind}"] = gradient
+    return found
 
 
 def fused_vector(handle: zinit.Handle, site: zinit.AttentionSite, kind: str, gradient: bool = False) -> torch.Tensor:
@@ -139,13 +192,22 @@ def tuned_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, tor
             mine = NORMS[parts[3]][0 if official else 1]
             found[f"{'layers' if official else 'transformer.h'}.{parts[2]}.{mine}.weight"] = gradient
         elif official:
-            if kind == "bias" and parts[4] in ("q_proj", "k_proj"):  # Meta's rows: the halves of each head in turns
-                gradient = gradient.view(-1, 2, gradient.shape[0] // 4 // 2).transpose(1, 2).flatten()
+            if kind in ("bias", "lora_up") and parts[4] in (
+                "q_proj",
+                "k_proj",
+            ):  # Meta's rows: a head's halves in turns
+                gradient = gradient.unflatten(0, (4, 2, -1)).transpose(1, 2).flatten(0, 2)
             where = {"self_attn": "attention", "mlp": "feed_forward"}[parts[3]]
-            found[f"layers.{parts[2]}.{where}.{OFFICIAL[parts[4]]}_{kind}"] = gradient
+            found[f"layers.{parts[2]}.{where}.{official_name(case, OFFICIAL[parts[4]], kind)}"] = gradient
         elif (place := f"{parts[3]}.{parts[4]}") in LITGPT:
             found[f"transformer.h.{parts[2]}.{LITGPT[place]}.adapter_{kind}"] = gradient
     return found if official else found | fused_gradients(case, handle, own)
+
+
+def official_name(case: str, linear: str, kind: str) -> str:
+    if kind.startswith("lora"):
+        return f"lora_{linear}_l{1 if kind == 'lora_down' else 2}.weight"
+    return f"{linear}.{kind}" if "multimodal" in case else f"{linear}_{kind}"
 
 
 def fused_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, torch.Tensor]:
@@ -182,7 +244,7 @@ def test_logits(case, implementation):
     rows = {"input_ids": inputs.get("full_ids", inputs["input_ids"])}
     if "attention_mask" in inputs:
         rows["attention_mask"] = inputs["attention_mask"]
-    with torch.no_grad():
+    with torch.no_grad(), seen(handle, inputs):
         got = model(**rows).logits
         with handle.disabled():
             base = model(**rows).logits
@@ -203,7 +265,8 @@ def test_logits(case, implementation):
 def test_loss_and_gradients(case, implementation):
     model, handle = adapted(case, implementation)
     inputs, expected = tensors(case)
-    logits = model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
+    with seen(handle, inputs):
+        logits = model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=CASES[case][1])
     loss.backward()
     assert_close(loss.detach(), expected["loss"])
@@ -217,19 +280,20 @@ def test_loss_and_gradients(case, implementation):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", WITH_GENERATION)
 def test_greedy_generation(case, implementation):
-    model, _ = adapted(case, implementation)
+    model, handle = adapted(case, implementation)
     inputs, expected = tensors(case)
     prompts = inputs.get("prompt_ids", inputs["input_ids"])
     for row, (prompt, length) in enumerate(zip(prompts, inputs["prompt_lengths"], strict=True)):
-        out = model.generate(
-            prompt[None, :length],
-            do_sample=False,
-            max_new_tokens=expected["generated_ids"].shape[1],
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        with seen(handle, inputs, slice(row, row + 1)):
+            out = model.generate(
+                prompt[None, :length],
+                do_sample=False,
+                max_new_tokens=expected["generated_ids"].shape[1],
+                eos_token_id=None,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         assert torch.equal(out.sequences[0, length:], expected["generated_ids"][row])
         assert_close(torch.cat(out.logits), expected["step_logits"][row])
 

@@ -216,7 +216,10 @@ def test_a_litgpt_file_that_does_not_fit(tmp_path, layer, tensor, value, reason)
     [
         (["image_bind_proj.weight", "prefix_query.weight"], "ImageBind-LLM"),
         (["cap_adapter_query.weight", "adapter_query.weight", "visual_blocks.0.norm1.bias"], "V1 caption"),
-        (["visual_query.weight", "adapter_query.weight", "llama.layers.0.attention.wq.bias"], "V2 multi-modal"),
+        (
+            ["visual_query.weight", "adapter_query.weight", "llama.layers.0.attention.wq.bias"],
+            "V2 multi-modal.*format='official-v2'",
+        ),
         (["adapter_query.weight", "layers.0.attention.wq_scale"], "V2 chat"),
         (["lm_head.adapter_bias", "transformer.h.2.attn.adapter_wte.weight"], "adapter_v2.*format='litgpt-v2'"),
         (["transformer.h.2.attn.adapter_wte.weight"], "a LitGPT adapter. Import it with format='litgpt' or format="),

@@ -272,7 +272,7 @@ def test_the_function_attach_is_not_hidden_by_its_module():
 
 
 def test_every_format_is_one_that_convert_knows():
-    read = {"official-v2-chat", "litgpt", "litgpt-legacy", "litgpt-v2", "litgpt-v2-legacy"}
+    read = {"official-v2", "official-v2-chat", "litgpt", "litgpt-legacy", "litgpt-v2", "litgpt-v2-legacy"}
     assert set(FORMATS) == {"official-v1", "peft", *read}
     assert {name for name in FORMATS if FORMATS.get(name).write is None} == read
     assert all(FORMATS.get(name).title for name in FORMATS)

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from zinit.adapter.build import build_modules, install, slot_key
+from zinit.adapter.encoding import Encoder, load_encoder, same_encoder
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.handle import Handle
+from zinit.adapter.sources import with_encoder
 from zinit.adapter.state import ATTRIBUTE, AdapterState, state_of
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones.base import PrefixSlot
@@ -31,6 +33,7 @@ def attach(
     backbone: str | None = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
+    encoder: str | Path | Encoder | nn.Module | None = None,
 ) -> Handle:
     """Adds a prefix to the topmost layers of a model, in place, and freezes everything else.
 
@@ -44,6 +47,8 @@ def attach(
         backbone: a registered backbone's name; default: the one that knows the model.
         device: where the prefixes live; default: beside each host's weights.
         seed: for the random start of the prompts; default: torch's global generator.
+        encoder: what makes features of images for the adapter's context source: a folder, name or Hub id, a model of
+            transformers or timm, or an `Encoder`. It stays frozen and outside of the model.
 
     Returns:
         The handle: parameters, gates, save, switch, detach.
@@ -62,6 +67,9 @@ def attach(
     """
     model = uncompiled(model)  # a compiled model: its graph is remade at the next call
     given = config or PrefixConfig()
+    tower = None if encoder is None else load_encoder(encoder)
+    if tower is not None:
+        given = with_encoder(AdapterConfig.of(given), tower)
     whole = AdapterConfig.of(given)
     _check_names(model, name, whole)
     state = state_of(model) or _new_state(model, backbone)
@@ -70,7 +78,7 @@ def attach(
     install(state, name, modules)
     if state_of(model) is None:
         _take_over(state)
-    handle = Handle(state, name, given, modules)
+    handle = Handle(state, name, given, modules, encoder=tower)
     state.handles[name] = handle
     handle.activate()
     return handle
@@ -128,6 +136,7 @@ def load(
     name: str = "default",
     check_weights: bool = True,
     revision: str | None = None,
+    encoder: str | Path | Encoder | nn.Module | None = None,
 ) -> Handle:
     """Attaches a saved adapter.
 
@@ -138,6 +147,8 @@ def load(
         check_weights: compare a sample of the model's weights with the ones the adapter was trained on. Turn it off
             for a base that was tuned a little since.
         revision: of the Hub repository.
+        encoder: the one that the adapter was trained with, if that lies elsewhere now. By default it is loaded from
+            where it was when an image is first given.
 
     Raises:
         CheckpointError: if the adapter is missing or damaged, or was made for another model: the message names the
@@ -146,8 +157,10 @@ def load(
     file = AdapterFile.read(source, revision=revision)
     model = uncompiled(model)
     file.check_model(model, weights=check_weights)
+    tower = None if encoder is None else same_encoder(encoder, file.encoder or {})
     handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
     handle.load_state_dict(file.tensors)
+    handle.encoder, handle.encoder_identity = tower, file.encoder
     return handle
 
 

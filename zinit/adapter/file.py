@@ -39,12 +39,14 @@ class AdapterFile:
         backbone: registered name.
         fingerprint: of the model it was made for.
         tensors: {parameter name: tensor}.
+        encoder: who made the features that it was trained on; None where it takes none.
     """
 
     config: PrefixConfig | AdapterConfig
     backbone: str
     fingerprint: dict[str, Any]
     tensors: dict[str, Tensor]
+    encoder: dict[str, Any] | None = None
 
     def write(self, directory: str | Path) -> None:
         """Writes ``adapter.safetensors``, ``source.safetensors`` (what makes a context), and ``adapter.json`` last.
@@ -64,6 +66,7 @@ class AdapterFile:
                 "backbone": self.backbone,
                 "config": _to_dict(self.config),
                 "model": self.fingerprint,
+                **({} if self.encoder is None else {"encoder": self.encoder}),
                 **self._write_tensors(Path(directory)),
                 "versions": {"torch": torch.__version__},
             }
@@ -100,9 +103,11 @@ class AdapterFile:
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             config = _read_config(description, folder)
-            backbone, model = description["backbone"], description["model"]
+            backbone, model, encoder = description["backbone"], description["model"], description.get("encoder")
             if not isinstance(backbone, str) or not isinstance(model, dict):
                 raise TypeError("backbone must be a name and model its description")
+            if not isinstance(encoder, dict | None):
+                raise TypeError("encoder must be a description")
             hashes = {file: description[key] for file, key in FILES.items() if file == TENSORS or key in description}
             data = {file: (folder / file).read_bytes() for file in hashes}
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
@@ -113,7 +118,7 @@ class AdapterFile:
         tensors: dict[str, Tensor] = {}
         for file, sha256 in hashes.items():
             tensors |= _read_tensors(folder / file, data[file], sha256)
-        return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors)
+        return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors, encoder=encoder)
 
     def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
         """Compares the model with the one the adapter was made for, and the tensors with what it will take.

@@ -8,6 +8,10 @@ FORMATS = Registry(
         "official-v1": Entry(
             "zinit.interop.official:OFFICIAL_V1", "OpenGVLab/LLaMA-Adapter, V1 text: read and written."
         ),
+        "official-v2": Entry(
+            "zinit.interop.official_v2:MULTIMODAL",
+            "OpenGVLab/LLaMA-Adapter, V2 with images, its BIAS and LORA files: read.",
+        ),
         "official-v2-chat": Entry(
             "zinit.interop.official_v2:CHAT", "OpenGVLab/LLaMA-Adapter, V2 chat: biases, input scales, norms: read."
         ),

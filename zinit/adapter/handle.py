@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.adapter.build import AdapterModules, slot_key, uninstall
+from zinit.adapter.encoding import Encoder, encode, same_encoder, to_device
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.formats import FORMATS
@@ -34,13 +35,23 @@ class Handle:
     Attributes:
         name: the adapter's name on the model.
         config: as attached.
+        encoder: makes features of images, see `given`; None until it is needed, or where the adapter has none.
+        encoder_identity: of the encoder that the adapter is trained with; None where there is none.
         takes_context: keys in the slots of the prefixes that a context goes to; asked at every call of a layer.
     """
 
     def __init__(
-        self, state: AdapterState, name: str, config: PrefixConfig | AdapterConfig, modules: AdapterModules
+        self,
+        state: AdapterState,
+        name: str,
+        config: PrefixConfig | AdapterConfig,
+        modules: AdapterModules,
+        *,
+        encoder: Encoder | None = None,
     ) -> None:
         self._state, self.name, self.config, self._modules = state, name, config, modules
+        self.encoder = encoder
+        self.encoder_identity = None if encoder is None else encoder.identity
         self.takes_context = tuple(slot_key(name, part.name) for part in modules.parts.values() if part.takes_context)
 
     def __repr__(self) -> str:
@@ -243,20 +254,46 @@ class Handle:
             yield
 
     @contextmanager
-    def given(self, *, features: Any) -> Iterator[None]:
-        """Makes the adapter's context of features, once, and gives it while inside; see `context`.
+    def given(self, *, image: Sequence[Any] | Tensor | None = None, features: Any = None) -> Iterator[None]:
+        """Makes each sample's context of its images, once, and gives it while inside, `generate` included.
 
         Args:
-            features: of B samples, as the adapter's source takes them.
+            image: for each sample an image or its path, a list of several, or None; or pixels (B, 3, H, W). The
+                adapter's encoder runs once.
+            features: instead, what an encoder made, as the adapter's source takes it.
 
         Raises:
-            ConfigError: if the adapter has no source.
+            ConfigError: if the adapter has no source, or no encoder.
+
+        Example:
+            >>> with handle.given(image=["cat.jpg", None]):  # doctest: +SKIP
+            ...     model.generate(**two_texts)
         """
         source = self.shared.get("context")
         if source is None:
-            raise ConfigError(f"the adapter {self.name!r} has no context source: attach it with context='...'.")
-        with self.context(source(features)):
+            raise ConfigError(
+                f"the adapter {self.name!r} takes no images: it has no context source. Attach one with "
+                f"zinit.AdapterConfig(..., context='visual-tokens')."
+            )
+        if (image is None) == (features is None):
+            raise ConfigError("give either image=... or features=....")
+        if image is not None:
+            features = encode(self._encoder(), image, layers=getattr(source, "layers", 0))
+        parameter = next(source.parameters(), None)
+        with self.context(source(features if parameter is None else to_device(features, parameter.device))):
             yield
+
+    def _encoder(self) -> Encoder:
+        if self.encoder is None:
+            identity = self.encoder_identity or {}
+            if not identity.get("source"):
+                raise ConfigError(
+                    f"the adapter {self.name!r} has no encoder for images: pass encoder=... to zinit.attach or "
+                    f"zinit.load, or give features=...."
+                )
+            self.encoder = same_encoder(identity["source"], identity)
+            self.encoder.to(next(self.parameters()).device)
+        return self.encoder
 
     @contextmanager
     def cached_kv(self) -> Iterator[None]:
@@ -297,6 +334,7 @@ class Handle:
             backbone=self.backbone,
             fingerprint=fingerprint(self.model, list(self.state.sites.values())),
             tensors={name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()},
+            encoder=self.encoder_identity,
         )
 
     def save(self, directory: str | Path) -> None:

@@ -6,19 +6,22 @@ A network that makes the tables of all layers (`HyperPrompts`), and modules that
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.encoding import Encoder
+from zinit.adapter.registries import SOURCES
 from zinit.config import AdapterConfig
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, first_line
 from zinit.prefix import Context
-from zinit.registry import Registry
-
-SOURCES = Registry("context source", {}, group="zinit.sources")
+from zinit.registry import did_you_mean
 
 
 class HyperPrompts(nn.Module):
@@ -75,12 +78,52 @@ class SharedPrompts:
 class ContextSource(nn.Module, ABC):
     """Makes each sample's context of its features; one for an adapter, run once per forward or generation.
 
-    Made by ``TheSource(width=C, length=K, generator=..., **context_options)``.
+    Made by ``TheSource(width=C, length=K, **context_options)``.
+
+    Attributes:
+        layers: of how many encoder layers it wants a vector.
     """
+
+    layers = 0
+
+    @classmethod
+    def options_for(cls, encoder: Encoder, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that an encoder settles, where the user has not."""
+        return {}
 
     @abstractmethod
     def forward(self, features: Any) -> Context:
         """Features of B samples, as the source takes them, to their context."""
+
+
+def with_encoder(config: AdapterConfig, encoder: Encoder) -> AdapterConfig:
+    """The settings of an adapter whose context source gets an encoder's features.
+
+    Raises:
+        ConfigError: if it has no context source, or one of another width.
+    """
+    if config.context is None:
+        raise ConfigError("an encoder needs a context source that takes its features: context='visual-tokens'.")
+    options = config.context_options
+    settled = SOURCES.get(config.context).options_for(encoder, options)
+    for name, value in settled.items():
+        if options.get(name, value) != value:
+            raise ConfigError(
+                f"the encoder {encoder.identity.get('source') or type(encoder).__name__} gives {name}={value}, but the "
+                f"context source {config.context!r} was made for {options[name]}: use the encoder it was trained with."
+            )
+    return replace(config, context_options={**options, **settled})
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Torch's own generator starts from a draw of this one while inside."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        yield
 
 
 def make_shared(
@@ -118,6 +161,27 @@ def make_shared(
                 f"context={config.context!r} makes the prompts of the parts with prompt='context' or 'table+context', "
                 f"which must be of one length; got {sorted(taking) or 'no such part'}."
             )
-        source = SOURCES.get(config.context)
-        made["context"] = source(width=width, length=taking.pop(), generator=generator, **config.context_options)
+        made["context"] = _make_source(config.context, config.context_options, width, taking.pop(), generator)
     return made
+
+
+def _make_source(
+    name: str, options: dict[str, Any], width: int, length: int, generator: torch.Generator | None
+) -> ContextSource:
+    source = SOURCES.get(name)
+    known = list(inspect.signature(source).parameters.values())
+    needed = [p.name for p in known if p.default is p.empty and p.name not in ("width", "length", *options)]
+    names = [p.name for p in known if p.name not in ("width", "length")]
+    for option in options:
+        if option not in names:
+            raise ConfigError(f"the context source {name!r} has no setting {option!r}.{did_you_mean(option, names)}")
+    if needed:
+        raise ConfigError(
+            f"the context source {name!r} needs {', '.join(needed)}: name the encoder (encoder=...), or give them in "
+            f"context_options."
+        )
+    try:
+        with _seeded(generator):
+            return source(width=width, length=length, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"the context source {name!r} cannot be made of {options}: {first_line(error)}") from error

@@ -140,9 +140,8 @@ KINDS = (  # the first match counts; the modules of this package describe each
     ),
     Kind(
         "an official V2 multi-modal adapter",
-        (),
-        "besides prompts and gates it holds a visual projection that is added to every prompt, and biases, norms or "
-        "LoRA of the language model, all trained together",
+        ("official-v2",),
+        "",
         lambda name: name.startswith(("visual_query.", "visual_blocks.", "prefix_projector.")),
     ),
     Kind(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
@@ -15,6 +16,7 @@ from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import CheckpointError, ConfigError
 from zinit.registry import did_you_mean
 
+SHARED = ("path", "model", "length", "gate")  # what all readers take
 Gate = Literal["tanh", "identity"]
 Imported = tuple[PrefixConfig, dict[str, Tensor]]
 """The settings of the prefixes and {parameter name: tensor}, for `zinit.attach` and ``load_state_dict``."""
@@ -22,10 +24,8 @@ ImportedAdapter = tuple[PrefixConfig | AdapterConfig, dict[str, Tensor]]
 """The same of an adapter that may be more than a prefix."""
 
 
-class Reader(Protocol):
-    """Reads a file of one format. It may inspect the model but must not change it."""
-
-    def __call__(self, path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter: ...
+Reader = Callable[..., ImportedAdapter]
+"""``(path, model, *, length, gate)``, and options of its own: reads a file, and does not change the model."""
 
 
 class Writer(Protocol):
@@ -43,12 +43,25 @@ class Format:
         read: the importer.
         write: the exporter, if there is one; it may take options of its own.
         needs_weights: whether importing needs the model's weights; otherwise its shape is enough.
+        bgr: whether its images had their channels in reverse.
     """
 
     title: str
     read: Reader
     write: Writer | None = None
     needs_weights: bool = False
+    bgr: bool = False
+
+    def check_reading(self, options: Iterable[str], *, format: str) -> None:
+        """Refuses options that the reader does not take.
+
+        Raises:
+            ConfigError: naming those that there are.
+        """
+        known = [name for name in inspect.signature(self.read).parameters if name not in SHARED]
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"reading {format!r} has no option {option!r}.{did_you_mean(option, known)}")
 
     def export(self, handle: Handle, path: str | Path, *, format: str, **options: Any) -> None:
         """Writes an adapter; see `zinit.Handle.export`.

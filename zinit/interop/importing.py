@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from zinit.adapter.attach import attach
+from zinit.adapter.encoding import Encoder, load_encoder
 from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
 from zinit.adapter.state import state_of
@@ -23,6 +25,8 @@ def import_adapter(
     length: int = 10,
     gate: Gate = "tanh",
     name: str = "default",
+    encoder: str | Path | Encoder | nn.Module | None = None,
+    **options: Any,
 ) -> Handle:
     """Attaches an adapter that another implementation trained. If anything is wrong the model is unchanged.
 
@@ -35,6 +39,8 @@ def import_adapter(
         gate: how the gates are squashed. Only "official-v1" needs it: "tanh" as its trainer does, "identity" as its
             released inference script does. Its oldest files, with one gate per layer, are always read as "identity".
         name: of the adapter on this model.
+        encoder: of images, for formats that take them; see `zinit.attach`. Without one, `Handle.given` takes features.
+        options: the format's own. "official-v2" takes ``heads=16``, of its visual blocks, which the file does not say.
 
     Returns:
         The handle, as from `zinit.attach`.
@@ -52,7 +58,10 @@ def import_adapter(
         raise ConfigError(f"length (prompts per layer) must be a whole number of at least 1; got {length!r}.")
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"gate must be 'tanh' or 'identity'; got {gate!r}.")
-    return attach_tensors(model, *chosen.read(Path(path), model, length=length, gate=gate), name=name)
+    chosen.check_reading(options, format=format)
+    config, tensors = chosen.read(Path(path), model, length=length, gate=gate, **options)
+    tower = None if encoder is None else load_encoder(encoder, bgr=chosen.bgr)
+    return attach_tensors(model, config, tensors, name=name, encoder=tower)
 
 
 def attach_tensors(
@@ -62,12 +71,13 @@ def attach_tensors(
     *,
     name: str,
     backbone: str | None = None,
+    encoder: Encoder | None = None,
 ) -> Handle:
     """Attaches an adapter of known tensors; on any error the model is as before."""
     # On the devices of the host's weights; on the CPU if they have no storage (a model built from its config alone).
     device = "cpu" if next(model.parameters()).is_meta else None
     before = active_handle(model)
-    handle = attach(model, config, name=name, backbone=backbone, device=device)
+    handle = attach(model, config, name=name, backbone=backbone, device=device, encoder=encoder)
     try:
         handle.load_state_dict(tensors)
     except BaseException:

@@ -1,19 +1,28 @@
-"""OpenGVLab/LLaMA-Adapter, V2 chat (65B): biases, scales on the input and norms of all layers, with or without prompts.
+"""OpenGVLab/LLaMA-Adapter, V2: the chat model (65B), and the one that takes images (7B).
 
+Chat: biases, scales on the input and norms of all layers, with or without prompts.
 ``{"model": {...}}``: ``layers.{i}.attention.wq_bias``, ``wq_scale`` and so on beside Meta's linear layers, and
 ``attention_norm.weight``, ``ffn_norm.weight``, which replace the host's. Rows of the query's and key's biases are in
 Meta's order. Prompts, if there are any, pass the scaled and biased projections. The released file has none.
+
+With images: ``{"model": {...}, "config": {...}}``: CLIP's tokens pass a bridge of ViT blocks, whose K queries are added
+to the prompts of all adapted layers (``visual_*``, ``clip_proj*``, ``adapter_query``). Biases (not of keys and values),
+norms and LoRA of the language model are named ``llama.layers.{i}.attention.wq.bias``, ``lora_wq_l1`` and so on. A file
+with LoRA has a factor ``new_gate`` beside each layer's gates: the gate is tanh(gate) * new_gate. Images were read with
+OpenCV, channels in reverse.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from zinit.config import TuningConfig
+from zinit.backbones.base import AttentionSite
+from zinit.config import PrefixConfig, TuningConfig
 from zinit.errors import CheckpointError
 from zinit.interop._files import check_kind, read_pickle, tensors_in
 from zinit.interop._layers import sites_of
@@ -76,4 +85,109 @@ def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Impor
     return tuned_adapter(prefix, config, tuned)
 
 
+BRIDGE = {
+    "clip_proj": "proj_in", "clip_proj_norm": "norm_in", "visual_proj": "proj_out", "visual_proj_norm": "norm_out",
+}  # fmt: skip
+BLOCK = {
+    "norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+}  # fmt: skip
+_BLOCK = re.compile(r"visual_blocks\.(\d+)\.(.+)\.(weight|bias)")
+_BIAS = re.compile(r"layers\.(\d+)\.(\w+\.w[qkvo123])\.(bias)")
+_LORA = re.compile(r"layers\.(\d+)\.(attention|feed_forward)\.lora_(w[qkvo123])_l([12])\.weight")
+QUERIES = "visual_query.weight"
+
+
+def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, heads: int = 16) -> ImportedAdapter:
+    """Reads a V2 adapter that takes images. ``gate`` is unused: these files' gates are squashed by tanh.
+
+    Args:
+        path: the file.
+        model: the LLaMA it was made for.
+        length: K; the file says it.
+        gate: unused.
+        heads: of its visual blocks. The released ones have 16.
+
+    Raises:
+        CheckpointError: if the file is damaged, of another kind, or does not fit the model.
+    """
+    stored = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
+    check_kind(stored, path, "official-v2")
+    tensors = {re.sub(r"^ll[am]+a\.", "", name): tensor for name, tensor in stored.items()}
+    missing = [name for name in (TABLE, QUERIES, "clip_proj.weight", LAST_NORM) if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{path} has no {', '.join(missing)}, which a V2 adapter with images holds.")
+    sites = sites_of(model)
+    paths, queries = LlamaPaths(model, sites, path), tensors[QUERIES]
+    if queries.dim() != 2:
+        raise CheckpointError(f"{path} has visual queries of shape {tuple(queries.shape)}. Expected (K, width).")
+    prefix, own = prompts_by_layer(tensors, sites, path, length=queries.shape[0], gate="tanh")
+    prefix = _with_factors(dataclasses.replace(prefix, prompt="table+context"), own, tensors, sites)
+    bridge = _bridge(tensors)
+    tuned, config = _released_tuning(tensors, paths, sites, path)
+    adapter, named = tuned_adapter((prefix, own), config, tuned)
+    blocks = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.fullmatch(name))), default=-1)
+    options = {
+        "feature_width": tensors["clip_proj.weight"].shape[1], "hidden": queries.shape[1], "blocks": blocks,
+        "heads": heads,
+    }  # fmt: skip
+    adapter = dataclasses.replace(adapter, context="visual-tokens", context_options=options)
+    return adapter, named | {f"shared.context.{name}": tensor.float() for name, tensor in bridge.items()}
+
+
+def _with_factors(
+    config: PrefixConfig, own: dict[str, Tensor], tensors: dict[str, Tensor], sites: list[AttentionSite]
+) -> PrefixConfig:
+    """A gate and its factor become one number, taken as it is: no tanh may give their product."""
+    factors = {index: tensors.get(f"layers.{index}.attention.new_gate") for index in range(len(sites))}
+    if all(factor is None for factor in factors.values()):
+        return config
+    for index, site in enumerate(sites):
+        if (name := f"{site.name}.gate") in own:
+            factor = factors[index]
+            own[name] = own[name].tanh() * (1.0 if factor is None else factor.float().view(()))
+    return dataclasses.replace(config, gate="identity")
+
+
+def _bridge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `zinit.adapter.visual.VisualTokens`."""
+    made = {"query": tensors[QUERIES]}
+    for name, tensor in tensors.items():
+        own, _, kind = name.rpartition(".")
+        if own in BRIDGE:
+            made[f"{BRIDGE[own]}.{kind}"] = tensor
+        elif (found := _BLOCK.fullmatch(name)) and found[2] == "attn.qkv":
+            made[f"blocks.{found[1]}.self_attn.in_proj_{kind}"] = tensor
+        elif found and found[2] in BLOCK:
+            made[f"blocks.{found[1]}.{BLOCK[found[2]]}.{kind}"] = tensor
+    return made
+
+
+def _released_tuning(
+    tensors: dict[str, Tensor], paths: LlamaPaths, sites: list[AttentionSite], path: Path
+) -> tuple[dict[str, Tensor], TuningConfig]:
+    """Biases of all linear layers but keys' and values', norms, and LoRA where there is any."""
+    tuned = {f"{paths.last_norm}.weight": tensors[LAST_NORM]}
+    rank = 0
+    for name, tensor in tensors.items():
+        if found := _NORM.fullmatch(name):
+            tuned[f"{paths.block(int(found[1]), path)}.{NORMS[found[2]]}.weight"] = tensor
+        elif found := (_BIAS.fullmatch(name) or _LORA.fullmatch(name)):
+            linear = LAYERS.get(found[2] if found[3] == "bias" else f"{found[2]}.{found[3]}")
+            if linear is None:
+                raise CheckpointError(f"{path} tunes {name!r}, which is of no linear layer of a LLaMA.")
+            of_output = found[3] == "bias" or found[4] == "2"
+            if linear in (QUERY, KEY) and of_output:
+                tensor = half_split(tensor, sites[0].head_dim)
+            kind = "bias" if found[3] == "bias" else ("lora_down", "lora_up")[int(found[4]) - 1]
+            rank = tensor.shape[0] if kind == "lora_down" else rank
+            tuned[f"{paths.block(int(found[1]), path)}.{linear}.{kind}"] = tensor
+    return tuned, TuningConfig(
+        linears=tuple(name.rpartition(".")[2] for name in (QUERY, OUT, GATE, UP, DOWN)),
+        scale="none",
+        lora_rank=rank,
+        lora_linears=("all",) if rank else None,
+    )
+
+
+MULTIMODAL = Format("OpenGVLab/LLaMA-Adapter, V2 with images", read_multimodal, bgr=True)
 CHAT = Format("OpenGVLab/LLaMA-Adapter, V2 chat", read_chat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from zinit.adapter.formats import FORMATS
+from zinit.adapter.registries import ENCODERS, SOURCES
 from zinit.backbones import BACKBONES
 from zinit.bench.plan import list_bench_presets
 from zinit.errors import ConfigError
@@ -14,7 +15,15 @@ from zinit.registry import Registry, did_you_mean
 from zinit.runs.presets import list_presets
 from zinit.tasks import TASKS
 
-REGISTRIES = {"backbones": BACKBONES, "tasks": TASKS, "methods": METHODS, "metrics": METRICS, "formats": FORMATS}
+REGISTRIES = {
+    "backbones": BACKBONES,
+    "tasks": TASKS,
+    "methods": METHODS,
+    "metrics": METRICS,
+    "formats": FORMATS,
+    "encoders": ENCODERS,
+    "sources": SOURCES,
+}
 FILES: dict[str, Callable[[], dict[str, str]]] = {"presets": list_presets, "benchmarks": list_bench_presets}
 
 

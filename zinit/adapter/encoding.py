@@ -1,0 +1,210 @@
+"""Encoders: what turns images into features, which a context source turns into prompts.
+
+An encoder is frozen and never part of an adapter's file; who it was is recorded there. `zinit.encoders` has those over
+transformers and timm; they are found here by name and imported when first needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zinit.adapter.registries import ENCODERS
+from zinit.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an encoder makes of B images, or of the images of B samples.
+
+    Attributes:
+        tokens: (B, N, D), after the tower's last norm, and its projection if it has one.
+        pooled: (B, D).
+        layers: (B, W) each: one vector for each of the chosen layers, the lowest first.
+        mask: (B, N) boolean, which tokens there are; None is all.
+        present: (B,) boolean, which samples have an image; None is all.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    layers: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+    present: Tensor | None = None
+
+
+class Encoder(nn.Module, ABC):
+    """A frozen tower, always in evaluation mode.
+
+    Attributes:
+        modality: what it takes: "image".
+        width: D of its tokens.
+        layer_width: of a layer's vector.
+        depth: number of its layers.
+        identity: what tells it from another; plain values, ``source`` among them.
+    """
+
+    modality = "image"
+    width: int
+    layer_width: int
+    depth: int
+    identity: dict[str, Any]
+
+    @abstractmethod
+    def prepare(self, items: Sequence[Any]) -> Tensor:
+        """Images to (B, 3, H, W), by the model's own processor."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, layers: int = 0) -> Features:
+        """Features of (B, 3, H, W); with ``layers`` a vector of that many layers, equally spaced, the last included."""
+
+    @abstractmethod
+    def difference(self, identity: Mapping[str, Any]) -> str | None:
+        """How it differs from the encoder of a recorded identity, in words; None if it does not."""
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def chosen(self, layers: int) -> list[int]:
+        """The numbers of so many layers, from 1: equally spaced, the last included.
+
+        Raises:
+            ConfigError: if there are fewer.
+        """
+        if not 0 <= layers <= self.depth:
+            raise ConfigError(f"the encoder has {self.depth} layers, and {layers} are asked for.")
+        return [round(self.depth * (index + 1) / layers) for index in range(layers)]
+
+
+class EncoderLibrary(ABC):
+    """Loads encoders from one library."""
+
+    @abstractmethod
+    def knows(self, source: str) -> bool:
+        """Whether a folder, name or Hub id is one of its models."""
+
+    @abstractmethod
+    def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
+        """An encoder.
+
+        Args:
+            source: folder, name or Hub id.
+            revision: on the Hub.
+            bgr: images are given to it with their channels in reverse, as OpenCV reads them.
+
+        Raises:
+            BackboneError: if there is no such model.
+        """
+
+
+def load_encoder(
+    source: str | Path | Encoder | nn.Module, *, revision: str | None = None, bgr: bool = False
+) -> Encoder:
+    """An encoder from a folder, name or Hub id, or around a module of transformers' or timm's.
+
+    Raises:
+        BackboneError: if there is no such model.
+        ConfigError: if a module is of no known library.
+    """
+    if isinstance(source, Encoder):
+        return source
+    if isinstance(source, nn.Module):
+        for name in ENCODERS:
+            wrap = getattr(ENCODERS.get(name), "wrap", None)
+            if wrap is not None and (encoder := wrap(source, bgr=bgr)) is not None:
+                return encoder
+        raise ConfigError(f"{type(source).__name__} is no image model of transformers or timm; pass an `Encoder`.")
+    for name in ENCODERS:
+        library: EncoderLibrary = ENCODERS.get(name)
+        if library.knows(str(source)):
+            return library.load(source, revision=revision, bgr=bgr)
+    raise ConfigError(f"{source} is no encoder that zinit knows.")
+
+
+def same_encoder(source: str | Path | Encoder | nn.Module, identity: Mapping[str, Any]) -> Encoder:
+    """The encoder that an adapter was trained with, from wherever it is now.
+
+    Raises:
+        CheckpointError: if it is another one; the message names what differs.
+    """
+    encoder = load_encoder(source, bgr=bool(identity.get("bgr", False)))
+    if identity and (text := encoder.difference(identity)):
+        raise CheckpointError(
+            f"this adapter was trained with another encoder than {encoder.identity.get('source') or source}: {text}. "
+            f"It was {identity.get('source') or 'a module'}."
+        )
+    return encoder
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, items: Sequence[Any] | Tensor, *, layers: int = 0) -> Features:
+    """The features of each sample's images.
+
+    Args:
+        encoder: runs once for all images.
+        items: for each sample an image, a list of several, or None; or ready pixels (B, 3, H, W).
+        layers: how many layers' vectors are wanted.
+
+    Raises:
+        ConfigError: if no sample has an image.
+    """
+    where = next(encoder.parameters())
+    if isinstance(items, Tensor):
+        if items.dim() != 4:
+            raise ConfigError(f"pixels must be (batch, 3, height, width); got {tuple(items.shape)}.")
+        return encoder(items.to(where.device, where.dtype), layers)
+    groups = [[] if item is None else list(item) if isinstance(item, list | tuple) else [item] for item in items]
+    images = [image for group in groups for image in group]
+    if not images:
+        raise ConfigError(f"none of the {len(groups)} samples has an image: call the model without one.")
+    made = encoder(encoder.prepare(images).to(where.device, where.dtype), layers)
+    return _by_sample(made, [len(group) for group in groups])
+
+
+def to_device(features: Any, device: torch.device) -> Any:
+    """Features on a device; what is no `Features` stays as it is."""
+    if not isinstance(features, Features):
+        return features
+
+    def moved(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device)
+
+    return Features(
+        tokens=features.tokens.to(device),
+        pooled=features.pooled.to(device),
+        layers=tuple(vectors.to(device) for vectors in features.layers),
+        mask=moved(features.mask),
+        present=moved(features.present),
+    )
+
+
+def _by_sample(made: Features, counts: Sequence[int]) -> Features:
+    """A sample's tokens are those of its images, one after the other; its vectors are their mean."""
+    if set(counts) == {1}:
+        return made
+    longest, (_, length, width) = max(counts) * made.tokens.shape[1], made.tokens.shape
+    tokens = made.tokens.new_zeros(len(counts), longest, width)
+    mask = torch.zeros(len(counts), longest, dtype=torch.bool, device=tokens.device)
+    for row, own in enumerate(made.tokens.split(list(counts))):
+        tokens[row, : len(own) * length] = own.flatten(0, 1)
+        mask[row, : len(own) * length] = True
+    present = torch.tensor([count > 0 for count in counts], device=tokens.device)
+    return Features(
+        tokens=tokens,
+        pooled=_means(made.pooled, counts),
+        layers=tuple(_means(vectors, counts) for vectors in made.layers),
+        mask=mask,
+        present=present,
+    )
+
+
+def _means(vectors: Tensor, counts: Sequence[int]) -> Tensor:
+    """(images, D) to (samples, D); zeros for a sample without an image."""
+    zero = vectors.new_zeros(vectors.shape[1:])
+    return torch.stack([own.mean(0) if len(own) else zero for own in vectors.split(list(counts))])

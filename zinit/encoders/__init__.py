@@ -1,0 +1,1 @@
+"""What turns images into features: over transformers and timm, nothing of theirs copied."""
