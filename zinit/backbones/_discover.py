@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zinit.backbones._hf import NEXT_STEP, HostView, InterfaceSeam, attention_home
+from zinit.backbones._hf import InterfaceSeam
+from zinit.backbones._view import NEXT_STEP, HostView, asks_for_implementation, attention_home, catch_lookup
 from zinit.backbones.base import AttentionSite, random_like, with_real_weights
+from zinit.compat import attention_implementation
 from zinit.errors import BackboneError
 
 PROBE = "zinit_probe"
@@ -40,31 +42,19 @@ class Handed(Exception):
     """Ends a module's forward at the moment it hands queries, keys and values over."""
 
 
-class ProbeView:
-    """A config that names the probe as the attention implementation."""
-
-    _attn_implementation = PROBE
-
-    def __init__(self, host: Any) -> None:
-        self.host = host
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "host":
-            raise AttributeError(name)
-        return getattr(self.host, name)
-
-
 class Listener(HostView):
     """An attention module as its own forward sees it while zinit listens to what it hands over.
 
     Args:
         module: the host.
+        answering: whether the module asks its config for the implementation's name besides looking it up.
         stop: end the forward at the first call.
     """
 
-    def __init__(self, module: nn.Module, *, stop: bool = True) -> None:
+    def __init__(self, module: nn.Module, *, answering: bool, stop: bool = True) -> None:
         config: Any = module.config
-        super().__init__(module, ProbeView(getattr(config, "zinit_host", config)))
+        config = getattr(config, "zinit_host", config)
+        super().__init__(module, AnsweringProbeView(config) if answering else ProbeView(config))
         self.stop = stop
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -75,6 +65,29 @@ def listen(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, *
     if module.stop:
         raise Handed
     return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+class ProbeView:
+    """A config that names the probe as the attention implementation."""
+
+    _attn_implementation: Any = PROBE
+    zinit_function = listen
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "host":
+            raise AttributeError(name)
+        return getattr(self.host, name)
+
+
+class AnsweringProbeView(ProbeView):
+    """One that gives the host's answer; the look-up is caught in the module's file."""
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return attention_implementation(self.host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,7 @@ class Replay:
         rotation_dim: last size of its tensors.
         rotation_rank: their number of dimensions.
         names: the arguments after the hidden states that are given.
+        answering: whether the module asks its config for the implementation's name besides looking it up.
     """
 
     width: int
@@ -96,6 +110,7 @@ class Replay:
     rotation_dim: int = 1
     rotation_rank: int = 3
     names: tuple[str, ...] = ()
+    answering: bool = False
 
     def __call__(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The host's keys and values of (K, C) or (B, K, C): two of (1 or B, G, K, D); not rotated."""
@@ -109,7 +124,7 @@ class Replay:
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.register(PROBE, listen)
-        listener = Listener(host)
+        listener = Listener(host, answering=self.answering)
         try:  # noqa: SIM105 (torch.compile follows this form)
             type(host).forward(listener, states, **self.arguments(host, states))  # pyright: ignore[reportArgumentType]
         except Handed:
@@ -200,7 +215,7 @@ def on_interface(module: nn.Module) -> bool:
     if not hasattr(module, "config"):
         return False
     try:
-        attention_home(module)
+        attention_home(type(module))
     except BackboneError:
         return False
     return True
@@ -301,15 +316,17 @@ def forms(host: nn.Module) -> Iterator[Replay]:
     needed = tuple(p.name for p in parameters if p.default is p.empty)
     rotations = tuple(p.name for p in parameters if p.name in ROTATIONS)
     layouts = ("row", "rows") if "cu_seqlens" in needed else ("batch", "row")
+    if answering := asks_for_implementation(type(host)):
+        catch_lookup(type(host))
+    same: dict[str, Any] = {"answering": answering}
     for width in widths(host):
         for layout in layouts:
-            yield Replay(width=width, layout=layout, names=needed)
+            same |= {"width": width, "layout": layout}
+            yield Replay(**same, names=needed)
             if rotations:
                 names = tuple(dict.fromkeys(needed + rotations))
                 for form, dim, rank in rotation_forms(host):
-                    yield Replay(
-                        width=width, layout=layout, names=names, rotation=form, rotation_dim=dim, rotation_rank=rank
-                    )
+                    yield Replay(**same, names=names, rotation=form, rotation_dim=dim, rotation_rank=rank)
 
 
 def rotation_forms(host: nn.Module) -> Iterator[tuple[str, int, int]]:
@@ -345,7 +362,7 @@ def objection(host: nn.Module, replay: Replay) -> str:
     states = states_of(host, replay)
     rows = states.reshape(-1, replay.width)
     count = rows.shape[0]
-    listener = Listener(host, stop=False)
+    listener = Listener(host, answering=replay.answering, stop=False)
     try:
         type(host).forward(listener, states, **replay.arguments(host, states))  # pyright: ignore[reportArgumentType]
     except Exception as error:

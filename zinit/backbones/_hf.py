@@ -5,65 +5,27 @@ query (rotated where the model rotates); what comes back is projected by the mod
 function serves every family: it calls the implementation the model would have used and adds the gated prefix.
 
 To route a module through that function, its ``config`` attribute is replaced by a view of the same config that differs
-in this one name. The model's own config stays as it is: masks are still made for the host's implementation,
-``set_attn_implementation`` keeps working after attaching, nothing is written into ``config.json``, and modules without
-a prefix are not touched.
+in this one name (see `zinit.backbones._view`). The model's own config stays as it is: masks are still made for the
+host's implementation, ``set_attn_implementation`` keeps working after attaching, nothing is written into
+``config.json``, and modules without a prefix are not touched.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from zinit.backbones._view import NEXT_STEP, ConfigView, HostView, asks_for_implementation
 from zinit.backbones.base import AttentionSite, PrefixSlot
 from zinit.compat import attention_implementation
 from zinit.errors import BackboneError
 from zinit.prefix import concat_prefix
 
 IMPLEMENTATION = "zinit"
-NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class ConfigView:
-    """A model's config as one adapted attention module sees it: live, but naming zinit's attention function.
-
-    Args:
-        host: the model's config.
-        eager: the eager attention of the file that defines the module.
-        interface: the registry of attention functions that file uses.
-    """
-
-    _attn_implementation = IMPLEMENTATION
-
-    def __init__(self, host: Any, eager: Attention, interface: Any) -> None:
-        self.zinit_host, self.zinit_eager, self.zinit_interface = host, eager, interface
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(("__", "zinit_")):  # not there while being copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.zinit_host, name)
-
-    def host_attention(self) -> tuple[str, Attention]:
-        """The implementation that the module would have called, by name and as a function."""
-        name = attention_implementation(self.zinit_host) or "eager"
-        return name, self.zinit_interface.get_interface(name, self.zinit_eager)
-
-
-class HostView:
-    """An attention module as flash implementations must see it: with the model's own config."""
-
-    def __init__(self, module: nn.Module, config: Any) -> None:
-        self.module, self.config = module, config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+PLAIN = ("sdpa", "eager", "flex_attention")  # ask nothing of the module's config
 
 
 def attend(
@@ -89,7 +51,7 @@ def attend(
     """
     config: ConfigView = module.config  # pyright: ignore[reportAssignmentType]
     name, attention = config.host_attention()
-    host = HostView(module, config.zinit_host) if "flash" in name else module
+    host = module if name in PLAIN else HostView(module, config.zinit_host)
     context = kwargs.pop("zinit_context", None)
     slot: PrefixSlot = module.zinit  # pyright: ignore[reportAssignmentType]
     prefix = slot.prefix(context)
@@ -110,6 +72,7 @@ def attend(
         )
         if attention_mask is None:
             kwargs["is_causal"] = False  # every query sees every key: the causal case has a mask by now
+        without_position(kwargs, prompt_key.shape[2], key.shape[2])
         return attention(host, query, key, value, attention_mask, **kwargs)
 
     out, weights = attention(host, query, key, value, attention_mask, **kwargs)
@@ -118,28 +81,45 @@ def attend(
     return out + addition.transpose(1, 2), weights
 
 
-def attention_home(module: nn.Module) -> tuple[Attention, Any]:
-    """The eager attention that a module falls back on, and the registry of attention functions it looks in.
+def without_position(given: dict[str, Any], prompts: int, keys: int) -> dict[str, Tensor]:
+    """Biases of position (T5's kind) for prompts and words: prompts take no position, so theirs are zero.
+
+    Args:
+        given: what the host hands to its attention function besides.
+        prompts: K.
+        keys: K + S.
 
     Raises:
-        BackboneError: if the module does not use the attention interface.
+        BackboneError: if something else there has a number for every word.
     """
-    home = _home_of(type(module))
-    if home is None:
-        raise BackboneError(f"{type(module).__name__} does not use transformers' attention interface. {NEXT_STEP}")
-    return home
+    changed: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[-1] != keys - prompts:
+            continue
+        if name != "position_bias":
+            raise BackboneError(
+                f"plain prefix tuning (separate_softmax=False) cannot follow {name}, which the model hands to its "
+                f"attention function for every word. Leave separate_softmax at True."
+            )
+        changed[name] = F.pad(value, (prompts, 0))
+    return changed
 
 
-@functools.cache
-def _home_of(attention: type) -> tuple[Attention, Any] | None:
-    for cls in attention.__mro__:
-        home = sys.modules[cls.__module__]
-        for function in vars(cls).values():
-            names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
-            eager = [name for name in names if name.endswith("eager_attention_forward") and hasattr(home, name)]
-            if "get_interface" in names and eager and hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
-                return getattr(home, eager[0]), home.ALL_ATTENTION_FUNCTIONS
-    return None
+class NamedView(ConfigView):
+    """Names `attend`."""
+
+    _attn_implementation = IMPLEMENTATION
+    zinit_function = attend
+
+
+class AnsweringView(ConfigView):
+    """Gives the host's answer; the module's look-up is caught in its file."""
+
+    zinit_function = attend
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return attention_implementation(self.zinit_host)
 
 
 class InterfaceSeam:
@@ -147,13 +127,11 @@ class InterfaceSeam:
 
     def install(self, model: nn.Module, site: AttentionSite, slot: PrefixSlot) -> None:
         """Adds the child ``zinit`` and routes the module through `attend`."""
-        from transformers.modeling_utils import AttentionInterface
-
-        AttentionInterface.register(IMPLEMENTATION, attend)
         host: Any = site.module
-        home = attention_home(host)
+        kind = AnsweringView if asks_for_implementation(type(host)) else NamedView
+        view = kind(host.config, type(host))
         host.add_module("zinit", slot)
-        host.config = ConfigView(host.config, *home)
+        host.config = view
 
     def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
         """Takes the child and the view away again."""
