@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import zinit
 from scripts.tiny_models import floats, randomized, tiny_transformer
 from zinit.adapter.attach import get_handle
-from zinit.backbones._discover import FOREIGN, Replay, states_of
+from zinit.backbones._discover import FOREIGN
+from zinit.backbones._replay import Replay, states_of
 from zinit.errors import BackboneError
 
 TIMEOUT = 60

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import zinit
 from tests.contract.cases import causal_lm, encoder, randomized, text_batch
+from zinit.adapter.check import check_backbone
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones._discover import TRANSFORMERS
 
@@ -61,6 +62,11 @@ def of_esm(host: Any) -> tuple[Tensor, Tensor]:
     return heads(host.key(TOKENS)), heads(host.value(TOKENS))
 
 
+def of_codegen(host: Any) -> tuple[Tensor, Tensor]:
+    _, value, key = host.qkv_proj(TOKENS).view(5, 4, 24).split(8, dim=-1)  # four shards, a head each
+    return key.transpose(0, 1), value.transpose(0, 1)
+
+
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
           "qk_nope_head_dim": 8, "v_head_dim": 6, "first_k_dense_replace": 3}  # fmt: skip
 HOSTS: dict[str, tuple[Any, Any]] = {
@@ -71,6 +77,8 @@ HOSTS: dict[str, tuple[Any, Any]] = {
     "phi": (lambda: causal_lm("Phi"), of_biased),
     "phi3": (lambda: causal_lm("Phi3"), of_fused_grouped),
     "deepseek-v3": (lambda: causal_lm("DeepseekV3", **LATENT), of_latent),
+    "gptj": (lambda: causal_lm("GPTJ", rotary_dim=4), of_biased),  # its rotation is (sines, cosines)
+    "codegen": (lambda: causal_lm("CodeGen", rotary_dim=4), of_codegen),
     "esm": (lambda: encoder("Esm", position_embedding_type="rotary"), of_esm),
 }
 
@@ -93,7 +101,7 @@ def test_keys_and_values_are_the_host_s_own(name: str) -> None:
         torch.testing.assert_close(batch_value[0].flip(1), want_value)
 
 
-@pytest.mark.parametrize("name", ["gpt-neox", "qwen3", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["gpt-neox", "qwen3", "deepseek-v3", "gptj"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
     model = HOSTS[name][0]()
@@ -174,6 +182,16 @@ def attends_twice(forward: Any) -> Any:
     return changed
 
 
+def turns_keys(forward: Any) -> Any:
+    """By a quarter, wherever a token stands."""
+
+    def changed(self: Any, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        cosines, sines = position_embeddings
+        return forward(self, hidden_states, (0.6 * cosines - 0.8 * sines, 0.6 * sines + 0.8 * cosines), **kwargs)
+
+    return changed
+
+
 def wants_more(forward: Any) -> Any:
     def changed(self: Any, hidden_states: Tensor, temperature: Tensor, position_embeddings: Any = None) -> Any:
         return forward(self, hidden_states * temperature, position_embeddings)
@@ -195,6 +213,7 @@ def takes_more_values(forward: Any) -> Any:
         (shifts_tokens, "values depend on the neighbouring tokens"),
         (adds_positions, "values depend on the neighbouring tokens or on the position"),
         (attends_twice, "attends 2 times"),
+        (turns_keys, "keys are turned"),
         (wants_more, "does not run on plain hidden states"),
     ],
 )
@@ -206,6 +225,65 @@ def test_what_prompts_cannot_follow_is_refused(change: Any, reason: str) -> None
     assert "model.layers.0.self_attn (Changed)" in str(error.value)
     assert "register it" in str(error.value)
     assert [id(module.config) for module in model.modules() if hasattr(module, "config")] == before
+
+
+def test_the_order_of_a_rotation_s_parts_is_found_out() -> None:
+    """LLaMA's forward, called with (sines, cosines): neither name nor shape tells."""
+    model = with_attention(reverses_rotation)
+    plain = {site.name: site for site in TRANSFORMERS.sites(causal_lm("Llama"))}
+    for site in TRANSFORMERS.sites(model):
+        want = plain[site.name]
+        for got, wanted in zip(site.project_kv(site.module, TOKENS), want.project_kv(want.module, TOKENS), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def reverses_rotation(forward: Any) -> Any:
+    def changed(self: Any, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        return forward(self, hidden_states, position_embeddings[::-1], **kwargs)
+
+    return changed
+
+
+# --- keys and values that a layer does not make itself ------------------------------------------------------------
+
+
+def sharing(kind: str) -> nn.Module:
+    """Four layers; the last two take the keys and values of the first two, by kind of layer."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 2, "sliding_window": 4}
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "max_position_embeddings": 64}
+    inputs = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "pad_token_id": 0}
+    if kind == "Gemma3n":
+        layers |= {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+        layers["intermediate_size"] = [48] * 4
+    config = getattr(transformers, f"{kind}TextConfig")(**sizes | heads | layers | inputs)
+    config._attn_implementation = "sdpa"
+    return randomized(getattr(transformers, f"{kind}TextModel")(config))
+
+
+@pytest.mark.parametrize("kind", ["Gemma3n", "Gemma4"])
+def test_layers_that_take_another_layer_s_keys_are_left_out(kind: str) -> None:
+    model = sharing(kind)
+    assert [site.name for site in TRANSFORMERS.sites(model)] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert check_backbone(model, backbone=None, **text_batch("none"), use_cache=False) == 2
+
+
+def test_a_module_that_takes_all_its_keys_from_elsewhere_says_so() -> None:
+    with pytest.raises(zinit.BackboneError, match="no keys and values of its own: an earlier layer's serve it"):
+        zinit.attach(sharing("Gemma4").layers[2].self_attn)  # pyright: ignore
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_projections_that_depend_on_the_calling_layer_are_refused(first: int) -> None:
+    """Zamba2 lends one attention to several layers, each with a low-rank change of its own."""
+    kinds = ["hybrid", "mamba", "hybrid"] if first == 0 else ["mamba", "hybrid", "hybrid"]
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    mamba = {"num_mem_blocks": 1, "mamba_headdim": 16, "mamba_ngroups": 1, "mamba_d_state": 8}
+    shared = {"use_shared_attention_adapter": True, "adapter_rank": 4}
+    kind: Any = transformers.Zamba2Config
+    config = kind(**shape | mamba | shared, layers_block_type=kinds, vocab_size=61, pad_token_id=0, eos_token_id=None)
+    with pytest.raises(zinit.BackboneError, match="projections depend on layer_idx"):
+        zinit.attach(randomized(transformers.Zamba2Model(config)))
 
 
 def test_an_option_that_goes_past_the_interface_is_refused() -> None:

@@ -19,7 +19,9 @@ JOINT = zinit.PrefixConfig(length=3, gating=False, separate_softmax=False)
 
 def t5(kind: str = "T5") -> Any:
     sizes = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_model": 32, "vocab_size": 61}
-    config = getattr(transformers, f"{kind}Config")(**sizes, pad_token_id=0, decoder_start_token_id=0, eos_token_id=None)
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, pad_token_id=0, decoder_start_token_id=0, eos_token_id=None
+    )
     return randomized(transformers.AutoModelForSeq2SeqLM.from_config(config))
 
 

@@ -26,10 +26,16 @@ from zinit.backbones._view import Lookup, asks_for_implementation
 
 def sparse(**changes: Any) -> nn.Module:
     """A MiniMax-M3 whose attention makes masks of its own: each query sees one block of two keys and its neighbour."""
-    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 8, "index_head_dim": 8}
-    blocks = {"index_block_size": 2, "index_topk_blocks": 1, "layer_types": ["minimax_m3_sparse"] * 2}
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "mlp_layer_types": ["dense"] * 2}
+    shape: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rotary_dim": 8,
+        "index_head_dim": 8,
+    }
+    blocks: dict[str, Any] = {"index_block_size": 2, "index_topk_blocks": 1, "layer_types": ["minimax_m3_sparse"] * 2}
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "mlp_layer_types": ["dense"] * 2}
     tokens = {"dense_intermediate_size": 48, "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}
     config = MiniMaxM3VLTextConfig(**shape | heads | blocks | experts | tokens | changes)
     config._attn_implementation = "sdpa"
@@ -62,7 +68,7 @@ def test_a_module_that_makes_its_own_mask_still_makes_it(implementation: str) ->
 
 
 def test_checked_like_every_backbone() -> None:
-    assert check_backbone(sparse(), **text_batch("none"), use_cache=False) == 2
+    assert check_backbone(sparse(), backbone=None, **text_batch("none"), use_cache=False) == 2
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])

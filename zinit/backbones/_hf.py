@@ -72,7 +72,7 @@ def attend(
         )
         if attention_mask is None:
             kwargs["is_causal"] = False  # every query sees every key: the causal case has a mask by now
-        without_position(kwargs, prompt_key.shape[2], key.shape[2])
+        kwargs |= without_position(kwargs, prompt_key.shape[2], key.shape[2])
         return attention(host, query, key, value, attention_mask, **kwargs)
 
     out, weights = attention(host, query, key, value, attention_mask, **kwargs)
