@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zinit.adapter.scopes import prompts_of
-from zinit.backbones.base import ActivePrefix
+from zinit.backbones.base import ActivePrefix, AttentionSite
 from zinit.config import PrefixConfig
 from zinit.prefix import Context, ProjectKV, ZeroGatedPrefix
 
@@ -37,14 +37,20 @@ class PrefixWithContext:
 
     Args:
         prefix: whose addition it makes.
+        site: where it is.
         context: if there is one.
         adapter: whose it is, where modules that prompts pass are tuned.
     """
 
     def __init__(
-        self, prefix: ZeroGatedPrefix, context: Tensor | Context | None = None, adapter: str | None = None
+        self,
+        prefix: ZeroGatedPrefix,
+        site: AttentionSite,
+        context: Tensor | Context | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.prefix, self.context, self.config, self.adapter = prefix, context, prefix.config, adapter
+        self.prefix, self.site, self.config = prefix, site, prefix.config
+        self.context, self.adapter = context, adapter
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `ZeroGatedPrefix.keys_values`."""
@@ -55,7 +61,14 @@ class PrefixWithContext:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `ZeroGatedPrefix.forward`."""
+        self.check_rows(query.shape[0])
         return self.prefix(query, key, value, scale)
+
+    def check_rows(self, batch: int) -> None:
+        """See `AttentionSite.check_rows`."""
+        if self.context is not None:
+            tokens = self.context.tokens if isinstance(self.context, Context) else self.context
+            self.site.check_rows("a context for", tokens.shape[0], batch)
 
 
 class SumOfPrefixes:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zinit.adapter.parts import together
 from zinit.adapter.scopes import Change, Route, Scope, scope_of
 from zinit.adapter.state import AdapterState
-from zinit.backbones.base import ActivePrefix, PrefixSlot
+from zinit.backbones.base import ActivePrefix, AttentionSite, PrefixSlot
 from zinit.errors import ConfigError
 from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts
 from zinit.registry import did_you_mean
@@ -30,6 +30,7 @@ class RoutedPrefix:
     Args:
         route: an adapter's name or None for each sample.
         prefixes: {adapter: its prefix here}; some may have none.
+        site: where it is.
 
     Attributes:
         prefixes: those that the route uses.
@@ -37,7 +38,8 @@ class RoutedPrefix:
         mask: (R, 1, 1, K), 0 or -inf; None if nothing is padded.
     """
 
-    def __init__(self, route: Names, prefixes: Mapping[str, ZeroGatedPrefix]) -> None:
+    def __init__(self, route: Names, prefixes: Mapping[str, ZeroGatedPrefix], site: AttentionSite) -> None:
+        self.site = site
         self.prefixes = {name: prefixes[name] for name in dict.fromkeys(route) if name is not None and name in prefixes}
         self.samples, self.mask = len(route), None
         if not self.prefixes:
@@ -83,14 +85,14 @@ class RoutedPrefix:
         """The addition to the host's attention output; see `ZeroGatedPrefix.forward`.
 
         Raises:
-            ConfigError: if the batch is no multiple of R.
+            ConfigError: if it is not known which row of the batch is of which sample.
         """
-        if query.shape[0] % self.samples:
-            raise ConfigError(
-                f"a route of {self.samples} samples does not fit a batch of {query.shape[0]}: name an adapter or None "
-                f"for each sample."
-            )
+        self.check_rows(query.shape[0])
         return attend_prompts(query, key, value, scale, self.mask)
+
+    def check_rows(self, batch: int) -> None:
+        """See `AttentionSite.check_rows`."""
+        self.site.check_rows("a route of", self.samples, batch)
 
 
 @contextmanager
@@ -106,7 +108,9 @@ def routed(state: AdapterState, names: Names) -> Iterator[None]:
     for name in dict.fromkeys(route):
         if name is not None:
             _check_routable(state, name)
-    here = Route(frozenset(route), {site: _at_slot(route, slot) for site, slot in state.slots.items()})
+    here = Route(
+        frozenset(route), {site: _at_slot(route, slot, state.sites[site]) for site, slot in state.slots.items()}
+    )
     state.routes += 1
     try:
         with state.opened(Change(state.key, lambda scope: Scope(scope.on, here, scope.contexts))):
@@ -136,7 +140,7 @@ def _check_routable(state: AdapterState, name: str) -> None:
         )
 
 
-def _at_slot(route: Names, slot: PrefixSlot) -> ActivePrefix | None:
+def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite) -> ActivePrefix | None:
     """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route."""
     own = {
         name: [slot[key] for key in slot.members.get(name, ()) if slot[key].config.prompt != "context"]  # pyright: ignore
@@ -145,7 +149,7 @@ def _at_slot(route: Names, slot: PrefixSlot) -> ActivePrefix | None:
     }
     ranks = range(max(map(len, own.values()), default=0))
     routed = [
-        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)})  # pyright: ignore
+        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)}, site)  # pyright: ignore
         for rank in ranks
     ]
     return together([prefix for prefix in routed if prefix.prefixes])

@@ -223,7 +223,8 @@ class AdapterState:
                 if key in takes:
                     own = scope.contexts.get(name) if context is None else context
                 if own is not None or (self.tuned and prefix.config.prompt != "context"):
-                    members.append(PrefixWithContext(prefix, own, name if self.tuned else None))
+                    adapter = name if self.tuned else None
+                    members.append(PrefixWithContext(prefix, self.sites[slot.site], own, adapter))
                 elif prefix.config.prompt != "context":
                     members.append(prefix)
         return together(members)

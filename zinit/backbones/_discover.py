@@ -18,6 +18,7 @@ from torch import nn
 from zinit.backbones._acceptance import find_replay, parameters_of
 from zinit.backbones._hf import InterfaceSeam
 from zinit.backbones._replay import SharesKV
+from zinit.backbones._rows import rows_of
 from zinit.backbones._view import NEXT_STEP, attention_home
 from zinit.backbones.base import AttentionSite, with_real_weights
 from zinit.errors import BackboneError
@@ -58,7 +59,7 @@ class Discovered(InterfaceSeam):
                 left_out.append(f"{name} ({reason})")
                 continue
             try:
-                found.append(site_of(name, module))
+                found.append(site_of(model, name, module))
             except SharesKV:
                 left_out.append(f"{name} (it has no keys and values of its own: an earlier layer's serve it)")
         if not found:
@@ -114,7 +115,7 @@ def attends_elsewhere(model: nn.Module, name: str, module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def site_of(name: str, module: nn.Module) -> AttentionSite:
+def site_of(model: nn.Module, name: str, module: nn.Module) -> AttentionSite:
     """Finds how to replay a module, and checks it.
 
     Raises:
@@ -144,4 +145,5 @@ def site_of(name: str, module: nn.Module) -> AttentionSite:
         head_dim=key.shape[-1],
         value_dim=value.shape[-1],
         project_kv=replay,
+        rows=rows_of(model, name, module),
     )

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zinit.backbones._rows import rows_of
 from zinit.backbones._view import NEXT_STEP, ConfigView, HostView, asks_for_implementation
 from zinit.backbones.base import AttentionSite, PrefixSlot
 from zinit.compat import attention_implementation
@@ -60,6 +61,7 @@ def attend(
 
     prompt_key, prompt_value = slot.keys_values(module, prefix, query.dtype, context)
     if not prefix.config.separate_softmax:
+        slot.check_rows(prefix, query.shape[0])
         if name not in ("sdpa", "eager"):
             raise BackboneError(
                 f"plain prefix tuning (separate_softmax=False) needs the attention implementation 'sdpa' or 'eager', "
@@ -178,7 +180,8 @@ class TransformersBackbone(InterfaceSeam):
         Raises:
             BackboneError: if the model has none, or one of them lacks what the family has.
         """
-        found = [self._site(name, module) for name, module in model.named_modules() if self._is_attention(name)]
+        modules = [(name, module) for name, module in model.named_modules() if self._is_attention(name)]
+        found = [self._site(model, name, module) for name, module in modules]
         if not found:
             raise BackboneError(
                 f"{type(model).__name__} has no module named {self.attention!r} to attach a prefix to. {NEXT_STEP}"
@@ -188,7 +191,7 @@ class TransformersBackbone(InterfaceSeam):
     def _is_attention(self, name: str) -> bool:
         return f".{name}".endswith(f".{self.attention}") and "zinit" not in name.split(".")
 
-    def _site(self, name: str, module: nn.Module) -> AttentionSite:
+    def _site(self, model: nn.Module, name: str, module: nn.Module) -> AttentionSite:
         for part in (self.query, self.key, self.value):
             if not hasattr(getattr(module, part, None), "out_features"):
                 raise BackboneError(f"{name} ({type(module).__name__}) has no linear projection {part!r}. {NEXT_STEP}")
@@ -208,6 +211,7 @@ class TransformersBackbone(InterfaceSeam):
             project_kv=self.project_kv,
             project_query=self.project_query,
             query_value=(self.query, self.value),
+            rows=rows_of(model, name, module),
         )
 
     def project_kv(self, host: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
 from zinit.prefix import Context, ProjectKV
 
+Rows = Literal["samples", "beams", "other"]
 ProjectHostKV = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(host module, (K, C) or (B, K, C)) to two of (1 or B, G, K, D). A plain function: a prefix never holds its host."""
 
@@ -34,6 +36,9 @@ class AttentionSite:
         project_kv: the host's frozen key and value projections.
         project_query: (host module, (K, C)) to (1, H, K, D), neither normalised nor rotated; only importers of
             other implementations' files ask, and a backbone need not answer.
+        rows: what the module's batch holds: ``"samples"``, each sample of the call once; ``"beams"``, or several beams
+            of each side by side, as where text is generated; ``"other"``, things of which a sample may have none or
+            several (images in a text), so that nobody knows which sample a row is of.
     """
 
     name: str
@@ -46,6 +51,7 @@ class AttentionSite:
     project_query: Callable[[nn.Module, Tensor], Tensor] | None = None
     value_dim: int | None = None
     query_value: tuple[str, ...] | None = ()
+    rows: Rows = "samples"
 
     @property
     def tower(self) -> str:
@@ -63,6 +69,30 @@ class AttentionSite:
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
         }
+
+    def check_rows(self, what: str, samples: int, batch: int) -> None:
+        """Whether what was given for some samples can be spread over the rows of the module's batch.
+
+        Args:
+            what: was given, as "a route of" or "a context for".
+            samples: it was given for; what is for one sample is for every row.
+            batch: rows of the module's batch.
+
+        Raises:
+            ConfigError: if it is not known which row is of which sample.
+        """
+        if samples == 1 or (samples == batch and self.rows != "other"):
+            return
+        if self.rows == "other":
+            raise ConfigError(
+                f"{what} {samples} samples does not fit {self.name}: its rows are no samples, but things of which "
+                f"a sample may have none or several, such as images. Adapt the other tower alone (towers=[...]), or "
+                f"call the model with one sample at a time."
+            )
+        if self.rows == "samples" or batch % samples:
+            raise ConfigError(
+                f"{what} {samples} samples does not fit a batch of {batch} at {self.name}: give one for each."
+            )
 
 
 class Backbone(Protocol):
@@ -107,7 +137,11 @@ class ActivePrefix(Protocol):
         ...
 
     def __call__(self, query: Tensor, key: Any, value: Any, scale: float) -> Tensor:
-        """The addition to the heads' output, (B, H, T, D); see `zinit.prefix.ZeroGatedPrefix.forward`."""
+        """The addition to the heads' output, (B, H, T, D); see `zinit.prefix.ZeroGatedPrefix.forward`.
+
+        Raises:
+            ConfigError: if samples differ, and it is not known which row of the batch is of which.
+        """
         ...
 
 
@@ -177,6 +211,15 @@ class PrefixSlot(nn.ModuleDict):
             context: one that comes with this call; it goes before the one that `Handle.context` has set.
         """
         return None if self.state is None else self.state.prefix_at(self, context)
+
+    def check_rows(self, prefix: Any, batch: int) -> None:
+        """Whether what is on fits a batch of that many rows; calling the prefix does this by itself.
+
+        Raises:
+            ConfigError: if samples differ, and it is not known which row is of which.
+        """
+        if not isinstance(prefix, nn.Module):  # a prefix alone is the same for every row
+            prefix.check_rows(batch)
 
     def keys_values(
         self, host: nn.Module, prefix: ActivePrefix, dtype: torch.dtype, context: Tensor | Context | None = None

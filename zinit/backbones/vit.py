@@ -110,6 +110,7 @@ class Seam:
         prompts = slot.keys_values(host, prefix, query.dtype)
         if prefix.config.separate_softmax:
             return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)).view_as(args[0]), *args[1:])
+        slot.check_rows(prefix, query.shape[0])
         return (heads_side_by_side(attend_jointly(forward, query, prompts)), *args[1:])
 
 
