@@ -10,6 +10,7 @@ are open), and detaching must restore the output and the names of the state. Eac
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import inspect
 import json
@@ -29,13 +30,13 @@ import torch
 from torch import Tensor, nn
 
 import zinit
-from scripts.tiny_models import floats, randomized, tiny_transformer
+from scripts.tiny_models import floats, randomized, tiny_transformer, variants_of
 from zinit.adapter.attach import get_handle
 from zinit.backbones._discover import FOREIGN
 from zinit.backbones._replay import Replay, states_of
 from zinit.errors import BackboneError
 
-TIMEOUT = 60
+TIMEOUT = 180
 UNSEEN = ("no gate gets a gradient", "an open gate changes nothing")
 Result = dict[str, Any]
 
@@ -138,19 +139,47 @@ def try_transformers(model_type: str) -> Result:
     model, inputs = tiny_transformer(model_type)
     found: Result = {"class": type(model).__name__, "run": inputs is not None}
     sites = find_backbone(model).sites(model)
-    if inputs is not None:
-        found |= check(model, caller(model, inputs))
-        for implementation in ("eager",):
-            try:
-                model.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
-                caller(model, inputs)()
-            except Exception:  # this family has no such implementation
-                continue
-            check(model, caller(model, inputs))
-    else:
-        alone = Alone(model, sites)
-        found |= check_alone(alone, model)
+    found |= trial(model, inputs, sites)
+    found["variants"] = {what: try_variant(config, inputs) for what, config in variants_of(model.config)}
     return found
+
+
+def trial(model: Any, inputs: dict[str, Tensor] | None, sites: list[Any]) -> Result:
+    """The contract for one model, with its default attention and with eager attention."""
+    if inputs is None:
+        return check_alone(Alone(model, sites), model)
+    found = check(model, caller(model, inputs))
+    try:
+        model.set_attn_implementation("eager")
+        caller(model, inputs)()
+    except Exception:  # this family has no such implementation
+        return found
+    check(model, caller(model, inputs))
+    return found
+
+
+def try_variant(config: Any, inputs: dict[str, Tensor] | None) -> str:
+    """What comes of a variant that a config offers: "supported", "not built", or why not."""
+    import transformers
+
+    from zinit.backbones import find_backbone
+
+    torch.manual_seed(0)
+    try:
+        model = randomized(transformers.AutoModel.from_config(config))
+        if inputs is not None:
+            caller(model, inputs)()
+    except Exception:  # this combination is not allowed
+        return "not built"
+    try:
+        trial(model, inputs, find_backbone(model).sites(model))
+    except BackboneError as error:
+        return f"refused: {error}"
+    except AssertionError as error:
+        return "not reached" if str(error) in UNSEEN else f"broken: {error}"
+    except Exception as error:
+        return f"broken: {type(error).__name__}: {error}"
+    return "supported"
 
 
 def check_alone(alone: Alone, model: nn.Module) -> Result:
@@ -285,6 +314,11 @@ def shape_of(sites: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
+def also(result: Result) -> str:
+    """The variants of a supported family that are supported too."""
+    return "; ".join(what for what, outcome in result.get("variants", {}).items() if outcome == "supported")
+
+
 def short(reason: str) -> str:
     """A reason without the advice after it, in one table cell."""
     reason = re.sub(r" (Attach to a part|Describe the model|Set it to).*", "", reason.split("\n")[0])
@@ -303,7 +337,10 @@ def document(results: dict[tuple[str, str], Result]) -> str:
         "Made by `python -m scripts.make_backbones`, which tries every family; do not edit. "
         f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__.split('+')[0]}.",
         "",
-        "Each family was tried with a tiny random model: a closed gate changes no bit (with the default and with eager "
+        f"Run on {datetime.date.today():%d %B %Y}. Each family was tried with a tiny random model of its default "
+        "configuration made small, and with the variants that its configuration offers (kinds of layers, windows, "
+        "sharing, switches of attention), one change at a time. A row holds for those configurations, not for every "
+        "model of the family. Tried: a closed gate changes no bit (with the default and with eager "
         "attention), an open one changes the output, gradients reach gates and prompts, detaching restores everything.",
         "",
     ]
@@ -319,12 +356,18 @@ def document(results: dict[tuple[str, str], Result]) -> str:
             lines.append(
                 f"| {status if status != 'not built' else 'not tried: no tiny model of it'} | {counts[status]} |"
             )
-        lines += ["", f"### Supported ({title})", "", "| family | model | backbone | attention |", "|---|---|---|---|"]
+        if library == "transformers":
+            outcomes = Counter(o.partition(":")[0] for r in own.values() for o in r.get("variants", {}).values())
+            lines += [f"| variants of supported families: {o} | {n} |" for o, n in sorted(outcomes.items())]
+        heading = "| family | model | backbone | attention | also with |"
+        lines += ["", f"### Supported ({title})", "", heading, "|---|---|---|---|---|"]
         for name, r in sorted(own.items()):
             if r["status"] == "supported":
                 star = "" if r["run"] else " *"
                 reached = "" if r["reached"] == len(r["sites"]) else f"; {r['reached']} reached by the trial's input"
-                lines.append(f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} |")
+                lines.append(
+                    f"| {name}{star} | `{r['class']}` | {r['backbone']} | {shape_of(r['sites'])}{reached} | {also(r)} |"
+                )
         for status, heading in (
             ("refused", "Refused"),
             ("broken", "Broken: attached, but the contract does not hold"),
@@ -332,6 +375,13 @@ def document(results: dict[tuple[str, str], Result]) -> str:
             ("not built", "Not tried"),
         ):
             listed = [(name, r["reason"]) for name, r in sorted(own.items()) if r["status"] == status]
+            if status in ("refused", "broken"):
+                listed += [
+                    (f"{name} with {what}", outcome.partition(": ")[2])
+                    for name, r in sorted(own.items())
+                    for what, outcome in r.get("variants", {}).items()
+                    if outcome.startswith(status)
+                ]
             if listed:
                 lines += ["", f"### {heading} ({title})", "", "| family | reason |", "|---|---|"]
                 lines += [f"| {name} | {short(reason)} |" for name, reason in listed]

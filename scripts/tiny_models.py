@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -126,6 +128,37 @@ def tiny_transformer(model_type: str) -> tuple[nn.Module, dict[str, Tensor] | No
         reason = (str(last).splitlines() or [""])[0].partition(" from '")[0]  # without a path of this machine
         raise RuntimeError(f"{type(last).__name__}: {reason[:120]}")
     return built, None
+
+
+FLAGS = re.compile(r"^(use_(qk|shared|mem_rope|sliding|bias|attention|attn)|qk_|attention_bias|qkv_bias|multi_query|"
+                   r"new_decoder|add_swa|attn_output_gate|partial_|rotary_pct)")  # fmt: skip
+
+
+def variants_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """(what is different, config): kinds of layers, windows, sharing and switches of attention that a config offers."""
+    from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+
+    values = vars(config)
+    text = inspect.getsource(sys.modules[type(config).__module__])
+    modeling = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    text += "" if modeling is None else inspect.getsource(modeling)
+    changes: list[dict[str, Any]] = []
+    layers = values.get("layer_types")
+    for kind in ALLOWED_ATTN_LAYER_TYPES if isinstance(layers, list) else ():
+        if f'"{kind}"' in text and set(layers) != {kind}:
+            changes.append({"layer_types": [kind] * len(layers)})
+    if "sliding_window" in values and values["sliding_window"] != 4:
+        changes.append({"sliding_window": 4} | ({"use_sliding_window": True} if "use_sliding_window" in values else {}))
+    changes += [{"num_kv_shared_layers": 2}] if "num_kv_shared_layers" in values else []
+    changes += [{name: not value} for name, value in values.items() if isinstance(value, bool) and FLAGS.match(name)]
+    for change in changes:
+        changed = copy.deepcopy(config)
+        for name, value in change.items():
+            setattr(changed, name, value)
+        yield (
+            ", ".join(f"{name}={value[0] if isinstance(value, list) else value}" for name, value in change.items()),
+            (changed),
+        )
 
 
 def runs_on(model: nn.Module, inputs: dict[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ files pass what they read through `modern_settings` or `modern_results`; new fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,45 @@ def mark_sharded(model: nn.Module) -> None:
     ``_is_fsdp_managed_module`` (transformers 4.39) is what ``is_fsdp_managed_module`` there asks.
     """
     model._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
+
+
+class GuardedPatterns(dict[str, str]):
+    """Patterns for tied weights that do not reach a child's parameters.
+
+    Attributes:
+        before: what the model itself held (not its class); None if nothing.
+    """
+
+    before: dict[str, str] | None = None
+
+
+def guard_tied_weights(model: nn.Module, child: str) -> None:
+    r"""Keeps parameters of children by a name out of reach of the patterns by which a model ties its weights.
+
+    ``_tied_weights_keys`` (transformers 5.0: {target: source}) may hold patterns, as Zamba's ``layers.\d+.shared``:
+    ``tie_weights`` and ``resize_token_embeddings`` would tie whatever was added below those modules.
+    """
+    for module in model.modules():
+        patterns = getattr(module, "_tied_weights_keys", None)
+        if not isinstance(patterns, dict) or isinstance(patterns, GuardedPatterns):
+            continue
+        if all(re.fullmatch(r"[\w.]+(weight|bias)", name) for name in (*patterns, *patterns.values())):
+            continue  # whole names, no patterns
+        hidden = rf"(?!(?:.*\.)?{child}\.)"
+        guarded = GuardedPatterns({hidden + target: hidden + source for target, source in patterns.items()})
+        guarded.before = vars(module).get("_tied_weights_keys")
+        vars(module)["_tied_weights_keys"] = guarded
+
+
+def unguard_tied_weights(model: nn.Module) -> None:
+    """Undoes `guard_tied_weights`."""
+    for module in model.modules():
+        guarded = vars(module).get("_tied_weights_keys")
+        if isinstance(guarded, GuardedPatterns):
+            if guarded.before is None:
+                del vars(module)["_tied_weights_keys"]
+            else:
+                vars(module)["_tied_weights_keys"] = guarded.before
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------

@@ -113,13 +113,13 @@ def _new_state(model: nn.Module, backbone: str | None) -> AdapterState:
         model,
         chosen,
         {site.name: site for site in chosen.sites(model)},
-        trained_before=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        trained_before={name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
     )
 
 
 def _take_over(state: AdapterState) -> None:
     """Freezes the host and makes its ``generate`` compute prefix keys and values once."""
-    for parameter in state.trained_before:
+    for parameter in state.trained_before.values():
         parameter.requires_grad_(False)
     model = state.model
     setattr(model, ATTRIBUTE, state)

@@ -11,6 +11,7 @@ from torch import nn
 
 from zinit.adapter import bias_tuning as _registered  # noqa: F401
 from zinit.adapter import tuning as tunings
+from zinit.adapter.calls import unwatch_calls, watch_calls
 from zinit.adapter.parts import Part
 from zinit.adapter.recompute import unwatch, watch
 from zinit.adapter.select import select_sites
@@ -135,6 +136,7 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
     needed = {site: None for part in modules.parts.values() for site in part.prefixes}
     with ExitStack() as undo:  # an installation that fails takes the earlier ones back
         undo.callback(unwatch, state)
+        undo.callback(unwatch_calls, state)
         for name in needed:
             if name not in state.slots:
                 site = state.sites[name]
@@ -143,6 +145,7 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
                 undo.callback(state.uninstall, site)
                 state.slots[name] = slot
                 watch(state, name)
+                watch_calls(state, name)
         undo.pop_all()
     # From here on nothing fails.
     for part in modules.parts.values():
@@ -169,6 +172,7 @@ def uninstall(state: AdapterState, adapter: str) -> None:
         if not len(slot):
             state.uninstall(state.sites[name])
     unwatch(state)
+    unwatch_calls(state)
     root = getattr(state.model, ROOT, None)
     if type(root) is nn.ModuleDict and adapter in root:
         del root[adapter]

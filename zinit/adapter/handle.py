@@ -321,8 +321,7 @@ class Handle:
         state.on = tuple(name for name in state.on if name != self.name)
         state.version += 1
         if not state.handles:
-            for parameter in state.trained_before:
-                parameter.requires_grad_(True)
+            state.thaw()
             if state.wraps_generate:
                 del vars(state.model)["generate"]
             delattr(state.model, ATTRIBUTE)

@@ -8,21 +8,17 @@ else by the block's input, which checkpointing keeps (timm).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from zinit import compat
+from zinit.adapter.calls import until_return
 from zinit.adapter.scopes import Scope, replaced
 from zinit.adapter.state import AdapterState
 from zinit.errors import ConfigError
-
-_THREAD = threading.local()  # the blocks that this thread is computing again, and the scopes that were put back for it
 
 
 def blocks_around(site: str) -> list[str]:
@@ -82,10 +78,11 @@ class BlockCalls:
     def __init__(self, state: AdapterState) -> None:
         self.state = state
         self.seen: dict[Hashable, tuple[Any, Scope]] = {}
+        self.last: tuple[Any, ...] | None = None  # what was on at the last call, as far as backward needs to know
         self.purge_at = 64
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "seen": {}}  # inputs are this process's
+        return {**vars(self), "seen": {}, "last": None}  # inputs are this process's
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In the forward pass, notes what is on; in the backward pass, puts it back."""
@@ -102,40 +99,30 @@ class BlockCalls:
             self._note(call, given)
             return
         found = self.seen.get(call)
-        if found is None:
+        if found is None or found[0].expired():  # of memory that is in use for something else by now
             self._check_nothing_differs(block)
             return
-        scope: AbstractContextManager[None] = replaced(self.state.key, found[1])
-        scope.__enter__()
-        # Only now, because every call of a module with such a hook costs: most are not computed again.
-        _put_back().append((block, scope, block.register_forward_hook(self.after, always_call=True)))
-
-    def after(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Ends what `before` has put back, after an error too."""
-        if (stack := _put_back()) and stack[-1][0] is block:
-            _, scope, hook = stack.pop()
-            hook.remove()
-            scope.__exit__(None, None, None)
+        until_return(block, replaced(self.state.key, found[1]))
 
     def _note(self, call: Hashable, given: Tensor) -> None:
         if len(self.seen) >= self.purge_at:  # inputs that nobody keeps will not come again
             self.seen = {key: noted for key, noted in self.seen.items() if not noted[0].expired()}
             self.purge_at = max(64, 2 * len(self.seen))
-        self.seen[call] = (compat.storage_reference(given), self.state.snapshot())
+        scope = self.state.snapshot()
+        self.seen[call] = (compat.storage_reference(given), scope)
+        self.last = (scope.on, bool(scope.contexts), scope.route is not None)
 
     def _check_nothing_differs(self, block: nn.Module) -> None:
-        """An input that is not known again (it was moved to the CPU meanwhile, say) is of no matter without scopes."""
+        """An input that is not known again is of no matter without scopes.
+
+        It was moved to the CPU meanwhile, say, or a larger piece of the model is computed again as a whole.
+        """
         now = self.state.names_on()
         scopes = [scope for reference, scope in self.seen.values() if not reference.expired()]
-        if any(scope.on != now or scope.contexts or scope.route for scope in (*scopes, self.state.scope())):
+        differs = any(scope.on != now or scope.contexts or scope.route for scope in (*scopes, self.state.scope()))
+        if differs or self.last not in (None, (now, False, False)):
             raise ConfigError(
                 f"{type(block).__name__} is computed again in the backward pass, and its input does not tell which of "
                 f"several calls it was: adapters or contexts changed in between. Run forward and backward pass in one "
                 f"scope, or pass the context with the call: model(..., zinit_context=context)."
             )
-
-
-def _put_back() -> list[tuple[nn.Module, AbstractContextManager[None], RemovableHandle]]:
-    if not hasattr(_THREAD, "stack"):
-        _THREAD.stack = []
-    return _THREAD.stack

@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from zinit.prefix import Context
 
 ATTRIBUTE = "_zinit"  # of the model, where its state is kept
 NO_SCOPE = Scope()
+NO_CONTEXT_IN_ROUTE = "a route takes no context: leave it out, or call the adapters one by one."
 _keys = itertools.count()
 
 
@@ -61,13 +62,14 @@ class AdapterState:
         handles: its adapters by name, each a handle (see `Attached`).
         slots: {site: slot}, where prefixes are.
         on: the adapters that are on, where no scope says otherwise.
-        trained_before: the host's parameters that were trained before the first adapter froze them.
+        trained_before: the host's parameters that were trained before the first adapter froze them, by name.
         wraps_generate: whether the model's ``generate`` is ours.
         version: goes up whenever a prefix may give other keys and values than before.
         key: names this model among the scopes of a thread.
         open: the scopes that are open in any thread.
         tuned: {module: {adapter: its tuning}}; the hooks that serve them are ``hooks``.
         block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
+        entry_hooks: {module: the hook that `zinit.adapter.calls` has there}.
         outside: what a thread without scopes sees, see `snapshot`.
         resolved: {site: the scope, slot and version of the last call there, and what was on}.
     """
@@ -78,7 +80,7 @@ class AdapterState:
     handles: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, PrefixSlot] = field(default_factory=dict)
     on: tuple[str, ...] = ()
-    trained_before: list[nn.Parameter] = field(default_factory=list)
+    trained_before: dict[str, nn.Parameter] = field(default_factory=dict)
     wraps_generate: bool = False
     version: int = 0
     key: int = field(default_factory=lambda: next(_keys))
@@ -86,6 +88,7 @@ class AdapterState:
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
     block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
+    entry_hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
     outside: Scope = NO_SCOPE
@@ -209,7 +212,7 @@ class AdapterState:
     def _resolve(self, scope: Scope, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
         if scope.route is not None:
             if context is not None or scope.route.names & scope.contexts.keys():
-                raise ConfigError("a route takes no context: leave it out, or call the adapters one by one.")
+                raise ConfigError(NO_CONTEXT_IN_ROUTE)
             return scope.route.at.get(slot.site)
         names = self.on if scope.on is None else scope.on
         if context is not None:
@@ -228,6 +231,19 @@ class AdapterState:
                 elif prefix.config.prompt != "context":
                     members.append(prefix)
         return together(members)
+
+    def with_context(self, context: Tensor | Context) -> AbstractContextManager[None]:
+        """A scope with a context that came with a call; it goes to the only adapter that takes one.
+
+        Raises:
+            ConfigError: if it is not clear whose it is.
+        """
+        if self.scope().route is not None:
+            raise ConfigError(NO_CONTEXT_IN_ROUTE)
+        names = self.names_on()
+        self._check_one_takes(names)
+        taking = [name for name in names if self.handles[name].takes_context]
+        return self.handles[taking[0]].context(context) if taking else nullcontext()
 
     def _check_one_takes(self, names: Sequence[str]) -> None:
         taking = [name for name in names if self.handles[name].takes_context]
@@ -281,6 +297,14 @@ class AdapterState:
         return next(floating, torch.get_default_dtype())
 
     # --- undoing ---
+
+    def thaw(self) -> None:
+        """What was trained before is trained again; so is what has taken its place since (a resized embedding)."""
+        for parameter in self.trained_before.values():
+            parameter.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            if name in self.trained_before:
+                parameter.requires_grad_(True)
 
     def uninstall(self, site: AttentionSite) -> None:
         """Takes the slot of one attention module away."""

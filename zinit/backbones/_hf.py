@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from zinit.backbones._rows import rows_of
 from zinit.backbones._view import NEXT_STEP, ConfigView, HostView, asks_for_implementation
 from zinit.backbones.base import AttentionSite, PrefixSlot
-from zinit.compat import attention_implementation
+from zinit.compat import attention_implementation, guard_tied_weights, unguard_tied_weights
 from zinit.errors import BackboneError
 from zinit.prefix import concat_prefix
 
@@ -110,7 +110,7 @@ def without_position(given: dict[str, Any], prompts: int, keys: int) -> dict[str
 class NamedView(ConfigView):
     """Names `attend`."""
 
-    _attn_implementation = IMPLEMENTATION
+    _attn_implementation = zinit_name = IMPLEMENTATION
     zinit_function = attend
 
 
@@ -134,12 +134,15 @@ class InterfaceSeam:
         view = kind(host.config, type(host))
         host.add_module("zinit", slot)
         host.config = view
+        guard_tied_weights(model, "zinit")
 
     def uninstall(self, model: nn.Module, site: AttentionSite) -> None:
         """Takes the child and the view away again."""
         host: Any = site.module
         del host.zinit
         host.config = host.config.zinit_host
+        if not any(isinstance(module, PrefixSlot) for module in model.modules()):
+            unguard_tied_weights(model)
 
 
 @dataclass(frozen=True, kw_only=True)

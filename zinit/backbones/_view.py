@@ -29,7 +29,7 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 class ConfigView:
     """A model's config as one attention module sees it: live, but leading the look-up to another function.
 
-    A kind of view names the function that is registered for it, or gives the host's answer (for modules of which
+    A kind of view either names the function that is registered for it, or gives the host's answer (for modules of which
     `asks_for_implementation` is true).
 
     Args:
@@ -40,8 +40,8 @@ class ConfigView:
         BackboneError: if the module does not use the attention interface.
     """
 
-    _attn_implementation: Any
     zinit_function: ClassVar[Attention]
+    zinit_name: ClassVar[str] = ""
 
     def __init__(self, host: Any, attention: type) -> None:
         self.zinit_host, self.zinit_attention = host, attention
@@ -63,8 +63,8 @@ class ConfigView:
         from transformers.modeling_utils import AttentionInterface
 
         self.zinit_eager, self.zinit_interface = attention_home(self.zinit_attention)
-        if isinstance(type(self)._attn_implementation, str):
-            AttentionInterface.register(self._attn_implementation, type(self).zinit_function)
+        if name := self.zinit_name:
+            AttentionInterface.register(name, type(self).zinit_function)
         else:
             catch_lookup(self.zinit_attention)
 
