@@ -215,8 +215,9 @@ class Handle:
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Gives each sample of a batch its own adapter while inside, `generate` included; for inference.
 
-        Every adapter's keys and values are computed once, here. A batch may be a multiple of the route's length, as in
-        beam search: the beams of one sample lie side by side. Which adapter is active plays no part.
+        Every adapter's keys and values are computed once, here. Where text is generated a batch may be a multiple
+        of the route's length, as in beam search: beams of a sample lie side by side. Which adapter is active plays no
+        part.
 
         Args:
             names: for each sample the name of an adapter on this model, or None for the base model. K, layers, gates,
@@ -236,6 +237,8 @@ class Handle:
     @contextmanager
     def context(self, context: Tensor | Context) -> Iterator[None]:
         """Gives this adapter a context while inside, `generate` included (paper, Eq. 10).
+
+        ``model(..., zinit_context=context)`` does it for one call.
 
         Args:
             context: (B, 1 or K, C) added to its prompts, or (B, K, C) where a part has nothing else; a `Context` says
