@@ -149,7 +149,7 @@ def test_the_prompts_softmax_runs_in_float32() -> None:
     key, value = (torch.randn(1, 2, 30, 8, generator=generator).bfloat16() for _ in range(2))
     exact = (query.double() @ key.double().mT).softmax(-1) @ value.double()
     rough = (query @ key.mT).softmax(-1) @ value
-    assert (rough - exact).abs().max() > 0.1, "bfloat16 would do as well here"
+    assert (rough - exact).abs().max() > 0.05, "bfloat16 would do as well here"
     assert (attend_prompts(query, key, value, 1.0) - exact).abs().max() < 0.02
 
 

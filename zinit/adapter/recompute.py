@@ -119,7 +119,7 @@ class BlockCalls:
         """
         now = self.state.names_on()
         scopes = [scope for reference, scope in self.seen.values() if not reference.expired()]
-        differs = any(scope.on != now or scope.contexts or scope.route for scope in (*scopes, self.state.scope()))
+        differs = any(scope.on != now or scope.contexts or scope.route for scope in (*scopes, self.state.snapshot()))
         if differs or self.last not in (None, (now, False, False)):
             raise ConfigError(
                 f"{type(block).__name__} is computed again in the backward pass, and its input does not tell which of "
