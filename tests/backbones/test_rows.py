@@ -22,8 +22,9 @@ Open = Callable[[Any, int], AbstractContextManager[None]]
 
 def llava() -> Any:
     """A vision tower in front of a LLaMA; each image is 16 tokens of the text."""
-    vision = transformers.CLIPVisionConfig(**SMALL_VISION)
-    text = transformers.LlamaConfig(**SMALL_TEXT | {"max_position_embeddings": 128, "bos_token_id": 1})
+    sizes: dict[str, Any] = SMALL_TEXT | {"max_position_embeddings": 128, "bos_token_id": 1}
+    shape: dict[str, Any] = SMALL_VISION
+    vision, text = transformers.CLIPVisionConfig(**shape), transformers.LlamaConfig(**sizes)
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1
     )
@@ -106,7 +107,7 @@ def test_beams_are_where_text_is_generated() -> None:
     with_discovery = {causal_lm("GPT2"): {"beams"}, encoder("Esm"): {"samples"}}
     for model, rows in with_discovery.items():
         assert {site.rows for site in find_backbone(model).sites(model)} == rows
-    sizes = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_model": 32, "vocab_size": 61}
+    sizes: dict[str, Any] = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_model": 32, "vocab_size": 61}
     both = transformers.T5Model(transformers.T5Config(**sizes))
     rows = {site.name.partition(".")[0]: site.rows for site in find_backbone(both).sites(both)}
     assert rows == {"encoder": "samples", "decoder": "beams"}
