@@ -28,8 +28,8 @@ from zinit.prefix import attend_prompts
 
 
 def t5() -> nn.Module:
-    sizes = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_model": 32, "vocab_size": 61}
-    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    sizes: dict[str, Any] = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_model": 32, "vocab_size": 61}
+    config = transformers.T5Config(**sizes, pad_token_id=0)
     return randomized(transformers.T5EncoderModel(config))
 
 
