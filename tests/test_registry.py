@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import zinit
-from tests.tiny import environment
+from tests.processes import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
 from zinit.methods import METHODS

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import run
+
 WORDS = ("red", "blue", "green", "seven", "river", "stone", "cat", "moon")
 
 
@@ -75,18 +74,6 @@ def save_records(path: Path, count: int = 40) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """For subprocesses: this source tree, no network, one thread."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 def zinit(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "zinit", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+    return run("zinit", *arguments, timeout=timeout)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import ROOT, environment
+from tests.processes import ROOT, environment
 from zinit.bench.plan import Benchmark, list_bench_presets, make_benchmark
 from zinit.bench.runner import Runner, _failure, final_cells, read_cells
 from zinit.bench.summary import summarise

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.conftest import QUICK, Zinit
-from tests.tiny import environment, save_tiny_llama
+from tests.processes import environment
+from tests.tiny import save_tiny_llama
 
 
 def test_a_run_directory_holds_everything(finished: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import zinit
-from tests.tiny import ROOT, environment
+from tests.processes import ROOT, environment
 from zinit.adapter.check import check_backbone
 from zinit.backbones import BACKBONES
 from zinit.bench.plan import make_benchmark

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.processes import CONTEXT
 from tests.train.frozen_blocks import TRAIN, assert_same_bits, trained, vtab
 from zinit.errors import ConfigError
 from zinit.train import activation_cache, tensor_store
@@ -117,8 +117,7 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     cache = tmp_path / "cache"
 
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    ranks = [context.Process(target=one_of_two, args=(i, port, pictures, cache, tmp_path)) for i in range(2)]
+    ranks = [CONTEXT.Process(target=one_of_two, args=(i, port, pictures, cache, tmp_path)) for i in range(2)]
     for each in ranks:
         each.start()
     for each in ranks:

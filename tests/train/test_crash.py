@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import environment, save_records, save_tiny_llama
+from tests.processes import Process, run_ranks
+from tests.processes import run as run_process
+from tests.tiny import save_records, save_tiny_llama
 
 pytestmark = pytest.mark.integration
 
@@ -32,15 +33,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--backbone", "llama", "--model", str(model), "--data", str(save_records(folder / "data.json", 60))]
 
 
-def command(*arguments: str, processes: int = 1) -> list[str]:
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launch, "-m", "zinit", *arguments]
-
-
 def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, processes=processes), env=environment(), capture_output=True, text=True, timeout=300
-    )
+    return run_process("zinit", *arguments) if processes == 1 else run_ranks("zinit", *arguments)
 
 
 def steps(directory: Path) -> dict[int, float]:
@@ -56,7 +50,7 @@ def quiet_run(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+def wait_for_step(process: Process, directory: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     log = directory / "log.jsonl"
     while time.monotonic() < deadline and process.poll() is None:
@@ -75,10 +69,7 @@ def test_killed_at_three_random_steps_and_resumed_to_the_same_bits(
     print(f"ZINIT_CRASH_SEED={SEED}: kills at steps {moments}")
     for kill, moment in enumerate(moments):
         arguments = ["--resume"] if kill else [*inputs, *SETTINGS]
-        with subprocess.Popen(
-            command("train", *arguments, "--output", str(output)), env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        ) as process:  # fmt: skip
+        with Process("zinit", "train", *arguments, "--output", output) as process:
             wait_for_step(process, output, moment)
             time.sleep(draws.random() * 0.01)
             process.send_signal(signal.SIGKILL)
@@ -93,13 +84,11 @@ def test_killed_at_three_random_steps_and_resumed_to_the_same_bits(
 
 def test_sigterm_saves_and_says_how_to_go_on(inputs: list[str], quiet_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    with subprocess.Popen(
-        command("train", *inputs, *SETTINGS, "-o", "save_every=0", "--output", str(output)),
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    arguments = ["train", *inputs, *SETTINGS, "-o", "save_every=0", "--output", str(output)]
+    with Process("zinit", *arguments) as process:
         wait_for_step(process, output, 3)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        errors = process.done(timeout=60).stderr
     assert process.returncode == 130
     assert f"zinit train --resume --output {output}" in errors
     assert "Traceback" not in errors

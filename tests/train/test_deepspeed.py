@@ -17,7 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from tests.tiny import ROOT, environment, save_records, save_tiny_llama
+from tests.processes import ROOT, environment
+from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_strategies import OPTIONS, assert_same_run, cut, make_runs
 from zinit.config import TrainConfig
 from zinit.errors import ConfigError

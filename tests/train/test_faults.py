@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import environment, save_records, save_tiny_llama
+from tests.processes import environment
+from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import run, steps
 from zinit.errors import CheckpointError, DataError, ZinitError
 from zinit.runs.config import RunConfig

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.tiny import environment, save_records, save_tiny_llama
+from tests.processes import run_ranks
+from tests.tiny import save_records, save_tiny_llama
 from tests.train.ranks import toy
 from zinit.errors import ConfigError
 from zinit.runs import agreement
@@ -44,11 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         places = {k: str(folder / different[k]) for k in ("model", "data") if k in different}
         cases[name] = [{"model": str(model), "data": str(data), "options": OPTIONS}, different | places]
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.train.ranks", str(folder)],
-        env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_ranks("tests.train.ranks", str(folder))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (folder / "runs").iterdir()] == ["places"], "the refused leave nothing behind"
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]

@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.tiny import ROOT, environment, save_records, save_tiny_llama
+from tests.processes import ROOT, environment, run_ranks
+from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import steps
 from zinit.adapter.attach import attach
 from zinit.config import PrefixConfig, TrainConfig
@@ -38,11 +39,7 @@ STRATEGIES = ("ddp", "fsdp2")
 
 
 def make_runs(runs: list[dict[str, Any]]) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.train.strategies", json.dumps(runs)],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_ranks("tests.train.strategies", json.dumps(runs))
     assert done.returncode == 0, done.stderr
 
 

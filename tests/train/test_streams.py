@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.tiny import environment
+from tests.processes import run as run_process
+from tests.processes import run_ranks
 from tests.train.joint import SETTINGS, Joint, trained
 from tests.train.test_fit import Regression
 from zinit.config import RatesConfig, TrainConfig
@@ -179,9 +178,8 @@ def test_rates_are_settings() -> None:
 
 
 def run(*arguments: str | Path, processes: int = 1) -> int:
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launch, "-m", "tests.train.joint", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, timeout=300).returncode
+    start = run_process if processes == 1 else run_ranks
+    return start("tests.train.joint", *arguments).returncode
 
 
 @pytest.mark.integration
