@@ -188,7 +188,11 @@ def test_white_space_around_a_question_is_no_content(tmp_path: Path) -> None:
     assert blanks.data_report() == plain.data_report()
 
 
-def test_questions_without_content_are_skipped_and_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [3, 256])
+def test_questions_without_content_are_skipped_and_counted(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zinit.tasks.squad.windows.AT_ONCE", at_once)
     task = make(tmp_path, with_questions(*BLANKS))
     counts = task.data_report()
     assert sum(counts.get(f"{p}_skipped_blank_question", 0) for p in ("train", "held_out")) == len(BLANKS)

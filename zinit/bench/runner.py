@@ -25,7 +25,7 @@ from typing import Any
 from zinit.bench.cells import Cell, Experiment, choice_key, combinations
 from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
-from zinit.config import to_json
+from zinit.config import ROLES, to_json
 from zinit.errors import ConfigError, DataError
 from zinit.runs.directory import write_json
 from zinit.runs.record import Record, Results
@@ -237,13 +237,12 @@ def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 def _rates(config: dict[str, Any]) -> dict[str, float]:
     """The learning rates of a run: {"": of most that trains, role: of what has one of its own}."""
-    train = config.get("train", {})
-    rate: Any = train.get("learning_rate")
-    factors: dict[str, Any] = train.get("rates", {})
-    if not isinstance(rate, float | int):
+    train: dict[str, Any] = config.get("train", {})
+    if "learning_rate" not in train:
         return {}
-    own = {role: rate * factor for role, factor in factors.items() if isinstance(factor, float | int) and factor != 1}
-    return {"": rate, **own}
+    rate = float(train["learning_rate"])
+    factors: dict[str, Any] = {role: train.get("rates", {}).get(role, 1) for role in ROLES}
+    return {"": rate, **{role: rate * float(factor) for role, factor in factors.items() if factor != 1}}
 
 
 def _thinned(points: list[list[float]], most: int = 300) -> list[list[float]]:
@@ -294,7 +293,7 @@ def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[
         value = ((found.get("metrics") or {}).get("adapted") or {}).get(experiment.metric)
         settings = tuple(f"{key}={to_json(v)}" for key, v in tried[index % len(tried)].items())
         key = choice_key(cell.method, cell.vary)
-        worst = value is None or not math.isfinite(value)  # refused, or diverged
-        trials.setdefault(key, []).append((-math.inf if worst else sign * value, settings))
+        score = sign * value if value is not None and math.isfinite(value) else -math.inf  # refused or diverged: last
+        trials.setdefault(key, []).append((score, settings))
     complete = {key: found for key, found in trials.items() if len(found) == len(tried)}
     return {key: max(found, key=lambda trial: trial[0])[1] for key, found in complete.items()}
