@@ -32,11 +32,20 @@ def imported_by(code: str) -> set[str]:
         "from zinit.backbones import BACKBONES; list(BACKBONES); 'llama' in BACKBONES",
         "import zinit; zinit.register_task('mine', 'torch:nn')",
         "import zinit; zinit.register_method('mine', 'torch:nn')",
+        "import sys, zinit.cli\nsys.argv = ['zinit', '--version']\n"
+        "try: zinit.cli.main()\nexcept SystemExit as end: assert not end.code",
         "from zinit.ui.listing import list_kind\n"
         "for kind in ('backbones', 'tasks', 'methods', 'metrics', 'formats', 'presets', 'benchmarks'):\n"
         "    assert list_kind(kind)",
-        "import sys, zinit.cli\nsys.argv = ['zinit', 'train', '--backbone', 'lama', '--output', 'nowhere']\n"
-        "try: zinit.cli.main()\nexcept SystemExit as end: assert end.code == 2",
+        "import sys, zinit.cli\n"
+        "for wrong in ('--backbone lama', '--backbone llama --task alpacca', '--backbone llama --preset alpaca/lama',\n"
+        "              '--backbone llama --preset lama', '--backbone llama -o prefix.lenth=3',\n"
+        "              '--backbone llama -o prefix.length=x', '--backbone vit -o task.split=train9',\n"
+        "              '--backbone clip -o method=lora -o method.rank=0', '--backbone roberta -o seed=-1'):\n"
+        "    sys.argv = ['zinit', 'train', *wrong.split(), '--output', 'nowhere']\n"
+        "    try: zinit.cli.main()\n"
+        "    except SystemExit as end: assert end.code == 2, wrong\n"
+        "    else: raise SystemExit(f'not refused: {wrong}')",
     ],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:

@@ -14,7 +14,7 @@ from tests.processes import environment
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.errors import BackboneError, ConfigError
 from zinit.methods import METHODS
-from zinit.registry import Entry, Registry, did_you_mean
+from zinit.registry import Address, Entry, Registry, did_you_mean
 from zinit.tasks import TASKS
 from zinit.ui.listing import REGISTRIES, list_kind
 
@@ -259,3 +259,24 @@ def test_a_module_without_docstring_leaves_an_instance_the_one_of_its_class(
 def test_unknown_lists_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no list of 'task'. Did you mean 'tasks'\? Known: backbones, benchmarks,"):
         list_kind("task")
+
+
+@pytest.mark.parametrize("kind", ["backbones", "tasks", "methods"])
+def test_what_is_known_without_importing_is_what_the_object_says(kind: str) -> None:
+    registry, missing = REGISTRIES[kind], object()
+    for name in registry.shipped:
+        assert registry.facts[name], f"{name} says nothing of itself"
+        for attribute in registry.facts[name]:
+            assert getattr(registry.get(name), attribute, missing) == registry.fact(name, attribute), (name, attribute)
+
+
+def test_a_fact_that_did_not_come_with_an_entry_is_asked_of_its_object(registry: Registry) -> None:
+    assert registry.fact("llama", "default_task") == "alpaca"
+    known = Registry(
+        "thing", {"a": Entry("no.such:A", facts={"size": 3, "Config": Address("zinit.config:TrainConfig")})}
+    )
+    assert (known.fact("a", "size"), known.fact("a", "Config").__name__) == (3, "TrainConfig")
+    with pytest.raises(ConfigError, match="'a' cannot be loaded"):
+        known.fact("a", "weight")
+    with pytest.raises(ConfigError, match="no thing named 'b'"):
+        known.fact("b", "size")

@@ -21,10 +21,10 @@ from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.runs.config import SECTIONS, RunConfig, plain_settings
 from zinit.runs.options import run_overrides
-from zinit.runs.presets import list_presets, read_preset
+from zinit.runs.presets import OF_PRESETS, list_presets, read_preset
 from zinit.runs.settings import resolve
 from zinit.tasks import TASKS
-from zinit.validation import PositiveInt, Words
+from zinit.validation import PositiveInt, SettingType, Words
 
 CLASSES: dict[str, type[JsonConfig]] = {
     "prefix": PrefixConfig,
@@ -301,7 +301,8 @@ def test_all_presets_are_read() -> None:
     for name, description in list_presets().items():
         assert description
         values = read_preset(name)
-        values.pop("description")
+        for about in OF_PRESETS:
+            values.pop(about, None)
         assert RunConfig.from_dict(values).task == name.partition("/")[0]
 
 
@@ -350,3 +351,36 @@ def test_an_experiment_without_methods_has_the_benchmarks(tmp_path: Path) -> Non
     )
     (experiment,) = make_benchmark(config_file=str(tmp_path / "bench.toml")).experiments
     assert (experiment.methods, experiment.seeds) == (("lora",), (4,))
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "value"),
+    [
+        ("prefix.towers=vision_model", ("prefix", "towers"), ("vision_model",)),
+        ("prefix.towers=vision_model, text_model", ("prefix", "towers"), ("vision_model", "text_model")),
+        ('prefix.towers=["vision_model"]', ("prefix", "towers"), ("vision_model",)),
+        ("prefix.layers=0,2", ("prefix", "layers"), (0, 2)),
+        ("prefix.layers=[0, 2]", ("prefix", "layers"), (0, 2)),
+        ("prefix.layers=2", ("prefix", "layers"), 2),
+        ("task.drop_classes=a,b", ("options", "drop_classes"), ("a", "b")),
+    ],
+)
+def test_a_list_on_the_command_line_is_names_with_commas(option: str, path: tuple[str, str], value: object) -> None:
+    config, _ = resolve(backbone="clip", options=[option])
+    assert getattr(getattr(config, path[0]), path[1]) == value
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("layers", ["0,x", "2;3", ",", "²,3"])
+def test_layers_that_are_no_numbers_are_refused(layers: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[prefix\] layers must be a count of topmost layers"):
+        resolve(backbone="clip", options=[f"prefix.layers={layers}"])
+
+
+@pytest.mark.parametrize("where", [where for where in CLASSES if where.startswith(("prefix", "task", "method"))])
+def test_every_list_of_names_may_be_written_without_brackets(where: str) -> None:
+    hints = get_type_hints(CLASSES[where], include_extras=True)
+    for setting in describe_settings(CLASSES[where]):
+        of = SettingType.of(hints[setting.name])
+        if of.accepts(["a", "b"]) or of.accepts(["a", "b", "c"]):
+            assert of.accepts("a,b") or of.accepts("a,b,c"), setting

@@ -21,6 +21,7 @@ _WHERE = {
     "attach": "zinit.adapter.attach",
     "load": "zinit.adapter.attach",
     "get_handle": "zinit.adapter.attach",
+    "SaveAdapter": "zinit.models.trainer",
     "import_adapter": "zinit.interop.importing",
     "AttentionSite": "zinit.backbones.base",
     "Task": "zinit.tasks.base",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from zinit.config import AdapterConfig, PrefixConfig, TuningConfig
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
     from zinit.interop.importing import import_adapter
+    from zinit.models.trainer import SaveAdapter
     from zinit.prefix import Context, ZeroGatedPrefix
     from zinit.tasks.base import Task
 
@@ -52,6 +54,7 @@ __all__ = [
     "DataError",
     "Handle",
     "PrefixConfig",
+    "SaveAdapter",
     "Task",
     "TuningConfig",
     "ZeroGatedPrefix",

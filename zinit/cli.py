@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings
 
 app = typer.Typer(
@@ -33,6 +34,21 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.
 TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"zinit {zinit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Which zinit this is.")
+    ] = False,
+) -> None:
+    """Zero-init attention for any pretrained Transformer: train, evaluate, talk to it."""
 
 
 @app.command()
@@ -59,8 +75,6 @@ def train(
       zinit train --resume --output runs/my-run
     """
     from zinit.runs.settings import override, resolve
-    from zinit.tasks import TASKS
-    from zinit.ui.console import RunView, is_main_process, print_json, print_metrics
 
     if resume:
         from zinit.runs.directory import read_run
@@ -86,10 +100,12 @@ def train(
         )
         if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("say where the run goes, so that all processes agree on it: --output DIR.")
-    from zinit.runs.directory import new_folder
+    from zinit.runs.directory import new_folder  # torch: after what can be said without it
     from zinit.runs.train import train_run
+    from zinit.tasks import TASKS
     from zinit.train.checkpoint import resume_command
-    from zinit.train.loop import Interrupted  # torch: after what can be said without it
+    from zinit.train.loop import Interrupted
+    from zinit.ui.console import RunView, is_main_process, print_json, print_metrics
 
     view = RunView(quiet=as_json)
     named = f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -348,6 +364,10 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: the user's errors are one message and status 2; a fault of zinit's shows its traceback, status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # bars of downloads are for people
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except KeyboardInterrupt:

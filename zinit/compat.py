@@ -264,6 +264,23 @@ def unguard_tied_weights(model: nn.Module) -> None:
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
+def save_all_but(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Sets which weights ``save_pretrained`` leaves out, and the Trainer does not miss when it loads a checkpoint.
+
+    Private: transformers has it for weights that a model makes anew, and no public way to leave out frozen ones.
+
+    Args:
+        model: of transformers.
+        names: in its state dict.
+
+    Returns:
+        What was left out before.
+    """
+    before: set[str] = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    setattr(model, "_keys_to_ignore_on_save", set(names))  # noqa: B010
+    return before
+
+
 def has_window_bias(module: Any) -> bool:
     """Whether an attention module can give its biases of relative position (BEiT's and Swin's kind)."""
     return hasattr(module, "_get_rel_pos_bias")

@@ -18,6 +18,8 @@ from pydantic_core import core_schema
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
 from zinit.validation import (
+    CommaSeparated,
+    CommaSeparatedNumbers,
     Folder,
     Name,
     NonNegativeFloat,
@@ -240,10 +242,12 @@ class PrefixConfig(JsonConfig):
     length: Annotated[Size, Words("a whole number of at least 1 (prompts per layer)")] = 10
     layers: Annotated[
         PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
+        CommaSeparatedNumbers,
         Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
     ] = None
     towers: Annotated[
         Annotated[tuple[Name, ...], MinLen(1)] | None,
+        CommaSeparated,
         Words("a list of names such as ['vision_model'], or null for all"),
     ] = None
     gate: Literal["tanh", "identity"] = "tanh"

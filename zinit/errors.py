@@ -44,6 +44,15 @@ def is_by_settings(error: BaseException) -> bool:
     return True
 
 
+def install_extra(extra: str) -> str:
+    """The sentence that says how to install an optional part of zinit. No package index has zinit: from its sources.
+
+    Args:
+        extra: its name in ``pyproject.toml``.
+    """
+    return f"In zinit's source folder: pip install -e '.[{extra}]'"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind."""
     text = str(error).strip()

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from zinit.errors import ConfigError
@@ -31,16 +32,22 @@ def import_object(where: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+class Address(str):
+    """Where an object is, ``"package.module:OBJECT"``, among an entry's facts."""
+
+
 class Entry(NamedTuple):
-    """A name's address and what ``zinit ls`` says of it.
+    """A name's address and what is known of it without importing it.
 
     Attributes:
         where: ``"package.module:OBJECT"``.
-        about: one line; empty takes the object's docstring.
+        about: one line for ``zinit ls``; empty takes the object's docstring.
+        facts: attributes of the object that are asked for early, by name; an `Address` stands for what is there.
     """
 
     where: str
     about: str = ""
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 class Registry:
@@ -56,6 +63,7 @@ class Registry:
 
     Attributes:
         shipped: the names zinit ships.
+        facts: what the shipped entries say of themselves; see `Entry`.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, str | Entry], *, group: str | None = None) -> None:
@@ -64,6 +72,7 @@ class Registry:
         self.shipped = frozenset(entries)
         self._where: dict[str, str] = {name: entry.where for name, entry in described.items()}
         self._about: dict[str, str] = {name: entry.about for name, entry in described.items()}
+        self.facts: dict[str, Mapping[str, Any]] = {name: entry.facts for name, entry in described.items()}
         self._unread = group
 
     def register(self, name: str, where: str, about: str = "") -> None:
@@ -106,6 +115,19 @@ class Registry:
                 f"saves would look for. Register it as {own!r}, or set its attribute name to {name!r}."
             )
         return found
+
+    def fact(self, name: str, attribute: str) -> Any:
+        """An attribute of an entry; one that came with it (`Entry.facts`) is known without importing the entry.
+
+        Raises:
+            ConfigError: as `get`.
+            AttributeError: if the entry has no such attribute.
+        """
+        self.where(name)
+        facts = self.facts.get(name, {})
+        if attribute not in facts:
+            return getattr(self.get(name), attribute)
+        return import_object(facts[attribute]) if isinstance(facts[attribute], Address) else facts[attribute]
 
     def where(self, name: str) -> str:
         """The address of an entry, without importing it.

@@ -72,6 +72,13 @@ def split_at_commas(value: Any) -> Any:
     return tuple(part for part in map(str.strip, value.split(",")) if part) if isinstance(value, str) else value
 
 
+def split_numbers_at_commas(value: Any) -> Any:
+    """As `split_at_commas` for whole numbers: ``"2,3"`` is ``(2, 3)``."""
+    parts = split_at_commas(value)
+    numbers = isinstance(value, str) and parts and all(re.fullmatch("[0-9]{1,9}", part) for part in parts)
+    return tuple(map(int, parts)) if numbers else value
+
+
 # Limits that nothing sensible comes near: beyond them is a slip of the keyboard, which could ask for all memory.
 MOST = 10**9  # of what is counted, and of any number
 WIDEST = 2**16  # of what a tensor is made for: prompts, ranks, pixels of a side
@@ -90,8 +97,10 @@ NonNegativeFloat = Annotated[float, Ge(0), Limit(MOST)]
 Rate = Annotated[float, Ge(0), Lt(1), Words("a rate in [0, 1)")]
 Seed = Annotated[int, Ge(0), Lt(2**63), Words("a whole number of at least 0 (and below 2**63)")]
 Name = Annotated[str, MinLen(1), Words("a name")]
+OnBad = Literal["error", "skip"]  # what to do with a record or file that cannot be used; what is skipped is counted
 Folder = Annotated[str, MinLen(1), Words("a folder")]
 CommaSeparated = BeforeValidator(split_at_commas)
+CommaSeparatedNumbers = BeforeValidator(split_numbers_at_commas)
 NoneIsAWord = BeforeValidator(lambda value: "none" if value is None else value)  # TOML and options have no null
 Names = Annotated[tuple[Name, ...], CommaSeparated]
 

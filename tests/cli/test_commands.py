@@ -31,7 +31,8 @@ def test_a_run_directory_holds_everything(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["metrics"]["base"].keys() == metrics["metrics"]["adapted"].keys()
     assert metrics["metrics"]["adapted"]["loss"] != metrics["metrics"]["base"]["loss"]
-    assert {"prompt", "expected", "base", "adapted"} == metrics["samples"][0].keys()
+    assert {"instruction", "prompt", "expected", "base", "adapted"} == metrics["samples"][0].keys()
+    assert metrics["samples"][0]["instruction"].startswith("Say ")
     events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3, 4]

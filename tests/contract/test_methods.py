@@ -13,7 +13,8 @@ from tests.contract.cases import Case
 from zinit.config import ROLES, PrefixConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method, rate_settings
+from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.rates import LearningRate, rate_settings
 
 PREFIX = PrefixConfig(length=3)
 REFUSED = {  # method: backbones that it cannot be used on, and why
@@ -129,7 +130,7 @@ def test_every_role_that_trains_has_a_rate_of_known_origin(name: str, leader: Ca
     assert set(own.default_rates) <= set(ROLES)
     assert all(math.isfinite(rate.value) and rate.value > 0 for rate in own.default_rates.values())
     assert all(len(rate.source.split()) > 2 for rate in own.default_rates.values())
-    settings = TrainConfig.from_dict(rate_settings(own))
+    settings = TrainConfig.from_dict(rate_settings(own.default_rates))
     for role, rate in own.default_rates.items():
         assert settings.learning_rate * settings.rates.factor("main", role) == pytest.approx(rate.value)
     if name == "logistic-regression" or refusal(name, leader) is not None:  # the first trains by no rate
@@ -140,7 +141,7 @@ def test_every_role_that_trains_has_a_rate_of_known_origin(name: str, leader: Ca
 
 
 def test_the_prefix_trains_at_the_rate_of_the_loop() -> None:
-    assert rate_settings(METHODS.get("zero-init")) == {"learning_rate": TrainConfig().learning_rate}
+    assert rate_settings(METHODS.get("zero-init").default_rates) == {"learning_rate": TrainConfig().learning_rate}
     for name in ("random-gate", "prefix-tuning"):  # ablations change one thing
         assert METHODS.get(name).default_rates == METHODS.get("zero-init").default_rates
 
@@ -149,4 +150,4 @@ def test_rates_by_role_become_factors() -> None:
     class Two(METHODS.get("lora")):
         default_rates: ClassVar = {"gates": LearningRate(0.03, "a"), "head": LearningRate(0.003, "b")}
 
-    assert rate_settings(Two) == {"learning_rate": 0.03, "rates": {"head": 0.1}}
+    assert rate_settings(Two.default_rates) == {"learning_rate": 0.03, "rates": {"head": 0.1}}

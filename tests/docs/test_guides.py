@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import zinit
 from tests.processes import ROOT, environment
@@ -103,11 +104,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["new-backbone.md", "new-task.md"])
+@pytest.mark.parametrize("name", ["new-backbone.md", "new-task.md", "other-libraries.md"])
 def test_the_guides_are_short(name: str) -> None:
     lines = (ROOT / "docs" / name).read_text().splitlines()
     assert len(lines) < 200
     assert max(map(len, lines)) <= 130
+
+
+# --- other libraries --------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_to_other_libraries_runs_and_checkpoints_hold_the_adapter_alone(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"weights of a PEFT adapter were trained and are frozen") as warned:
+        guide = read("other-libraries.md").follow()
+    assert len([w for w in warned if "zinit" in w.filename or "PEFT" in str(w.message)]) == 1
+    assert [said for said, _ in guide.printed] == [claimed for _, claimed in guide.printed] != []
+    first, last, saved = (load_file(folder / name / "adapter.safetensors") for name in (
+        "checkpoints/checkpoint-2", "checkpoints/checkpoint-4", "adapter"))  # fmt: skip
+    assert last.keys() == saved.keys() == first.keys()
+    assert all(torch.equal(last[name], saved[name]) for name in saved)
+    assert not any(torch.equal(first[name], saved[name]) for name in saved)
+    of_trainer = load_file(folder / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all(".zinit." in name for name in of_trainer)
+    assert sum(tensor.numel() for tensor in of_trainer.values()) == sum(tensor.numel() for tensor in saved.values())
 
 
 # --- a backbone -------------------------------------------------------------------------------------------------------

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.contract.cases import clip
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder, tiny_encoder
 from tests.tasks.vit import save_tiny
 from tests.tiny import byte_tokenizer, save_tiny_llama
+from zinit.errors import BackboneError
 from zinit.models.loading import load_causal_lm, load_clip, load_encoder
 from zinit.models.timm import load_timm
 from zinit.runs.build import build_model
@@ -70,3 +73,36 @@ def test_a_run_loads_to_where_it_says(folder: Path) -> None:
     config, _ = resolve(backbone="llama", model=str(folder / "llama"), data="unused.json", options=["method=head-only"])
     assert devices(build_model(config, META).adapted.model) == {"meta"}
     assert devices(build_model(config, META, load_to="cpu").adapted.model) == {"cpu"}
+
+
+LOADERS = pytest.mark.parametrize(
+    ("name", "load"), [("clip", load_clip), ("encoder", load_encoder), ("llama", load_causal_lm)]
+)
+
+
+@LOADERS
+def test_transformers_keeps_quiet_and_speaks_again_afterwards(
+    name: str, load: Any, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    capfd.readouterr()
+    load(folder / name, dtype=torch.float32)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    list(logging.tqdm([1, 2], desc="another's bar"))
+    assert "another's bar" in capfd.readouterr().err
+
+
+@LOADERS
+def test_missing_weights_are_an_error_and_not_a_report(name: str, load: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / name, tmp_path / name)
+    file = tmp_path / name / "model.safetensors"
+    tensors = load_file(file)
+    gone = next(tensor for tensor in tensors if "layernorm" in tensor.lower())
+    del tensors[gone]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BackboneError, match=rf"{tmp_path / name} lacks 1 weights of \w+, such as .*{gone[-20:]}"):
+        load(tmp_path / name, dtype=torch.float32)

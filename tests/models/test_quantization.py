@@ -258,7 +258,7 @@ def test_what_cannot_be_is_refused(sources: dict[str, Path], monkeypatch: pytest
             load_timm(sources["vit"], dtype=torch.float32, quantize=quantize)
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     for load, name in ((load_causal_lm, "llama"), (load_clip, "clip"), (load_timm, "vit")):
-        with pytest.raises(ConfigError, match=r"needs the package torchao, .* pip install 'zinit\[quantize\]'"):
+        with pytest.raises(ConfigError, match=r"needs the package torchao, .* pip install -e '\.\[quantize\]'"):
             load(sources[name], dtype=torch.float32, quantize="torchao-int8")
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,10 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
+from zinit.data.images import THUMBNAIL_START, thumbnail
 from zinit.errors import DataError
 from zinit.runs import plots, report
+from zinit.runs.command import command_of
 from zinit.runs.report import write_report
+from zinit.runs.settings import resolve
 
 RUN = {
     "backbone": "llama",
@@ -97,6 +104,7 @@ class Page(HTMLParser):
         self.text: list[str] = []
         self.images: list[np.ndarray] = []
         self.curves: list[int] = []
+        self.pictures: list[Image.Image] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -108,7 +116,10 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "iframe", "object", "embed", "img")
+        assert tag not in ("script", "iframe", "object", "embed")
+        if tag == "img":
+            source = dict(attrs)["src"] or ""
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(source.removeprefix(THUMBNAIL_START)))))
         for name, value in attrs:
             assert not name.startswith("on"), name
             if name == "id":
@@ -377,3 +388,143 @@ def test_reports_are_repeatable_and_leave_matplotlib_alone(tmp_path: Path) -> No
 def test_plotting_is_imported_when_first_needed() -> None:
     code = "import sys, zinit.runs.report; sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+# --- what a figure shows ----------------------------------------------------------------------------------------------
+
+
+def figures_of(folder: Path, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """{label: figure} of a report, before they become SVG."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "svg", lambda figure, label: found.setdefault(label, figure) and "")
+    page_of(folder, log)
+    return found
+
+
+def gates_now(number: int, gates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [{"event": "gates", "step": number, "gates": gates}]
+
+
+@pytest.mark.parametrize("label", ["gates at step 3", "every gate by step"])
+def test_the_topmost_layer_is_on_top_and_beside_its_own_name(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer n has gates of n tenths: the higher a row, the further its colour is from the page's."""
+    gates = {f"layers.{layer}.attn": [layer / 10] * 2 for layer in range(1, 6)}
+    figure = figures_of(tmp_path, gates_now(3, gates), monkeypatch)[label]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba()).astype(float)
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    places = [axes.transData.transform((0, place + 0.3)) for place in axes.get_yticks()]
+    heights = [y for _, y in places]
+    strength = [np.abs(pixels[-1 - int(y), int(x), :3] - 255).max() for x, y in places]
+    assert names == ["1", "2", "3", "4", "5"]
+    assert heights == sorted(heights)
+    assert strength == sorted(strength)
+    assert len(set(strength)) == 5
+
+
+def test_the_mean_is_of_absolute_gates_and_of_the_heads_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = [*gates_now(0, {"a.0": [0.0, 0.0], "a.1": [0.0]}), *gates_now(5, {"a.0": [0.5, -0.3], "a.1": [-0.2]})]
+    figure = figures_of(tmp_path, log, monkeypatch)["mean gate of each layer by step"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    assert lines["0"] == pytest.approx([0.0, 0.4])
+    assert lines["1"] == pytest.approx([0.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("layers", "named", "title"), [(8, 8, "layer"), (16, 16, "layer"), (40, 14, "layer, 1 of 3 named")]
+)
+def test_every_curve_has_a_name_or_the_legend_says_how_many(
+    layers: int, named: int, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = figures_of(tmp_path, log_of(4, every=2, layers=layers), monkeypatch)["mean gate of each layer by step"]
+    legend = figure.axes[0].get_legend()
+    assert len(figure.axes[0].lines) == layers
+    assert len(legend.get_texts()) == named
+    assert legend.get_title().get_text() == title
+
+
+# --- samples and the command ------------------------------------------------------------------------------------------
+
+
+def test_a_sample_shows_the_instruction_and_not_its_template(tmp_path: Path) -> None:
+    sample = {
+        "instruction": "Name a port.",
+        "prompt": "Below is an instruction ... Name a port.",
+        "expected": "Oldport.",
+    }
+    _, page = page_of(tmp_path, log_of(1), metrics=METRICS | {"samples": [sample]})
+    assert "Name a port." in page.words
+    assert "Below is" not in page.words
+
+
+def test_a_sample_shows_its_picture_and_nobody_elses(tmp_path: Path) -> None:
+    picture = torch.zeros(3, 300, 200, dtype=torch.uint8)
+    picture[0] = 200
+    samples = [{"prompt": "test/7.png", "image": image, "expected": "red"} for image in
+               (thumbnail(picture), "data:text/html,<b>", "https://example.org/x.jpg", 7)]  # fmt: skip
+    html, page = page_of(tmp_path, log_of(1), metrics=METRICS | {"samples": samples})
+    (found,) = page.pictures
+    assert found.size == (64, 96)
+    assert np.abs(np.asarray(found)[40, 30].astype(int) - [200, 0, 0]).max() < 12
+    assert "example.org" not in html
+    assert "text/html" not in html.replace('http-equiv="Content', "")
+
+
+def test_a_table_that_is_wider_than_the_page_shows_that_it_goes_on() -> None:
+    css = (Path(report.__file__).parents[1] / "page.css").read_text()
+    wide = re.search(r"\.wide \{(.*?)\}", css, re.DOTALL)
+    assert wide is not None
+    assert "overflow-x: auto" in wide[1]
+    assert wide[1].count(" local") == wide[1].count(" scroll") == 2, (
+        "a cover that moves along, over a shadow that stays"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"backbone": "llama"}, []),
+        ({"backbone": "llama", "seed": 3}, ["prefix.layers=0,2", "train.epochs=0.5", "train.clip_norm=none"]),
+        ({"backbone": "clip"}, ["prefix.towers=vision_model", "task.template=a {} or 'none'.", "train.steps=3"]),
+        ({"backbone": "vit"}, ["method=lora", "method.rank=3", "task.normalisation=none", "train.rates.gates=0.5"]),
+        (
+            {"backbone": "llama", "preset": "llama-7b"},
+            ["parts.late.length=4", "parts.same.length=10", "train.epochs=1"],
+        ),
+        (
+            {"backbone": "roberta", "task": "ner", "model": "a/b", "data": "c.txt"},
+            ["task.labels=O,B-1", "dtype=float32"],
+        ),
+        (
+            {"backbone": "roberta", "model": "a/b", "data": "it's here.json"},
+            ["task.version=1.1", 'task.held_out_data="true"'],
+        ),
+    ],
+)
+def test_the_command_makes_the_same_settings(arguments: dict[str, Any], options: list[str]) -> None:
+    config, preset = resolve(**arguments, options=options)
+    text = command_of(config, preset)
+    assert text is not None
+    words = shlex.split(text)
+    assert words[:2] == ["zinit", "train"]
+    flags: dict[str, Any] = {}
+    again: list[str] = []
+    for flag, value in zip(words[2::2], words[3::2], strict=True):
+        if flag == "-o":
+            again.append(value)
+        else:
+            flags[flag.removeprefix("--")] = int(value) if flag == "--seed" else value
+    assert resolve(**flags, options=again) == (config, preset)
+
+
+def test_the_page_shows_the_command_of_a_run_that_says_its_settings(tmp_path: Path) -> None:
+    config, preset = resolve(backbone="llama", options=["prefix.length=3"])
+    _, page = page_of(tmp_path, log_of(1), run=RUN | {"config": config.to_dict(), "preset": str(preset)})
+    assert "zinit train --backbone llama --task alpaca --preset alpaca/demo --seed 0 -o prefix.length=3" in page.words
+    assert "zinit train" not in page_of(tmp_path, log_of(1), run=RUN | {"config": {"backbone": 3}})[1].words

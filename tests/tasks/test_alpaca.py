@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.demo import instructions, llama_path
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, DataError
 from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import TaskInputs
@@ -155,3 +155,19 @@ def test_white_space_at_the_edges_is_no_content(model: LlamaForCausalLM, tmp_pat
     assert sum(counts.get(f"{p}_skipped_response_cut_to_blanks", 0) for p in parts) == 1
     assert sum(counts[f"{p}_truncated"] for p in parts) == 0
     assert len(t.train_examples) + len(t.held_out_examples) == 20 == sum(counts[p] for p in parts)
+
+
+def test_records_of_two_columns_are_instructions_without_an_input(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = [{"question": f"Do {i}", "answer": "yes"} for i in range(12)]
+    two = task(model, records, tmp_path, fields=("question", "answer"))
+    three = task(model, some(12), tmp_path)
+    assert two.fingerprint() == three.fingerprint()
+    assert two.data_report() == three.data_report()
+    with pytest.raises(DataError, match=r"has no field 'instruction'.*task\.fields=.*\(or INSTRUCTION,OUTPUT\)"):
+        task(model, records, tmp_path)
+
+
+def test_names_of_fields_are_the_sources_and_not_the_demos(model: LlamaForCausalLM) -> None:
+    inputs = TaskInputs(model=model, processor=byte_tokenizer())
+    other = Alpaca(inputs, AlpacaConfig(fields=("question", "answer")))
+    assert other.fingerprint() == Alpaca(inputs, AlpacaConfig()).fingerprint()

@@ -121,7 +121,7 @@ def test_accelerate_launch_with_our_configuration(runs: Path, tmp_path: Path) ->
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("zinit.train.strategy.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: pip install 'zinit\[deepspeed\]'"):
+    with pytest.raises(ConfigError, match=r"not installed\. .*: pip install -e '\.\[deepspeed\]'"):
         make_accelerator(TrainConfig())
 
 

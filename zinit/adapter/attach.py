@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def _new_state(model: nn.Module, backbone: str | None) -> AdapterState:
 
 def _take_over(state: AdapterState) -> None:
     """Freezes the host and makes its ``generate`` compute prefix keys and values once."""
+    _say_what_peft_loses(state)
     for parameter in state.trained_before.values():
         parameter.requires_grad_(False)
     model = state.model
@@ -127,6 +129,19 @@ def _take_over(state: AdapterState) -> None:
         # An attribute of this one model, so that pipelines and users who call model.generate get it too.
         vars(model)["generate"] = types.MethodType(_generate_with_cached_kv(type(model)), model)
         state.wraps_generate = True
+
+
+def _say_what_peft_loses(state: AdapterState) -> None:
+    """PEFT's own weights are frozen with the rest of the host: nobody who made them expects that in silence."""
+    of_peft = [part for part in state.model.modules() if type(part).__module__.startswith("peft.")]
+    own = {id(parameter) for part in of_peft for parameter in part.parameters()}
+    frozen = [parameter for parameter in state.trained_before.values() if id(parameter) in own]
+    if frozen:
+        warnings.warn(
+            f"{sum(parameter.numel() for parameter in frozen):,} weights of a PEFT adapter were trained and are frozen "
+            f"from now on: the new adapter trains alone. To train both, call requires_grad_(True) on them again.",
+            stacklevel=4,
+        )
 
 
 def load(

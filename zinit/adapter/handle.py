@@ -215,9 +215,10 @@ class Handle:
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Gives each sample of a batch its own adapter while inside, `generate` included; for inference.
 
-        Every adapter's keys and values are computed once, here. Where text is generated a batch may be a multiple
-        of the route's length, as in beam search: beams of a sample lie side by side. Which adapter is active plays no
-        part.
+        Call the model under ``torch.no_grad()``; ``generate`` does so itself, and with gradients enabled the call is
+        refused. Every adapter's keys and values are computed once, here. Where text is generated a batch may be a
+        multiple of the route's length, as in beam search: beams of a sample lie side by side. Which adapter is active
+        plays no part.
 
         Args:
             names: for each sample the name of an adapter on this model, or None for the base model. K, layers, gates,
@@ -228,7 +229,7 @@ class Handle:
                 And at the model's call, if the batch does not fit, or gradients are enabled.
 
         Example:
-            >>> with handle.route(["anna", "bert", None]):  # doctest: +SKIP
+            >>> with torch.no_grad(), handle.route(["anna", "bert", None]):  # doctest: +SKIP
             ...     model.generate(**three_texts)
         """
         with routed(self.state, names), self.state.cached_kv():

@@ -88,6 +88,8 @@ class BlockCalls:
         """In the forward pass, notes what is on; in the backward pass, puts it back."""
         if not (torch.is_grad_enabled() or block.training) or torch.compiler.is_compiling():
             return
+        if not self.state.checked and block.training and torch.is_grad_enabled():
+            self.state.say_if_frozen()
         compat.wrap_checkpointing(block, lambda checkpoint: CarryScope(self.state, checkpoint), CarryScope)
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if given is None:

@@ -72,6 +72,9 @@ class AdapterState:
         entry_hooks: {module: the hook that `zinit.adapter.calls` has there}.
         outside: what a thread without scopes sees, see `snapshot`.
         resolved: {site: the scope, slot and version of the last call there, and what was on}.
+        routes: that are open, in all threads.
+        warned: whether a thread without a scope was told of one elsewhere.
+        checked: whether it was looked for adapters that were frozen by others.
     """
 
     model: nn.Module
@@ -95,6 +98,7 @@ class AdapterState:
     resolved: dict[str, tuple[weakref.ref[Scope], weakref.ref[PrefixSlot], int, ActivePrefix | None]] = field(
         default_factory=dict
     )
+    checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "open": set(), "routes": 0, "warned": False, "resolved": {}}
@@ -140,6 +144,22 @@ class AdapterState:
             f"along, start the thread with zinit.in_scope(function).",
             stacklevel=2,
         )
+
+    def say_if_frozen(self) -> None:
+        """Warns, at the first training step, if other weights of the model train and the adapters that are on do not.
+
+        PEFT's ``get_peft_model`` freezes all but its own.
+        """
+        self.checked = True
+        names = [name for name in self.names_on() if name in self.handles]
+        own = [parameter for name in names for parameter in self.handles[name].parameters()]
+        if own and not any(p.requires_grad for p in own) and any(p.requires_grad for p in self.model.parameters()):
+            warnings.warn(
+                f"the adapter {', '.join(map(repr, names))} is on and does not train, but other weights of this "
+                f"{type(self.model).__name__} do: something froze it since it was attached (get_peft_model freezes "
+                f"all but its own). handle.activate() lets it train.",
+                stacklevel=2,
+            )
 
     def check_no_route(self, what: str) -> None:
         """Adapters neither come nor go inside `Handle.route`.

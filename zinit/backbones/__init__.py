@@ -23,21 +23,27 @@ BACKBONES = Registry(
         "clip": Entry(
             "zinit.backbones.clip:CLIP",
             "CLIP: a text tower and a vision tower, each with its own layers; towers=[...] chooses.",
+            facts={"default_task": "base-to-novel"},
         ),
         "llama": Entry(
             "zinit.backbones.llama:LLAMA",
             "LLaMA and decoders laid out like it (Mistral, Qwen2): rotated keys without a norm.",
+            facts={"default_task": "alpaca"},
         ),
         "roberta": Entry(
             "zinit.backbones.roberta:ROBERTA",
             "RoBERTa and encoders laid out like it (BERT, CamemBERT, ELECTRA, XLM-RoBERTa).",
+            facts={"default_task": "squad"},
         ),
         "vit": Entry(
-            "zinit.backbones.vit:VIT", "timm's Vision Transformers, EVA, BEiT, Swin and others that attend as they do."
+            "zinit.backbones.vit:VIT",
+            "timm's Vision Transformers, EVA, BEiT, Swin and others that attend as they do.",
+            facts={"default_task": "vtab"},
         ),
         DISCOVERY: Entry(
             "zinit.backbones._discover:TRANSFORMERS",
             "Any other model of transformers whose keys and values zinit can verify numerically.",
+            facts={"default_task": "alpaca"},
         ),
     },
     group="zinit.backbones",

@@ -15,7 +15,7 @@ from annotated_types import MinLen
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import rate_settings, shares_rates
+from zinit.methods.rates import rate_settings, shares_rates
 from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
 from zinit.runs.presets import read_preset
 from zinit.runs.settings import resolve
@@ -221,8 +221,9 @@ class Experiment(JsonConfig):
         preset: dict[str, Any] = {}
         if self.preset is not None:
             preset = read_preset(self.preset if "/" in self.preset else f"{self.task}/{self.preset}")
-        own = METHODS.get(method)
-        if shares_rates(own, METHODS.get(read_tables(preset)["method"].get("name", DEFAULT_METHOD))):
+        own = METHODS.fact(method, "default_rates")
+        of_preset = read_tables(preset)["method"].get("name", DEFAULT_METHOD)
+        if shares_rates(own, METHODS.fact(of_preset, "default_rates")):
             return ()
         settings = rate_settings(own)
         factors = settings.pop("rates", {})
@@ -237,7 +238,7 @@ class Experiment(JsonConfig):
         Raises:
             ConfigError: naming the rate and the methods.
         """
-        groups = {tuple(METHODS.get(method).default_rates.items()) for method in self.methods} - {()}
+        groups = {tuple(METHODS.fact(method, "default_rates").items()) for method in self.methods} - {()}
         bare = [option for option in (*self.options, *self.select.options) if option.partition("=")[0] in RATES]
         if bare and len(groups) > 1:
             raise ConfigError(

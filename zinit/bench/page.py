@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] |
     axes.set_ylabel(rows[0].metric)
     for row in rows:
         x, y = [row.num_trainable or 0], [row.mean or 0.0]
-        axes.errorbar(x, y, yerr=[row.std or 0.0], fmt="o", capsize=3, color=colours[row.method], label=row.method)
+        axes.errorbar(x, y, yerr=_deviations([row]), fmt="o", capsize=3, color=colours[row.method], label=row.method)
     if rows[0].base is not None:
         axes.axhline(rows[0].base, color=plots.INK, lw=0.8, ls=":", label="base")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -92,6 +93,13 @@ def _learning_curves(experiment: str, curves: Curves, colours: dict[str, str]) -
     return found
 
 
+def _deviations(rows: list[Row]) -> Any:
+    """Lengths of the error bars; None, and no sign of a bar, where no row has a deviation: one seed has none."""
+    if all(row.std is None for row in rows):
+        return None
+    return [math.nan if row.std is None else row.std for row in rows]
+
+
 def _over_seeds(seeds: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Steps that all seeds have, and there the mean, the lowest and the highest."""
     common = sorted(set.intersection(*({point[0] for point in points} for points in seeds)))
@@ -118,9 +126,8 @@ def _against_setting(rows: list[Row], setting: str, colours: dict[str, str]) -> 
         own.sort(key=lambda row: places[str(row.vary[setting])])
         x, y = [places[str(row.vary[setting])] for row in own], [row.mean or 0.0 for row in own]
         label = f"{method}, {others}" if others else method
-        error: Any = [row.std or 0.0 for row in own]
         style = "o-" if numeric else "o"
-        axes.errorbar(x, y, yerr=error, fmt=style, capsize=3, lw=1.5, color=colours[method], label=label)
+        axes.errorbar(x, y, yerr=_deviations(own), fmt=style, capsize=3, lw=1.5, color=colours[method], label=label)
     if not numeric:
         axes.set_xticks(list(places.values()), list(places), rotation=60, ha="right")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -172,7 +172,7 @@ def _experiment(
         experiment = Experiment.from_dict({**shared, **own, **overrides})
     except ConfigError as error:
         raise ConfigError(f"experiment {shown(entry.get('name'))}: {error}") from error
-    task = experiment.task or str(BACKBONES.get(experiment.backbone).default_task)
+    task = experiment.task or str(BACKBONES.fact(experiment.backbone, "default_task"))
     preset = experiment.preset
     if preset is None and experiment.model is None:
         preset = f"{task}/demo"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from zinit.errors import DataError, first_line
 from zinit.files import is_lfs_pointer
+from zinit.validation import OnBad
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 100_000_000  # of one image; more is taken for a decompression bomb
+THUMBNAIL, THUMBNAIL_START = 96, "data:image/jpeg;base64,"  # pixels a side, and how a page holds it
 KEPT_BYTES = 4 * 2**30  # decoded images held in memory; those beyond it are read again each time
 
 
@@ -39,7 +41,6 @@ class Encoded:
 
 
 ImageSource = Path | Encoded | Image.Image
-OnBad = Literal["error", "skip"]
 Prepare = Callable[[Image.Image], Image.Image]
 
 
@@ -193,3 +194,15 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """uint8 (B, 3, H, W) to float32: divided by 255, then by channel (x - mean) / std."""
     mean_, std_ = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
     return (images.float() / 255 - mean_) / std_
+
+
+def thumbnail(image: Tensor) -> str:
+    """A small copy of an image (3, H, W), uint8, as text for a page: a ``data:`` address of a JPEG.
+
+    Args:
+        image: as `Images` holds it.
+    """
+    small, file = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG", quality=90)
+    return f"{THUMBNAIL_START}{base64.b64encode(file.getvalue()).decode()}"

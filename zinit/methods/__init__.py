@@ -3,46 +3,72 @@
 Outside of zinit: `zinit.register_method`, or an entry point of the group ``zinit.methods``.
 """
 
-from zinit.registry import Entry, Registry
+from zinit.registry import Address, Entry, Registry
+
+
+def _entry(where: str, about: str, *, rates: str, settings: str = "NoSettings", trains_host: bool = False) -> Entry:
+    facts = {
+        "Config": Address(f"zinit.methods.settings:{settings}"),
+        "default_rates": Address(f"zinit.methods.rates:{rates}"),
+        "takes_parts": where.startswith("prefix:"),
+        "trains_host": trains_host,
+    }
+    return Entry(f"zinit.methods.{where}", about, facts)
+
 
 METHODS = Registry(
     "method",
     {
-        "zero-init": Entry(
-            "zinit.methods.prefix:ZeroInit",
+        "zero-init": _entry(
+            "prefix:ZeroInit",
             "Zero-init attention: gated prompts in every layer, with the settings of [prefix].",
+            rates="ZERO_INIT",
         ),
-        "random-gate": Entry(
-            "zinit.methods.prefix:RandomGate",
+        "random-gate": _entry(
+            "prefix:RandomGate",
             "The same prompts with gates that start at N(0, 1), the paper's ablation of zero-init.",
+            rates="ZERO_INIT",
         ),
-        "prefix-tuning": Entry(
-            "zinit.methods.prefix:PrefixTuning",
+        "prefix-tuning": _entry(
+            "prefix:PrefixTuning",
             "Plain prefix tuning: the same prompts without a gate, in one softmax with the words.",
+            rates="ZERO_INIT",
         ),
-        "full": Entry("zinit.methods.weights:Full", "Full fine-tuning: every weight, and the head."),
-        "head-only": Entry(
-            "zinit.methods.weights:HeadOnly",
+        "full": _entry("weights:Full", "Full fine-tuning: every weight, and the head.", rates="FULL", trains_host=True),
+        "head-only": _entry(
+            "weights:HeadOnly",
             "The task's head on the frozen model (linear probing by gradient descent).",
+            rates="HEAD_ONLY",
         ),
-        "bitfit": Entry(
-            "zinit.methods.weights:BitFit", "BitFit (Ben Zaken et al., ACL 2022): the bias terms, and the head."
+        "bitfit": _entry(
+            "weights:BitFit",
+            "BitFit (Ben Zaken et al., ACL 2022): the bias terms, and the head.",
+            rates="BITFIT",
+            trains_host=True,
         ),
-        "lora": Entry(
-            "zinit.methods.lora:Lora",
+        "lora": _entry(
+            "lora:Lora",
             "Low-rank updates of the query and value projections, or of the fused projection.",
+            rates="LORA",
+            settings="LoraSettings",
         ),
-        "prompt-tuning": Entry(
-            "zinit.methods.prompt_tuning:PromptTuning",
+        "prompt-tuning": _entry(
+            "prompt_tuning:PromptTuning",
             "Learned embeddings before the first layer only; for models that read one sequence.",
+            rates="PROMPT_TUNING",
+            settings="PromptTuningSettings",
         ),
-        "bottleneck": Entry(
-            "zinit.methods.bottleneck:Bottleneck",
+        "bottleneck": _entry(
+            "bottleneck:Bottleneck",
             "A bottleneck adapter after each attention (the first of Houlsby et al.'s two per layer).",
+            rates="BOTTLENECK",
+            settings="BottleneckSettings",
         ),
-        "logistic-regression": Entry(
-            "zinit.methods.logistic_regression:LogisticRegression",
+        "logistic-regression": _entry(
+            "logistic_regression:LogisticRegression",
             "Logistic regression on frozen features; for tasks with one feature vector per example.",
+            rates="NONE",
+            settings="LogisticRegressionSettings",
         ),
     },
     group="zinit.methods",

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zinit.config import JsonConfig, PrefixConfig
+from zinit.config import AdapterConfig, JsonConfig, PrefixConfig
+from zinit.methods.rates import NONE, Rates
+from zinit.methods.settings import NoSettings
 
 if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
@@ -42,6 +44,7 @@ class ApplyContext:
 
     Args:
         prefix: the run's prefix settings; methods without a prefix look at ``towers`` at most.
+        parts: settings of several prefixes, by name, which come instead; empty has the one.
         backbone: registered name.
         seed: of everything random.
         saved: a finished run's folder, to load the prefix from. Other weights are loaded by the run.
@@ -52,6 +55,7 @@ class ApplyContext:
     backbone: str
     seed: int
     saved: Path | None = None
+    parts: Mapping[str, PrefixConfig] = field(default_factory=dict)
     models: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
@@ -62,23 +66,6 @@ class ApplyContext:
         return select_sites(model, BACKBONES.get(self.backbone).sites(model), PrefixConfig(towers=self.prefix.towers))
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoSettings(JsonConfig):
-    """For methods that have none."""
-
-
-class LearningRate(NamedTuple):
-    """A learning rate, and where the number is from."""
-
-    value: float
-    source: str
-
-    @classmethod
-    def of_roles(cls, value: float, source: str, *roles: str) -> dict[str, LearningRate]:
-        """The same rate for several roles of what trains; see `zinit.config.ROLES`."""
-        return dict.fromkeys(roles, cls(value, source))
-
-
 class Method(ABC):
     """A way to adapt a pretrained model.
 
@@ -87,6 +74,7 @@ class Method(ABC):
 
     Attributes:
         name: registered name.
+        takes_parts: whether its adapter may have several parts.
         trains_host: whether weights of the model itself are trained, which are then float32 unless a dtype is set.
         default_rates: by the role of what trains, the rate that it trains at where nobody says another. Empty takes
             the preset's, or else the loop's own.
@@ -94,8 +82,9 @@ class Method(ABC):
 
     name: str
     Config: type[JsonConfig] = NoSettings
+    takes_parts = False
     trains_host = False
-    default_rates: Mapping[str, LearningRate] = {}
+    default_rates: Rates = NONE
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -112,6 +101,15 @@ class Method(ABC):
             ConfigError: if the method cannot be used on this model; it says why.
         """
 
+    def attached(self, prefix: PrefixConfig, parts: Mapping[str, PrefixConfig]) -> PrefixConfig | AdapterConfig | None:
+        """The adapter that `apply` attaches; None, as here, for methods without one.
+
+        Args:
+            prefix: see `ApplyContext`.
+            parts: likewise.
+        """
+        return None
+
     def solve(self, task: Task) -> bool:
         """Trains without the engine where the method has a closed procedure of its own.
 
@@ -119,21 +117,6 @@ class Method(ABC):
             Whether it did; False sends the task to the engine.
         """
         return False
-
-
-def rate_settings(method: type[Method]) -> dict[str, Any]:
-    """A method's default rates as settings of ``[train]``: the largest, and factors on it by role; or nothing."""
-    rates = {role: rate.value for role, rate in method.default_rates.items()}
-    if not rates:
-        return {}
-    largest = max(rates.values())
-    factors = {role: value / largest for role, value in rates.items() if value != largest}
-    return {"learning_rate": largest, **({"rates": factors} if factors else {})}
-
-
-def shares_rates(method: type[Method], other: type[Method]) -> bool:
-    """Whether a rate that was chosen for one method is one for the other: an ablation of it, or one without rates."""
-    return not method.default_rates or method.default_rates == other.default_rates
 
 
 def apply_method(method: Method, model: nn.Module, context: ApplyContext) -> Adapted:

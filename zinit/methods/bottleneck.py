@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.config import JsonConfig
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
-from zinit.validation import Size
-
-
-@dataclass(frozen=True, kw_only=True)
-class BottleneckSettings(JsonConfig):
-    """How narrow.
-
-    Args:
-        width: of the bottleneck. Houlsby et al. use 8 to 256.
-    """
-
-    width: Size = 16
+from zinit.methods import rates
+from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.settings import BottleneckSettings
 
 
 class BottleneckLayer(nn.Module):
@@ -56,9 +44,7 @@ class Bottleneck(Method):
     """A bottleneck adapter after each attention sub-layer (the first of Houlsby et al.'s two per layer)."""
 
     name = "bottleneck"
-    default_rates = LearningRate.of_roles(
-        3e-4, "the example of Houlsby et al.'s code, google-research/adapter-bert", "head"
-    )
+    default_rates = rates.BOTTLENECK
     Config = BottleneckSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

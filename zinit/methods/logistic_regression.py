@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.settings import LogisticRegressionSettings
 from zinit.tasks._linear_probe import solve_head
-from zinit.validation import PositiveFloat
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogisticRegressionSettings(JsonConfig):
-    """How strongly it is regularised.
-
-    Args:
-        C: inverse strength of the L2 penalty; scikit-learn's default is 1.
-    """
-
-    C: PositiveFloat = 1.0
 
 
 class LogisticRegression(Method):

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from zinit.backbones.base import AttentionSite
-from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
-from zinit.validation import PositiveFloat, Rate, Size
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings(JsonConfig):
-    """Defaults are Alpaca-LoRA's, the paper's baseline (r = 8, alpha 16, dropout 0.05, on queries and values).
-
-    Args:
-        rank: r.
-        alpha: the update is scaled by alpha / r.
-        dropout: of the update's input.
-    """
-
-    rank: Size = 8
-    alpha: PositiveFloat = 16
-    dropout: Rate = 0.05
+from zinit.methods import rates
+from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.settings import LoraSettings
 
 
 class Lora(Method):
     """Low-rank updates of the query and value projections (of the fused projection where there is one)."""
 
     name = "lora"
-    default_rates = LearningRate.of_roles(3e-4, "Alpaca-LoRA's finetune.py, the paper's baseline", "head")
+    default_rates = rates.LORA
     Config = LoraSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

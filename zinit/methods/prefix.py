@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from zinit.adapter.attach import attach, load
-from zinit.config import ROLES, PrefixConfig
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
-
-PAPER = "the paper's base rate 9e-3, applied as base x batch / 256 with its batch of 64"
+from zinit.config import AdapterConfig, PrefixConfig
+from zinit.methods import rates
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 class ZeroInit(Method):
     """Zero-init attention: gated prompts in every layer, with the run's ``prefix`` settings as they are."""
 
     name = "zero-init"
-    default_rates = LearningRate.of_roles(9e-3 * 64 / 256, PAPER, *ROLES)  # its ablations change one thing, and no rate
+    default_rates = rates.ZERO_INIT
+    takes_parts = True
 
-    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
-        """What is attached."""
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
+        """What the method makes of a prefix's settings."""
         return prefix
+
+    def attached(self, prefix: PrefixConfig, parts: Mapping[str, PrefixConfig]) -> PrefixConfig | AdapterConfig:
+        if not parts:
+            return self.variant(prefix)
+        return AdapterConfig(parts={name: self.variant(part) for name, part in parts.items()})
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         if context.saved is not None:
             handle = load(model, context.saved)
         else:
-            handle = attach(model, self.settings(context.prefix), backbone=context.backbone, seed=context.seed)
+            config = self.attached(context.prefix, context.parts)
+            handle = attach(model, config, backbone=context.backbone, seed=context.seed)
         return Adapted(model=model, handle=handle, disabled=handle.disabled)
 
 
@@ -36,7 +43,7 @@ class RandomGate(ZeroInit):
 
     name = "random-gate"
 
-    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
         return replace(prefix, gating=True, separate_softmax=True, gate_init="random")
 
 
@@ -45,5 +52,5 @@ class PrefixTuning(ZeroInit):
 
     name = "prefix-tuning"
 
-    def settings(self, prefix: PrefixConfig) -> PrefixConfig:
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
         return replace(prefix, gating=False, separate_softmax=False)

@@ -5,36 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zinit.config import JsonConfig
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
-from zinit.validation import Size
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptTuningSettings(JsonConfig):
-    """How many prompts.
-
-    Args:
-        length: learned embeddings in front of the input; None is the run's ``prefix.length``.
-    """
-
-    length: Size | None = None
+from zinit.methods import rates
+from zinit.methods.base import Adapted, ApplyContext, Method
+from zinit.methods.settings import PromptTuningSettings
 
 
 class PromptTuning(Method):
     """Learned embeddings before the first layer only; for models that read one sequence of tokens."""
 
     name = "prompt-tuning"
-    default_rates = LearningRate.of_roles(
-        3e-2, "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)", "head"
-    )
+    default_rates = rates.PROMPT_TUNING
     Config = PromptTuningSettings
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

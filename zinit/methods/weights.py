@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from zinit.errors import ConfigError
-from zinit.methods.base import Adapted, ApplyContext, LearningRate, Method
+from zinit.methods import rates
+from zinit.methods.base import Adapted, ApplyContext, Method
 
 
 class HeadOnly(Method):
     """The task's head on the frozen model (linear probing by gradient descent)."""
 
     name = "head-only"
-    default_rates = LearningRate.of_roles(1e-3, "ours: the default of Adam (Kingma and Ba, 2015)", "head")
+    default_rates = rates.HEAD_ONLY
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         model.requires_grad_(False)
@@ -23,7 +24,7 @@ class Full(Method):
     """Full fine-tuning: every weight, and the head."""
 
     name = "full"
-    default_rates = LearningRate.of_roles(2e-5, "Stanford Alpaca's full fine-tuning of LLaMA-7B", "head")
+    default_rates = rates.FULL
     trains_host = True
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
@@ -35,7 +36,7 @@ class BitFit(Method):
     """BitFit (Ben Zaken et al., ACL 2022): the bias terms, and the head."""
 
     name = "bitfit"
-    default_rates = LearningRate.of_roles(1e-3, "the example of Ben Zaken et al.'s code, benzakenelad/BitFit", "head")
+    default_rates = rates.BITFIT
     trains_host = True
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -43,7 +45,7 @@ def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unp
         loading: see `Loading`.
 
     Raises:
-        BackboneError: if there is no such model.
+        BackboneError: if there is no such model, or some of its weights are missing.
         ConfigError: if the quantization package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,11 +55,49 @@ def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unp
         loaded = None
         if tokenizer:
             loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        of_kind: Any = AutoModelForCausalLM
+        with quiet():
+            model, report = of_kind.from_pretrained(
+                source, trust_remote_code=False, output_loading_info=True, **options
+            )
     except Exception as error:  # transformers raises many classes; all mean that it cannot load this
         raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
+    _check_complete(model, report, source)
     quantization.keep_differentiable(model)
     return model, loaded
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars over weights and its report on them off the terminal; the Hub's bars of downloads stay.
+
+    What is wrong with the weights is an error here.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    hook = logging.set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(hook)
+        logging.set_verbosity(verbosity)
+
+
+def _check_complete(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
+    """No weight is left at the random values it was made with.
+
+    Args:
+        model: as loaded.
+        report: transformers' own, of ``output_loading_info``.
+        source: folder or Hub id, for the message.
+
+    Raises:
+        BackboneError: naming a weight that is missing.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
 
 
 def _options(loading: Loading) -> dict[str, Any]:
@@ -107,12 +147,16 @@ def load_clip(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module
     options = _options({"dtype": loading["dtype"], "revision": revision} if later else loading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model: Any = AutoModel.from_pretrained(source, trust_remote_code=False, **options)
+        with quiet():
+            model, report = AutoModel.from_pretrained(
+                source, trust_remote_code=False, output_loading_info=True, **options
+            )
     except Exception as error:  # see load_causal_lm
         raise BackboneError(
             f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
         ) from error
     _check_dual_encoder(model, source)
+    _check_complete(model, report, source)
     mean, std = _pixel_statistics(source, revision)
     if later:
         quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
@@ -161,23 +205,23 @@ def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Mod
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model_class: Any = MODEL_MAPPING[type(config)]
         pooling = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
-        model, report = model_class.from_pretrained(
-            source, config=config, output_loading_info=True, **options, **pooling
-        )
+        with quiet():
+            model, report = model_class.from_pretrained(
+                source, config=config, output_loading_info=True, **options, **pooling
+            )
     except Exception as error:  # see load_causal_lm
         raise BackboneError(f"{source} cannot be loaded as an encoder: {reason(source, error)}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise BackboneError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}.")
+    _check_complete(model, report, source)
     quantization.keep_differentiable(model)
     return model, tokenizer
 
 
-def load_on_meta(source: str | Path) -> nn.Module:
+def load_on_meta(source: str | Path, *, revision: str | None = None) -> nn.Module:
     """Builds a model's modules without its weights, from its config alone.
 
     Args:
         source: a folder in transformers' or timm's format, a Hub id, or a timm model name.
+        revision: on the Hub; not of timm's models.
 
     Raises:
         BackboneError: if there is no such model.
@@ -191,7 +235,7 @@ def load_on_meta(source: str | Path) -> nn.Module:
 
             with torch.device("meta"):
                 return timm.create_model(of_timm, pretrained=False, num_classes=0)
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         name = (config.architectures or [""])[0]
         model_class: Any = getattr(transformers, name, None)
         known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)

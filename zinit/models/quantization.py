@@ -10,7 +10,7 @@ import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, install_extra
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +29,8 @@ def check_installed(quantize: Quantize) -> None:
     """
     if find_spec(PACKAGES[quantize]) is None:
         raise ConfigError(
-            f"quantize={quantize} needs the package {PACKAGES[quantize]}, which is not installed: "
-            f"pip install 'zinit[quantize]'"
+            f"quantize={quantize} needs the package {PACKAGES[quantize]}, which is not installed. "
+            f"{install_extra('quantize')}"
         )
 
 

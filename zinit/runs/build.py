@@ -20,7 +20,7 @@ from zinit.runs.config import RunConfig
 from zinit.runs.directory import read_finished_run
 from zinit.runs.record import Record
 from zinit.tasks import TASKS
-from zinit.tasks.base import TaskInputs, load_host, make_task
+from zinit.tasks.base import DataInputs, TaskInputs, load_host, make_task
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,7 @@ def build_model(
         backbone=config.backbone,
         seed=config.seed,
         saved=saved,
+        parts=config.parts,
         models={name: loaded.model for name, loaded in models.items()},
     )
     return Built(
@@ -126,7 +127,25 @@ def check_models(directory: str | Path, record: Record, built: Built) -> None:
             )
 
 
-def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = None, train: bool = True) -> Task:
+def read_data(config: RunConfig, *, labels: list[str] | None = None, train: bool = True) -> Any:
+    """The task's examples, as far as they can be read without its model: what is wrong with them is said first.
+
+    Args:
+        config: the run's settings.
+        labels: class names of a finished run.
+        train: False leaves the training examples unread.
+
+    Raises:
+        DataError: if they cannot be used.
+    """
+    task: type[Task] = TASKS.get(config.task)
+    inputs = DataInputs(data=config.data, seed=config.seed, train=train, labels=labels)
+    return task.read_data(inputs, config.options)
+
+
+def build_task(
+    config: RunConfig, built: Built, *, labels: list[str] | None = None, train: bool = True, examples: Any = None
+) -> Task:
     """The task on a built model.
 
     Args:
@@ -134,6 +153,7 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
         built: see `build_model`.
         labels: class names of a finished run.
         train: False leaves the training examples unread.
+        examples: what `read_data` gave for the same settings, labels and ``train``.
     """
     inputs = TaskInputs(
         model=built.adapted.model,
@@ -143,6 +163,7 @@ def build_task(config: RunConfig, built: Built, *, labels: list[str] | None = No
         seed=config.seed,
         train=train,
         labels=labels,
+        examples=examples,
         models=built.models,
     )
     return make_task(TASKS.get(config.task), inputs, config.options)

@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zinit.compat import modern_settings
-from zinit.config import JsonConfig, PrefixConfig, TrainConfig, setting_names
+from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, setting_names
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import rate_settings
+from zinit.methods.rates import rate_settings
 from zinit.models.quantization import Quantize
 from zinit.registry import Registry, did_you_mean
 from zinit.tasks import TASKS
 from zinit.validation import Seed, in_section, shown
 
 DEFAULT_METHOD = "zero-init"
+PARTS = "parts"  # the table of tables, one for each part of an adapter; its settings are those of the section "prefix"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Section:
         Raises:
             ConfigError: if there is no such entry.
         """
-        return self.settings.get(entry).Config if isinstance(self.settings, Registry) else self.settings
+        return self.settings.fact(entry, "Config") if isinstance(self.settings, Registry) else self.settings
 
 
 # A further section is one line here, and the field of RunConfig that it names. The order is that of files.
@@ -77,6 +78,8 @@ class RunConfig(JsonConfig):
         method: registered name of how the model is adapted.
         method_options: the method's own settings; None is its defaults.
         prefix: the prefix, for the methods that have one.
+        parts: several prefixes in one adapter, by name, instead of the one in ``prefix``; what a part leaves out
+            is as in ``prefix``.
         train: the loop.
         options: the task's own settings; None is its defaults.
     """
@@ -93,6 +96,7 @@ class RunConfig(JsonConfig):
     method: str = DEFAULT_METHOD
     method_options: Any = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    parts: dict[str, PrefixConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     options: Any = None
 
@@ -102,11 +106,21 @@ class RunConfig(JsonConfig):
             if getattr(self, section.attribute) is None:
                 chosen = section.settings_class(getattr(self, name))
                 object.__setattr__(self, section.attribute, chosen.from_dict({}))
+        self._check_parts()
         self._check_memory()
+
+    def _check_parts(self) -> None:
+        if self.parts and not METHODS.fact(self.method, "takes_parts"):
+            raise ConfigError(
+                f"the method {self.method!r} takes no parts, and [parts] names {', '.join(self.parts)}. Leave them "
+                f"out, or take -o method=zero-init."
+            )
+        if self.parts:
+            AdapterConfig(parts=self.parts)  # what concerns several parts
 
     def _check_memory(self) -> None:
         """Quantised and offloaded models are frozen, and offloading excludes what needs the weights in place."""
-        if METHODS.get(self.method).trains_host and (self.quantize is not None or self.offload):
+        if (self.quantize is not None or self.offload) and METHODS.fact(self.method, "trains_host"):
             what = "offload=true" if self.offload else f"quantize={self.quantize}"
             raise ConfigError(
                 f"{what} is for a frozen model, and the method {self.method!r} trains its weights. Leave it out, or "
@@ -129,6 +143,8 @@ class RunConfig(JsonConfig):
         for name, section in SECTIONS.items():
             chosen = {"name": getattr(self, name)} if section.chooses else {}
             values[name] = {**chosen, **getattr(self, section.attribute).to_dict()}
+        if self.parts:
+            values[PARTS] = {name: part.to_dict() for name, part in self.parts.items()}
         return values
 
     @classmethod
@@ -143,22 +159,22 @@ class RunConfig(JsonConfig):
         values = modern_settings(values)
         known = plain_settings()
         for name in values:
-            if name not in known and name not in SECTIONS:
-                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), [*known, *SECTIONS])}")
+            if name not in (*known, *SECTIONS, PARTS):
+                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), [*known, *SECTIONS, PARTS])}")
         if "backbone" not in values:
             raise ConfigError("a run needs a backbone: --backbone NAME, or backbone = ... in the config file.")
         arguments = {name: values[name] for name in known if name in values}
         tables = read_tables(values)
         for name, table in _with_default_rates(tables).items():
             arguments |= _read_section(name, table)
-        return cls(**arguments)
+        return cls(**arguments, parts=read_parts(values))
 
 
 def _with_default_rates(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The tables, with the method's own learning rates where none is said."""
     if "learning_rate" in tables["train"]:
         return tables
-    own = rate_settings(METHODS.get(tables["method"].get("name", DEFAULT_METHOD)))
+    own = rate_settings(METHODS.fact(tables["method"].get("name", DEFAULT_METHOD), "default_rates"))
     return {**tables, "train": {**own, **tables["train"]}}
 
 
@@ -176,9 +192,27 @@ def _read_section(name: str, table: dict[str, Any]) -> dict[str, Any]:
     return {section.attribute: settings, **({name: entry} if section.chooses else {})}
 
 
+def read_parts(values: dict[str, Any]) -> dict[str, PrefixConfig]:
+    """The prefixes in the tables ``[parts.NAME]``; what they leave out is as in the table ``[prefix]``.
+
+    Raises:
+        ConfigError: naming the part and the setting that is wrong.
+    """
+    parts, common = values.get(PARTS, {}), values.get("prefix", {})
+    if not isinstance(parts, dict) or not all(isinstance(table, dict) for table in parts.values()):
+        raise ConfigError(f"parts must be tables, one for each part: [parts.NAME]; got {shown(parts)}.")
+    found = {}
+    for name, table in parts.items():
+        try:
+            found[name] = PrefixConfig.from_dict({**common, **table})
+        except ConfigError as error:
+            raise in_section(f"{PARTS}.{name}", error) from error
+    return found
+
+
 def plain_settings() -> list[str]:
     """The settings that are in no table."""
-    of_sections = {*SECTIONS, *(section.attribute for section in SECTIONS.values())}
+    of_sections = {PARTS, *SECTIONS, *(section.attribute for section in SECTIONS.values())}
     return [name for name in setting_names(RunConfig) if name not in of_sections]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zinit.errors import ConfigError
 from zinit.models.offload import weights_in_place
 from zinit.runs.agreement import check_agreement
-from zinit.runs.build import build_model, build_task, check_models
+from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run, write_json
 from zinit.runs.settings import absolute_path
@@ -43,9 +43,10 @@ def evaluate_run(
         config = dataclasses.replace(config, options=options)
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
+    examples = read_data(config, labels=record.labels, train=data is None)
     built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
     check_models(directory, record, built)
-    task = build_task(config, built, labels=record.labels, train=data is None)
+    task = build_task(config, built, labels=record.labels, train=data is None, examples=examples)
     given = {"the run": str(directory), "--data": data, "--limit": limit, "what was read": task.data_report()}
     check_agreement(accelerator, given)
     place(task, accelerator, offload=config.offload)

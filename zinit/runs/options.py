@@ -11,10 +11,11 @@ from zinit.compat import OLD_SETTINGS, modern_setting
 from zinit.config import ROLES, setting_paths
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
-from zinit.runs.config import SECTIONS, plain_settings
+from zinit.runs.config import PARTS, SECTIONS, plain_settings
 from zinit.runs.presets import parse_toml
 
 GROUP_RATE = re.compile(rf"train\.rates\.[^.]+\.({'|'.join(ROLES)})")  # groups are the task's: no setting names them
+PART = re.compile(rf"({PARTS}\.[^.]+)\.(.+)")  # names of parts are the user's
 METHOD_OPTIONS = ("method", "method.name")  # -o method=NAME chooses the method
 
 
@@ -97,6 +98,11 @@ def _full_name(name: str, known: Sequence[str], method: str) -> str:
     """The setting that an option means, in full."""
     modern = _modern(name)
     if GROUP_RATE.fullmatch(modern):
+        return modern
+    if part := PART.fullmatch(modern):
+        of_prefix = [full.removeprefix("prefix.") for full in known if full.startswith("prefix.")]
+        if part[2] not in of_prefix:
+            raise ConfigError(f"no option named {name!r}: {part[1]} is a prefix.{did_you_mean(part[2], of_prefix)}")
         return modern
     found = [full for full in known if full == modern] or [full for full in known if full.endswith(f".{modern}")]
     nearest = min((full.count(".") for full in found), default=0)

@@ -12,6 +12,21 @@ from zinit.errors import ConfigError, first_line
 from zinit.registry import did_you_mean
 
 PRESETS = resources.files("zinit.runs") / "presets"
+OF_PRESETS = ("description", "model_layers")  # what a preset says of itself; the rest are settings
+
+
+class Preset(str):
+    """A preset's full name, and what a run takes from it.
+
+    Attributes:
+        untouched: its settings ("prefix.layers") for which neither file nor arguments nor options have a value.
+        model_layers: how many layers the model has that it was made for; None: it fits any.
+        notes: what was scaled because the run is smaller than the preset's, in words.
+    """
+
+    untouched: frozenset[str] = frozenset()
+    model_layers: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def preset_names() -> list[str]:
@@ -31,7 +46,7 @@ def list_presets() -> dict[str, str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset's values, its ``description`` included.
+    """A preset's values, what it says of itself (`OF_PRESETS`) included.
 
     Raises:
         ConfigError: if there is none of that name.

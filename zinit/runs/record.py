@@ -43,6 +43,7 @@ class Record:
         demo: whether the model is the embedded one.
         seed: of everything random.
         preset: its full name.
+        scaled: what of the preset was scaled to a smaller model or a shorter run, in words.
         method: registered name.
         prefix: the prefix's settings, for methods that have one.
         labels: class names, for tasks that have classes.
@@ -69,6 +70,7 @@ class Record:
     demo: bool = False
     seed: int | None = None
     preset: str | None = None
+    scaled: list[str] = field(default_factory=list)
     method: str | None = None
     prefix: dict[str, Any] | None = None
     labels: list[str] | None = None
@@ -87,8 +89,8 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``run.json``; further models only where a task has some."""
-        return {name: value for name, value in vars(self).items() if name != "models" or value}
+        """The content of ``run.json``; further models and what was scaled only where there is some."""
+        return {name: value for name, value in vars(self).items() if name not in ("models", "scaled") or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

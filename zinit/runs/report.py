@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zinit.errors import DataError
+from zinit.errors import ConfigError, DataError
 from zinit.files import write_atomically
 from zinit.runs import plots
+from zinit.runs.command import command_of
+from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, RESULTS, Record, Results
 from zinit.train.events import Ended, Evaluated, Event, Gates, PlanMade, Resumed, Step, Stopped, number, read_log
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS, SAMPLES = 120, 50  # at most: of a heat map over time, side by side
+COLUMNS, SAMPLES, LABELS = 120, 50, 16  # at most: of a heat map over time, side by side, curves with a name
 CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
@@ -31,6 +33,7 @@ CURVES = {
 RECORDED = ("loss", "examples", "seconds", *CURVES)  # of a step
 NO_CURVE = ("epoch", "loss", "count", "seconds")
 LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "rouge_l", "accuracy", "f1")
+PICTURE = "data:image/jpeg;base64,"  # how what `zinit.data.images.thumbnail` makes begins: nothing else is shown
 NEGATIVE, POSITIVE = (0.16, 0.47, 0.84), (0.90, 0.38, 0.08)  # gates
 DEPTH = ["#3987e5", "#b07cc6", "#e8743b"]  # layers, lowest to topmost; readable on white and on black
 
@@ -131,9 +134,26 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
         counts=_dictionary(results.counts),
         curves=curves,
         gates=gates,
-        samples=[sample for sample in results.samples or [] if isinstance(sample, dict)],
+        samples=[_sample(sample) for sample in results.samples or [] if isinstance(sample, dict)],
+        command=_command(record),
         most_samples=SAMPLES,
     )
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample as people read it: an instruction in place of the template around it; no picture that is not ours."""
+    shown = {**sample, "prompt": sample.get("instruction", sample.get("prompt"))}
+    if not str(shown.get("image", "")).startswith(PICTURE):
+        shown.pop("image", None)
+    return shown
+
+
+def _command(record: Record) -> str | None:
+    """What makes the run again; None where its settings cannot be read."""
+    try:
+        return command_of(RunConfig.from_dict(record.config), record.preset)
+    except (ConfigError, TypeError, ValueError, KeyError, AttributeError):  # the file may hold anything
+        return None
 
 
 def _notes_on(log: _Log) -> list[str]:
@@ -241,11 +261,18 @@ def _gates(log: _Log) -> list[tuple[str, Any]]:
     figures = [(title, plots.svg(figure, f"gates at step {now}"))]
 
     figure, axes = plots.figure(4.8, 3.2)
-    labelled = set(np.linspace(0, layers - 1, min(layers, 6)).astype(int).tolist())
+    every = -(-layers // LABELS)
+    labelled = set(range(0, layers, every))
     means = np.nansum(np.abs(cube), 2) / np.maximum(np.isfinite(cube).sum(2), 1)
     for layer, color in enumerate(LinearSegmentedColormap.from_list("depth", DEPTH)(np.linspace(0, 1, layers))):
         plots.line(axes, np.array(times), means[:, layer], color, names[layer] if layer in labelled else None, lw=1.2)
-    axes.legend(title="layer", frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(
+        title="layer" if every == 1 else f"layer, 1 of {every} named",
+        frameon=False,
+        reverse=True,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     axes.set_ylim(bottom=0)
     figures.append(("Mean |gate| of each layer over time", plots.svg(figure, "mean gate of each layer by step")))
 

@@ -9,10 +9,11 @@ from typing import Any
 from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
-from zinit.methods.base import shares_rates
+from zinit.methods.rates import shares_rates
+from zinit.registry import did_you_mean
 from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
 from zinit.runs.options import merge, run_overrides
-from zinit.runs.presets import preset_names, read_config_file, read_preset
+from zinit.runs.presets import OF_PRESETS, Preset, preset_names, read_config_file, read_preset
 from zinit.tasks import TASKS
 from zinit.validation import shown
 
@@ -46,7 +47,7 @@ def resolve(
         options: ``section.key=value``; the section may be left out where the key is unique.
 
     Returns:
-        The settings, and the preset's full name.
+        The settings, and the preset's full name: a `Preset`, which knows what of it is in the settings.
 
     Raises:
         ConfigError: naming the setting that is unknown or wrong.
@@ -54,7 +55,7 @@ def resolve(
     options = list(options)
     from_file = _read_run_file(config_file)
     preset = preset or from_file.pop("preset", None)
-    _refuse_file(preset)
+    _check_preset(preset)
     backbone = _choose_backbone(backbone or from_file.get("backbone"), preset)
     task = _choose_task(task or from_file["task"].get("name"), preset, backbone)
     method = from_file["method"].get("name", DEFAULT_METHOD)
@@ -65,8 +66,15 @@ def resolve(
     named = overrides.get("method", {}).get("name") or from_file["method"].get("name")
     values = {} if preset is None else preset_values(preset, named)
     arguments = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed}
+    given: dict[str, Any] = {}
     for source in (from_file, _given(arguments), {"task": {"name": task}}, overrides):
-        merge(values, source)
+        merge(given, source)
+    if preset is not None:
+        preset = Preset(preset)
+        preset.untouched = frozenset(_paths(values) - _paths(given))
+        preset.model_layers = read_preset(preset).get("model_layers")
+        preset.notes = _shorten_warmup(values, given, preset)
+    merge(values, given)
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
     return RunConfig.from_dict(_with_absolute_paths(values)), preset
@@ -80,9 +88,10 @@ def preset_values(preset: str, method: str | None) -> dict[str, Any]:
         method: registered name; None is the preset's own.
     """
     values = read_preset(preset)
-    values.pop("description", None)
+    for about in OF_PRESETS:
+        values.pop(about, None)
     own = read_tables(values)["method"].get("name", DEFAULT_METHOD)
-    if method is not None and not shares_rates(METHODS.get(method), METHODS.get(own)):
+    if method is not None and not shares_rates(*(METHODS.fact(name, "default_rates") for name in (method, own))):
         values["train"] = {name: value for name, value in values.get("train", {}).items() if name not in RATES}
     return values
 
@@ -137,15 +146,18 @@ def _read_run_file(path: str | None) -> dict[str, Any]:
     return values | tables
 
 
-def _refuse_file(preset: str | None) -> None:
-    """A preset is a name. Whether it exists is checked where it is read."""
+def _check_preset(preset: str | None) -> None:
+    """A preset is a name, with its task in front or without it."""
     names = preset_names()
     known = {*names, *(name.partition("/")[2] for name in names)}
-    if preset is not None and preset not in known and Path(preset).expanduser().is_file():
+    if preset is None or preset in known:
+        return
+    if Path(preset).expanduser().is_file():
         raise ConfigError(
             f"--preset takes a name ('zinit ls presets'), and {preset!r} is a file. Pass a file of your own with "
             f"--config {preset}."
         )
+    raise ConfigError(f"no preset named {preset!r}.{did_you_mean(preset, names)}")
 
 
 def _choose_backbone(backbone: str | None, preset: str | None) -> str:
@@ -163,7 +175,7 @@ def _choose_task(task: str | None, preset: str | None, backbone: str) -> str:
     if task is not None:
         TASKS.where(task)
         return task
-    own = str(BACKBONES.get(backbone).default_task)
+    own = str(BACKBONES.fact(backbone, "default_task"))
     if own not in TASKS:
         raise ConfigError(
             f"the backbone {backbone!r} has no task of its own to train yet. Attach a prefix in Python "
@@ -181,6 +193,29 @@ def _full_preset(preset: str | None, task: str, *, has_model: bool) -> str | Non
     if f"{task}/demo" not in preset_names():
         raise ConfigError(f"the task {task!r} has no embedded demo: pass --model and --data.")
     return f"{task}/demo"
+
+
+def _paths(values: dict[str, Any]) -> set[str]:
+    """{"seed", "prefix.layers", ...}"""
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    return (values.keys() - tables) | {f"{name}.{path}" for name, table in tables.items() for path in _paths(table)}
+
+
+def _shorten_warmup(values: dict[str, Any], given: dict[str, Any], preset: Preset) -> tuple[str, ...]:
+    """Scales a preset's warm-up, in its values, where the user's ``train.epochs`` are not more than it.
+
+    Returns:
+        What was scaled, in words. Where the user gave steps, `zinit.runs.preview.fit_warmup` does it.
+    """
+    epochs, steps = (given.get("train", {}).get(name) for name in ("epochs", "steps"))
+    if "train.warmup_epochs" not in preset.untouched or not isinstance(epochs, int | float) or steps is not None:
+        return ()
+    train = values["train"]
+    warmup, of = train["warmup_epochs"], train["epochs"]
+    if not 0 < epochs <= warmup:
+        return ()
+    train["warmup_epochs"] = warmup * epochs / of
+    return (f"train.warmup_epochs={train['warmup_epochs']:g} of {epochs:g} (the preset: {warmup:g} of {of:g})",)
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

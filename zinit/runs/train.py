@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from zinit.adapter.fingerprint import cosine
 from zinit.adapter.handle import Handle
-from zinit.errors import CheckpointError, ConfigError, DataError
+from zinit.errors import CheckpointError, ConfigError, DataError, install_extra
 from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
 from zinit.runs import agreement
-from zinit.runs.build import Built, build_model, build_task, check_models
+from zinit.runs.build import Built, build_model, build_task, check_models, read_data
 from zinit.runs.config import SECTIONS, RunConfig
 from zinit.runs.directory import (
     TRAINED,
@@ -30,11 +30,12 @@ from zinit.runs.directory import (
     writing,
 )
 from zinit.runs.evaluate import evaluate
+from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
 from zinit.tasks import TASKS
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity, resume_command
-from zinit.train.events import Ended, Evaluated, Event, Listener, Stage, Step, Stopped
+from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
 from zinit.train.loop import Interrupted, fit, ignore
 from zinit.train.plan import Plan
 from zinit.train.strategy import describe, loading_device, make_accelerator, place
@@ -69,6 +70,7 @@ class Run:
         on_event: gets every event.
         log: writes events to ``log.jsonl`` and passes them on.
         identity: what a resumed run must have in common with the one that saved.
+        scaled: what of its preset was scaled, in words.
     """
 
     config: RunConfig
@@ -80,6 +82,7 @@ class Run:
     on_event: Listener
     log: Log
     identity: dict[str, Any]
+    scaled: list[str]
 
     @property
     def is_main(self) -> bool:
@@ -105,7 +108,7 @@ def train_run(
     Args:
         config: what to run.
         output: a new or empty folder; with ``resume`` one that holds this run.
-        preset: its name, for the record.
+        preset: its name, for the record; as `zinit.runs.settings.resolve` returns it, it is fitted to a smaller model.
         resume: go on from the last checkpoint. A run that torchrun starts anew (--max-restarts) does so by itself.
         on_event: also gets every event that is logged.
 
@@ -119,7 +122,7 @@ def train_run(
     output = Path(output)
     resume = resume or was_restarted(output)
     with claimed(output, resume=resume, on_event=on_event):
-        run = build(config, output, resume=resume, on_event=on_event)
+        run = build(config, output, preset=preset, resume=resume, on_event=on_event)
         preflight(run, preset=preset)
         results = baseline(run)
         steps, seconds = train(run)
@@ -129,7 +132,7 @@ def train_run(
         return results.to_dict()
 
 
-def build(config: RunConfig, output: Path, *, resume: bool, on_event: Listener) -> Run:
+def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, on_event: Listener) -> Run:
     """The processes, the model and the task of a run. Nothing is written."""
     from accelerate.utils import set_seed
 
@@ -138,17 +141,24 @@ def build(config: RunConfig, output: Path, *, resume: bool, on_event: Listener) 
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
+    examples = read_data(config)
+    config, notes = settle(config, preset)
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
+    task = build_task(config, built, examples=examples)
+    fitted, more = fit_warmup(config.train, preset, task, config.seed)
+    for note in (notes := [*notes, *more]):
+        on_event(Notice(f"the preset is scaled to this run: {note}"))
     return Run(
-        config=config,
+        config=dataclasses.replace(config, train=fitted),
         output=output,
         resume=resume,
         accelerator=accelerator,
         built=built,
-        task=build_task(config, built),
+        task=task,
         on_event=on_event,
         log=Log(output, accelerator.is_main_process, on_event),
         identity={},
+        scaled=notes,
     )
 
 
@@ -204,6 +214,7 @@ def make_record(run: Run, preset: str | None) -> Record:
         demo=config.model is None,
         seed=config.seed,
         preset=preset,
+        scaled=run.scaled,
         method=config.method,
         prefix=None if task.handle is None else task.handle.config.to_dict(),
         labels=task.labels,
@@ -237,7 +248,7 @@ def baseline(run: Run) -> Results:
         baseline=task.baseline,
         seed=run.config.seed,
         counts=task.data_report(),
-        samples=[{"prompt": s["prompt"], "expected": s["expected"], "base": s["output"]} for s in base.samples],
+        samples=[{"base" if key == "output" else key: text for key, text in sample.items()} for sample in base.samples],
     )
     run.log(Evaluated(0, base.metrics))
     if run.is_main:
@@ -376,7 +387,7 @@ def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -
 
 def _tensorboard(output: Path) -> dict[str, Any]:
     if find_spec("tensorboard") is None:
-        raise ConfigError("train.tensorboard=true needs the package tensorboard: pip install 'zinit[tensorboard]'.")
+        raise ConfigError(f"train.tensorboard=true needs the package tensorboard. {install_extra('tensorboard')}")
     return {"log_with": "tensorboard", "project_dir": str(output)}
 
 

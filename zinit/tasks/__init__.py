@@ -3,7 +3,7 @@
 Outside of zinit: `zinit.register_task`, or an entry point of the group ``zinit.tasks`` (docs/new-task.md).
 """
 
-from zinit.registry import Entry, Registry
+from zinit.registry import Address, Entry, Registry
 
 TASKS = Registry(
     "task",
@@ -11,22 +11,27 @@ TASKS = Registry(
         "alpaca": Entry(
             "zinit.tasks.alpaca.task:Alpaca",
             "Instruction tuning in Alpaca's format: two templates, loss on the response only.",
+            facts={"Config": Address("zinit.tasks.alpaca.config:AlpacaConfig")},
         ),
         "base-to-novel": Entry(
             "zinit.tasks.base_to_novel.task:BaseToNovel",
             "CLIP's generalisation from base to novel classes, in CoOp's and CoCoOp's protocol.",
+            facts={"Config": Address("zinit.tasks.base_to_novel.config:BaseToNovelConfig")},
         ),
         "vtab": Entry(
             "zinit.tasks.vtab.task:VTAB",
             "Image classification in VTAB-1k's protocol: 1,000 training images, linear head.",
+            facts={"Config": Address("zinit.tasks.vtab.config:VTABConfig")},
         ),
         "squad": Entry(
             "zinit.tasks.squad.task:Squad",
             "Extractive question answering, SQuAD v1.1 and v2.0, with the official metric.",
+            facts={"Config": Address("zinit.tasks.squad.config:SquadConfig")},
         ),
         "ner": Entry(
             "zinit.tasks.ner.task:TokenClassification",
             "Named entity recognition: a tag for every token, CoNLL style, scored by seqeval.",
+            facts={"Config": Address("zinit.tasks.ner.config:TokenClassificationConfig")},
         ),
     },
     group="zinit.tasks",

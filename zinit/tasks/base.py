@@ -18,7 +18,7 @@ from zinit.errors import ConfigError
 from zinit.models.quantization import is_quantized
 from zinit.models.several import LoadedModel, ModelSpec, call_loader
 from zinit.registry import import_object
-from zinit.tasks.inputs import TaskInputs
+from zinit.tasks.inputs import DataInputs, TaskInputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
     from zinit.models.loading import Loading
 
-__all__ = ["Batch", "Evaluation", "LoadedModel", "ModelSpec", "Stream", "Task", "TaskInputs", "load_host", "make_task"]
+__all__ = [
+    "Batch",
+    "DataInputs",
+    "Evaluation",
+    "LoadedModel",
+    "ModelSpec",
+    "Stream",
+    "Task",
+    "TaskInputs",
+    "load_host",
+    "make_task",
+]
 
 Batch = dict[str, Tensor]
 MAIN = "main"  # the group of a task that has one
@@ -77,7 +88,8 @@ class Evaluation:
     Attributes:
         metrics: name to value.
         counts: how many examples each part of it saw.
-        samples: a few inputs with the expected and the model's output.
+        samples: a few inputs: "prompt", "expected" and "output", as text. Besides perhaps "instruction", what people
+            read in place of a prompt that is made of it, and "image", see `zinit.data.images.thumbnail`.
     """
 
     metrics: dict[str, float]
@@ -136,6 +148,27 @@ class Task(nn.Module, ABC):
                 raise ConfigError(f"the task {self.name!r} cannot call a model {name!r}: the name is taken or none.")
             self.add_module(name, loaded.model)
         self._frozen_models = tuple(inputs.models)
+
+    @classmethod
+    def read_data(cls, inputs: DataInputs, config: Any) -> Any:
+        """The examples as far as no model is needed to read, check and divide them.
+
+        A run asks for them before it loads a model, so that data that cannot be used are refused at once, and hands
+        them over as ``inputs.examples``. None, as here, leaves all reading to the constructor.
+
+        Args:
+            inputs: which data.
+            config: the task's settings.
+
+        Raises:
+            DataError: if they cannot be used.
+        """
+        return None
+
+    @classmethod
+    def take_data(cls, inputs: TaskInputs, config: Any) -> Any:
+        """What `read_data` gave the run; read now where nobody did before."""
+        return cls.read_data(inputs, config) if inputs.examples is None else inputs.examples
 
     @classmethod
     def further_models(cls, config: Any) -> Mapping[str, ModelSpec]:

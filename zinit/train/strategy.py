@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zinit.compat import exclude_from_ddp, mark_sharded, process_strategy, reset_accelerator_state, set_process_strategy
 from zinit.config import TrainConfig
 from zinit.distributed import is_shard
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, install_extra
 from zinit.models.offload import move
 from zinit.models.quantization import is_quantized, quantized_weights
 from zinit.tasks.base import Task
@@ -41,7 +41,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     from accelerate.utils import DistributedType
 
     if _asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
-        raise ConfigError("DeepSpeed was asked for, but is not installed: pip install 'zinit[deepspeed]'.")
+        raise ConfigError(f"DeepSpeed was asked for, but is not installed. {install_extra('deepspeed')}")
     _join_after_restart()
     # Stated explicitly: without an accelerator, Accelerate would take each process for a run of its own.
     cpu = not torch.accelerator.is_available()

@@ -16,10 +16,11 @@ from torch import nn
 from zinit.adapter.attach import attach
 from zinit.adapter.file import AdapterFile
 from zinit.backbones import BACKBONES, find_backbone
-from zinit.config import PrefixConfig, setting_paths
-from zinit.errors import ZinitError
+from zinit.config import AdapterConfig, PrefixConfig, setting_paths
+from zinit.errors import ZinitError, install_extra
 from zinit.models.loading import load_on_meta
 from zinit.runs.build import build_model, build_task, demo_model
+from zinit.runs.config import read_parts
 from zinit.runs.options import parse_options
 from zinit.runs.record import versions
 from zinit.runs.settings import resolve
@@ -34,7 +35,9 @@ def inspect_model(source: str, *, backbone: str | None = None, options: Iterable
         options: ``prefix.length=20`` and the like.
     """
     known = [f"prefix.{path}" for path in setting_paths(PrefixConfig)]
-    config = PrefixConfig.from_dict(parse_options(options, known).get("prefix", {}))
+    values = parse_options(options, known)
+    parts = read_parts(values)
+    config = AdapterConfig(parts=parts) if parts else PrefixConfig.from_dict(values.get("prefix", {}))
     if source in BACKBONES and not Path(source).exists():
         source = str(demo_model(source))
     model = load_on_meta(source)
@@ -49,7 +52,7 @@ def inspect_model(source: str, *, backbone: str | None = None, options: Iterable
         "num_trainable": handle.num_trainable,
         "file_bytes": 4 * handle.num_trainable,
         "prefix": config.to_dict(),
-        "sites": [{"name": s.name, **s.shape(), "adapted": s.name in handle.prefixes} for s in sites],
+        "sites": [{"name": s.name, **s.shape(), "adapted": s in handle.sites} for s in sites],
     }
 
 
@@ -62,9 +65,7 @@ def examine() -> dict[str, Any]:
     found["cpu threads"] = torch.get_num_threads()
     found["free disk"] = f"{shutil.disk_usage('.').free / 1e9:.1f} GB"
     found["hub"] = "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online"
-    found["tensorboard"] = (
-        "installed" if find_spec("tensorboard") else "not installed (pip install 'zinit[tensorboard]')"
-    )
+    found["tensorboard"] = "installed" if find_spec("tensorboard") else f"not installed. {install_extra('tensorboard')}"
     for name in BACKBONES:
         try:
             if BACKBONES.get(name).demo_model:

@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
-from zinit.data.images import ImageSource, OnBad, read_image
+from zinit.data.images import ImageSource, read_image
 from zinit.data.labelled.parts import Labelled, Parts
 from zinit.data.labelled.splits import hold_out, tested
 from zinit.errors import ConfigError, DataError
 from zinit.registry import did_you_mean
+from zinit.validation import OnBad
 
 
 def few_shot_split(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from zinit.data.images import ImageSource, OnBad, inside
+from zinit.data.images import ImageSource, inside
 from zinit.errors import DataError
+from zinit.validation import OnBad
 
 COLUMNS = {"image": ("image", "img", "filepath", "file", "path"), "label": ("label", "labels", "class")}
 

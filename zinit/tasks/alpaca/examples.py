@@ -25,19 +25,19 @@ class Example:
     Attributes:
         ids: BOS, prompt, response, EOS (cut at max_length).
         prompt_length: how many of the first ids carry no loss.
+        instruction: as the data has it, with the input below.
         prompt: as text.
         response: as text.
     """
 
     ids: list[int]
     prompt_length: int
+    instruction: str
     prompt: str
     response: str
 
 
-def encode_records(
-    tokenizer: Any, records: Sequence[Record], *, fields: Sequence[str], max_length: int
-) -> tuple[list[Example], Counter[str]]:
+def encode_records(tokenizer: Any, records: Sequence[Record], *, max_length: int) -> tuple[list[Example], Counter[str]]:
     """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
 
     Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
@@ -45,22 +45,20 @@ def encode_records(
 
     Args:
         tokenizer: of the model.
-        records: with the three fields.
-        fields: names of instruction, input and output.
+        records: with ``instruction``, ``input`` and ``output``.
         max_length: tokens of an example; a longer one is cut, one of which no response is left then is skipped.
 
     Returns:
         The examples, and counts under the names of `COUNTED`, and of what was skipped beside.
     """
-    instruction, input, output = fields
-    prompts = [format_prompt(record[instruction], record[input]) for record in records]
-    responses = [record[output] for record in records]
+    prompts = [format_prompt(record["instruction"], record["input"]) for record in records]
+    responses = [record["output"] for record in records]
     encoded = encode_texts(tokenizer, [*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     examples: list[Example] = []
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if not records[i][instruction].strip():
+    for i, (record, prompt, response) in enumerate(zip(records, prompts, responses, strict=True)):
+        if not record["instruction"].strip():
             counts["_skipped_blank_instruction"] += 1
             continue
         start, both = encoded[i], encoded[len(records) + i]
@@ -76,7 +74,9 @@ def encode_records(
             continue
         counts["_truncated"] += len(ids) > max_length
         counts["_empty_response"] += not response.strip()
-        examples.append(Example(ids=ids[:max_length], prompt_length=prompt_length, prompt=prompt, response=response))
+        asked = "\n\n".join(filter(None, (record["instruction"], record["input"])))
+        texts = {"instruction": asked, "prompt": prompt, "response": response}
+        examples.append(Example(ids=ids[:max_length], prompt_length=prompt_length, **texts))
     counts[""] = len(examples)
     return examples, counts
 
@@ -94,23 +94,25 @@ def split_records(
     Args:
         data: source of the records; None is the embedded demo's.
         held_out_data: a source of held-out records; None takes them from ``data``.
-        fields: names of instruction, input and output.
+        fields: what the source calls instruction, input and output; or instruction and output alone.
         held_out: most records to take from ``data``.
         seed: of the choice of held-out records, where the data is one file.
         train: False leaves training records out.
 
     Returns:
-        Both parts, and counts for the task's report.
+        Both parts, with ``instruction``, ``input`` and ``output``, and counts for the task's report.
     """
-    instruction, input, output = fields
+    instruction, *input, output = fields
 
     def read(source: str) -> list[Record]:
-        return read_records(
+        found = read_records(
             source,
             required=(instruction, output),
-            optional=(input,),
-            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT",
+            optional=input,
+            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT (or INSTRUCTION,OUTPUT)",
         )
+        own = [("instruction", instruction), *(("input", name) for name in input), ("output", output)]
+        return [{"input": "", **{name: record[given] for name, given in own}} for record in found]
 
     if held_out_data is not None:
         evaluated, training = read(held_out_data), []
@@ -122,8 +124,8 @@ def split_records(
         training, evaluated = _hold_out(read(data), held_out, seed, data)
     counts = {"read": len(training) + len(evaluated)}
     counts |= {f"{part}{kind}": 0 for part in ("train", "held_out") for kind in COUNTED}
-    asked = {(record[instruction], record[input]) for record in evaluated}
-    clean = [record for record in training if (record[instruction], record[input]) not in asked]
+    asked = {(record["instruction"], record["input"]) for record in evaluated}
+    clean = [record for record in training if (record["instruction"], record["input"]) not in asked]
     counts["train_skipped_also_held_out"] = len(training) - len(clean)
     return clean, evaluated, counts
 

@@ -6,62 +6,28 @@ import hashlib
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zinit.compat import attention_implementation
-from zinit.config import JsonConfig
 from zinit.data.packing import pack_sequences, supports_packing
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.models.room import check_lengths, check_positions, positions
+from zinit.tasks.alpaca.config import AlpacaConfig
 from zinit.tasks.alpaca.examples import Example, Record, encode_records, split_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
-from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
-from zinit.validation import CommaSeparated, Name, NonNegativeInt, PositiveInt, Tokens, Words
+from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 IGNORED = -100
-
-
-Fields = Annotated[
-    tuple[Name, Name, Name],
-    CommaSeparated,
-    Words("a list of three names: the fields of instruction, input and output"),
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlpacaConfig(JsonConfig):
-    """What the task does with its data.
-
-    Args:
-        max_length: tokens per example, BOS and EOS included; longer ones are cut at the end. Reference code: 512.
-        held_out: examples kept from training for evaluation, at most a tenth of the data. (The reference evaluates
-            on training examples.)
-        held_out_data: a source of its own for the held-out examples instead.
-        fields: what the data calls instruction, input and output.
-        evaluation_limit: held-out examples that an answer is generated for.
-        max_new_tokens: longest generated answer.
-        packing: pack the short examples of a micro-batch into sequences of at most ``max_length`` tokens. Pays where
-            micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
-    """
-
-    max_length: Tokens = 512
-    held_out: PositiveInt = 200
-    held_out_data: str | None = None
-    fields: Fields = ("instruction", "input", "output")
-    evaluation_limit: NonNegativeInt = 200
-    max_new_tokens: PositiveInt = 128
-    packing: bool = False
 
 
 class Alpaca(Task):
@@ -83,14 +49,7 @@ class Alpaca(Task):
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._split = split_head(model)  # a tuple, so that nothing is registered twice
         self._capacity = _capacity(model, config) if config.packing else None
-        training, held_out, self._counts = split_records(
-            inputs.data,
-            config.held_out_data,
-            fields=config.fields,
-            held_out=config.held_out,
-            seed=inputs.seed,
-            train=inputs.train,
-        )
+        training, held_out, self._counts = self.take_data(inputs, config)
         self.train_examples = self._encode(training, "train")
         self.held_out_examples = self._encode(held_out, "held_out")
         if not self.held_out_examples:
@@ -102,9 +61,20 @@ class Alpaca(Task):
         self.held_out_stream = _stream("held_out", self.held_out_examples)
         check_lengths(model, self.train_stream.lengths, self.held_out_stream.lengths)
 
+    @classmethod
+    def read_data(cls, inputs: DataInputs, config: AlpacaConfig) -> tuple[list[Record], list[Record], dict[str, int]]:
+        """See `split_records`."""
+        return split_records(
+            inputs.data,
+            config.held_out_data,
+            fields=config.fields,
+            held_out=config.held_out,
+            seed=inputs.seed,
+            train=inputs.train,
+        )
+
     def _encode(self, records: list[Record], part: str) -> list[Example]:
-        config = self.config
-        examples, counts = encode_records(self.tokenizer, records, fields=config.fields, max_length=config.max_length)
+        examples, counts = encode_records(self.tokenizer, records, max_length=self.config.max_length)
         self._counts |= {f"{part}{kind}": count for kind, count in counts.items()}
         return examples
 
@@ -187,7 +157,12 @@ class Alpaca(Task):
         for name in ("exact_match", "rouge_l"):
             metrics |= METRICS.get(name)().compute(predictions=predictions, references=references)
         samples = [
-            {"prompt": example.prompt, "expected": example.response, "output": predictions[index]}
+            {
+                "instruction": example.instruction,
+                "prompt": example.prompt,
+                "expected": example.response,
+                "output": predictions[index],
+            }
             for index, example in enumerate(chosen[:8])
         ]
         return Evaluation(metrics=metrics, counts={"answered": len(chosen)}, samples=samples)

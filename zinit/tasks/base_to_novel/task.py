@@ -9,82 +9,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from annotated_types import Gt, Le
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn import functional as F
 
-from zinit.config import JsonConfig
 from zinit.data.crops import Views, plain
-from zinit.data.images import Images, ImageSource, OnBad, normalise
+from zinit.data.images import Images, ImageSource, normalise, thumbnail
 from zinit.data.labelled.few_shot import draw_shots, few_shot_split
-from zinit.data.labelled.parts import Labelled, Parts, Reading
+from zinit.data.labelled.parts import Labelled, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import is_shard, map_over_ranks
-from zinit.errors import ConfigError, DataError
+from zinit.errors import DataError
 from zinit.models.room import positions
-from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.base_to_novel.config import BaseToNovelConfig
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
-from zinit.validation import CommaSeparated, Name, Names, PositiveInt, Seed, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 Half = Literal["base", "novel"]
-Columns = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the columns of image and class")]
-Template = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    Words("text, or a list of texts, such as 'a photo of a {}.'"),
-]
 HALVES: tuple[Half, Half] = ("base", "novel")
 TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
 TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
 BATCH = 64  # images, or texts, per forward pass without gradients
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseToNovelConfig(JsonConfig):
-    """What the task does with its data.
-
-    Args:
-        shots: training images per base class, drawn by the run's seed.
-        template: what the text tower reads, with ``{}`` for the class; the features of several are averaged.
-        drop_classes: names of classes to leave out (Caltech101: BACKGROUND_Google and Faces_easy).
-        folder: where the images of a split_zhou_*.json file are, seen from that file.
-        fields: what CSV, Parquet and Hub data call image and class; None tries the usual names.
-        views: 1 trains on the plain images; more make so many random crops of each, all of them once per epoch.
-        crop_scale: smallest part of an image's area that a crop covers.
-        few: whether a class with fewer images than shots is an error, or all it has are used.
-        on_bad: whether an entry or image that cannot be read is an error, or skipped and counted (in training
-            another image is drawn instead).
-        split_seed: of the half of each class that is tested on, where the data has no test part. Not the run's seed:
-            all runs are tested on the same images.
-        held_out_data: a source of its own for the test images instead.
-    """
-
-    shots: PositiveInt = 16
-    template: Template = ("a photo of a {}.",)
-    drop_classes: Names = ()
-    folder: str = "."
-    fields: Columns | None = None
-    views: PositiveInt = 1
-    crop_scale: Annotated[float, Gt(0), Le(1), Words("a number above 0 and of at most 1")] = 0.08
-    few: Literal["error", "use_all"] = "error"
-    on_bad: OnBad = "error"
-    split_seed: Seed = 0
-    held_out_data: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.template or not all(text.count("{}") == 1 for text in self.template):
-            raise ConfigError(f"template must hold {{}} once, for the class; got {shown(self.template)}.")
 
 
 class BaseToNovel(Task):
@@ -105,22 +57,13 @@ class BaseToNovel(Task):
         super().__init__(inputs, config)
         host: Any = self.model.config
         self.size = int(host.vision_config.image_size)
-        self.labels, training, tested, self._counts = few_shot_split(
-            inputs.data,
-            config.held_out_data,
-            self._read,
-            train=inputs.train,
-            labels=inputs.labels,
-            dropped=config.drop_classes,
-            seed=config.split_seed,
-        )
+        labels, training, tested, self._counts = self.take_data(inputs, config)
+        self.labels = labels
         self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
-        if len(self.labels) < 4:
-            raise DataError(f"base and novel classes need at least two each; the data has {', '.join(self.labels)}.")
         if inputs.labels is None:  # those of a finished run were trained on as they are
-            self._check_names(self.labels)
-        middle = (len(self.labels) + 1) // 2
-        self.classes: dict[Half, list[str]] = {"base": self.labels[:middle], "novel": self.labels[middle:]}
+            self._check_names(labels)
+        middle = (len(labels) + 1) // 2
+        self.classes: dict[Half, list[str]] = {"base": labels[:middle], "novel": labels[middle:]}
         sources, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
         if config.views > 1:
             crop = {"size": self.size, "smallest": config.crop_scale, "seed": inputs.seed}
@@ -151,12 +94,26 @@ class BaseToNovel(Task):
     def _prepare(self, image: Any) -> Any:
         return plain(image, self.size)
 
-    def _read(self, source: str | None) -> Parts:
+    @classmethod
+    def read_data(
+        cls, inputs: DataInputs, config: BaseToNovelConfig
+    ) -> tuple[list[str], list[Labelled], list[Labelled], dict[str, int]]:
+        """See `few_shot_split`; images in files are not opened yet."""
         from zinit import demo
 
-        config = self.config
         how = Reading(on_bad=config.on_bad, fields=config.fields, named=True, folder=config.folder)
-        return read_images(source, how, demo.base_to_novel)
+        found = few_shot_split(
+            inputs.data,
+            config.held_out_data,
+            lambda source: read_images(source, how, demo.base_to_novel),
+            train=inputs.train,
+            labels=inputs.labels,
+            dropped=config.drop_classes,
+            seed=config.split_seed,
+        )
+        if len(labels := found[0]) < 4:
+            raise DataError(f"base and novel classes need at least two each; the data has {', '.join(labels)}.")
+        return found
 
     def _draw(self, training: list[Labelled], seed: int) -> tuple[list[ImageSource], list[int]]:
         """The shots of the base classes, and their labels."""
@@ -325,7 +282,8 @@ class BaseToNovel(Task):
             names = self.classes[half]
             for index in (chosen[i] for i in _spread(len(chosen), 4)):
                 told = {"expected": _spoken(names[labels[index]]), "output": _spoken(names[found[index]])}
-                evaluation.samples.append({"prompt": _describe(images, index, half), **told})
+                image = {"prompt": _describe(images, index, half), "image": thumbnail(images[index])}
+                evaluation.samples.append({**image, **told})
             offset += len(images)
         metrics = evaluation.metrics
         metrics["harmonic_mean"] = harmonic_mean(metrics["base_accuracy"], metrics["novel_accuracy"])

@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
-from zinit.config import JsonConfig
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.models.room import check_lengths
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
-from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.ner.config import TokenClassificationConfig
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.windows import Window, make_windows
-from zinit.validation import CommaSeparated, Name, NonNegativeInt, Tokens, Whole, Words, shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 IGNORED = -100
 OUTSIDE = "O"
-Fields = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the fields of tokens and tags")]
-Labels = Annotated[tuple[Name, ...], CommaSeparated, Words("different names such as O,B-PER,I-PER")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenClassificationConfig(JsonConfig):
-    """What the task does with its data.
-
-    Args:
-        max_length: tokens of a window, special ones included. A longer sentence becomes several windows; each of its
-            words counts once, in the window that shows most around it.
-        stride: tokens that neighbouring windows of one sentence share.
-        token_column: of files in columns, counted from 0 (or back from -1).
-        tag_column: likewise.
-        fields: what records call the list of tokens and the list of tags.
-        labels: all tags there are, in order; needed where the data gives numbers without names. Without it they are
-            the training data's, "O" first.
-        held_out: which part of the sentences to hold out, such as 0.1.
-        held_out_data: a source of its own for the held-out sentences instead.
-    """
-
-    max_length: Tokens = 128
-    stride: NonNegativeInt = 32
-    token_column: Whole = 0
-    tag_column: Whole = -1
-    fields: Fields = ("tokens", "ner_tags")
-    labels: Labels | None = None
-    held_out: Annotated[float, Gt(0), Lt(1), Words("a number between 0 and 1, both excluded")] = 0.1
-    held_out_data: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise ConfigError(f"labels must be different names such as O,B-PER,I-PER; got {shown(self.labels)}.")
 
 
 class TokenClassification(Task):
@@ -79,11 +42,10 @@ class TokenClassification(Task):
 
     def __init__(self, inputs: TaskInputs, config: TokenClassificationConfig) -> None:
         super().__init__(inputs, config)
-        self.tokenizer, labels = inputs.processor, inputs.labels
+        self.tokenizer = inputs.processor
         check_encoder(self.model, self.tokenizer, config.max_length)
-        given = labels or (None if config.labels is None else list(config.labels))
-        training, held_out, self._counts = _split(config, inputs.data, inputs.seed, train=inputs.train, labels=given)
-        self.labels = self._labels = _resolve_labels(given, training)
+        training, held_out, self._counts, labels = self.take_data(inputs, config)
+        self.labels = self._labels = list(labels)
         self.head = make_head(self.model, len(self._labels), inputs.seed)
         self.held_out_sentences = held_out
         self.train_windows = self._encode(training, "train")
@@ -92,6 +54,15 @@ class TokenClassification(Task):
         self.held_out_stream = _stream("held_out", self.held_out_windows)
         check_lengths(self.model, *([len(w.ids) for w in part] for part in (self.train_windows, self.held_out_windows)))
         self._predictions: list[list[str]] = []
+
+    @classmethod
+    def read_data(
+        cls, inputs: DataInputs, config: TokenClassificationConfig
+    ) -> tuple[list[Sentence], list[Sentence], dict[str, int], list[str]]:
+        """Training and held-out sentences, counts, and all labels."""
+        given = inputs.labels or (None if config.labels is None else list(config.labels))
+        training, held_out, counts = _split(config, inputs.data, inputs.seed, train=inputs.train, labels=given)
+        return training, held_out, counts, _resolve_labels(given, training)
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
         index = {label: number for number, label in enumerate(self._labels)}

@@ -6,69 +6,27 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn import functional as F
 
-from zinit.config import JsonConfig
 from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.room import check_lengths
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
-from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.squad.config import SquadConfig
 from zinit.tasks.squad.questions import Question, parse_questions, read_questions, split_questions, train_and_dev
 from zinit.tasks.squad.windows import Window, best_answer, make_windows
-from zinit.validation import NonNegativeInt, Number, PositiveInt, Tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NO_ANSWER = "(no answer)"
-
-
-def _as_text(version: Any) -> Any:
-    """TOML and the command line take 2.0 for a number."""
-    return str(version) if isinstance(version, float) else version
-
-
-Version = Annotated[Literal["auto", "1.1", "2.0"], BeforeValidator(_as_text)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SquadConfig(JsonConfig):
-    """What the task does with its data. Defaults are P-tuning v2's.
-
-    Args:
-        max_length: tokens of a window, special ones included.
-        stride: tokens that neighbouring windows of one context share. (In BERT's first code this word is the step
-            from window to window.)
-        max_question: tokens that a question is cut to.
-        n_best: how many first and last tokens of a window are tried with one another.
-        max_answer: tokens of the longest answer.
-        null_threshold: v2.0: no answer is given if "no answer" scores higher than the best one by more than this.
-        version: "1.1" has no unanswerable questions and always answers; "2.0" has; "auto" is 2.0 if the data has any.
-        on_bad: what to do with a question whose answer is not where the data says, or whose id another question
-            has too: "error" or "skip" (which is counted).
-        held_out_data: a source of the held-out questions; for an evaluation alone they may have no answers (a blind
-            test set), and are answered then. Without it they are the ``dev*`` file of a data folder that
-            has one, else those about a tenth of the contexts.
-    """
-
-    max_length: Tokens = 384
-    stride: NonNegativeInt = 128
-    max_question: PositiveInt = 64
-    n_best: PositiveInt = 20
-    max_answer: PositiveInt = 30
-    null_threshold: Number = 0.0
-    version: Version = "auto"
-    on_bad: Literal["error", "skip"] = "error"
-    held_out_data: str | None = None
 
 
 class Squad(Task):
@@ -92,9 +50,7 @@ class Squad(Task):
         check_encoder(self.model, self.tokenizer, config.max_length)
         _check_room(config, self.tokenizer)
         self.head = make_head(self.model, 2, inputs.seed)
-        self.train_questions, self.held_out_questions, self._counts = _split(
-            config, inputs.data, inputs.seed, train=inputs.train
-        )
+        self.train_questions, self.held_out_questions, self._counts = self.take_data(inputs, config)
         self.train_questions, self.train_windows = self._encode(self.train_questions, "train")
         self.held_out_questions, self.held_out_windows = self._encode(self.held_out_questions, "held_out")
         self.blind = any(question.blind for question in self.held_out_questions)
@@ -104,6 +60,13 @@ class Squad(Task):
         self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
         self.predictions: dict[str, str] = {}
         self.null_odds: dict[str, float] = {}
+
+    @classmethod
+    def read_data(
+        cls, inputs: DataInputs, config: SquadConfig
+    ) -> tuple[list[Question], list[Question], dict[str, int]]:
+        """Training and held-out questions, and counts."""
+        return _split(config, inputs.data, inputs.seed, train=inputs.train)
 
     def _encode(self, questions: list[Question], part: str) -> tuple[list[Question], list[Window]]:
         """The questions of which something is left, and their windows."""

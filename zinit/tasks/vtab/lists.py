@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from zinit.data.labelled.lists import list_lines
 from zinit.data.labelled.parts import Labelled, Layout, Parts, Reading
 from zinit.errors import DataError
+from zinit.tasks.vtab.config import Split
 from zinit.tasks.vtab.facts import VTAB_TASKS
 
-Split = Literal["train800val200", "train800"]
 VTAB_LISTS = {"train800": ("train800.txt", "val200.txt"), "train800val200": ("train800val200.txt", "test.txt")}
 
 

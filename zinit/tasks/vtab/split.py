@@ -8,8 +8,8 @@ from typing import Any
 
 from zinit.data.labelled.parts import Labelled, Parts, class_names
 from zinit.data.labelled.splits import hold_out
+from zinit.tasks.vtab.config import Split
 from zinit.tasks.vtab.facts import VTAB_TASKS
-from zinit.tasks.vtab.lists import Split
 
 NAMED = 5  # skipped images that a report names; all are counted
 

@@ -6,27 +6,25 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.config import JsonConfig
-from zinit.data.images import Images, OnBad, normalise
+from zinit.data.images import Images, normalise, thumbnail
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._linear_probe import solve_head
-from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.vtab.config import VTABConfig
 from zinit.tasks.vtab.facts import VTAB_TASKS, VTABSummary, paper_results, summarise, vpt_grid
-from zinit.tasks.vtab.lists import Split, vtab_layout
+from zinit.tasks.vtab.lists import vtab_layout
 from zinit.tasks.vtab.split import NAMED, vtab_split
-from zinit.validation import CommaSeparated, Name, NoneIsAWord, PositiveFloat, Rate, Size, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,42 +34,6 @@ __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD_STD = 0.02  # ours; timm draws its own classifiers alike
 EVALUATION_BATCH = 64
-Columns = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the columns of image and label")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VTABConfig(JsonConfig):
-    """What the task does with its data.
-
-    Args:
-        dataset: which task of a folder that holds several (``cifar``), or which embedded data (``digits``, the
-            default, ``textures``, ``counts``).
-        split: "train800val200" trains on everything but the test images, which are evaluated. "train800" evaluates
-            on the validation part, for choosing hyper-parameters; test images are not touched.
-        held_out_data: a source of its own for what is evaluated: its part for that, or all of it if it has no parts.
-        on_bad: "error" stops at the first image or line that cannot be used; "skip" leaves it out and counts it.
-        fields: columns of image and label in CSV, Parquet and Hub data; None tries the usual names.
-        interpolation: of the resize: "bicubic" (FacT) or "bilinear" (VPT).
-        normalisation: "imagenet" (VPT) or the "model"'s own mean and deviation in pretraining; "none" leaves [0, 1].
-        image_size: pixels a side; None is the model's own. Position embeddings are resampled to another.
-        head_init: where the head starts: "normal", N(0, 0.02^2), or "logistic-regression", the classifier that the
-            frozen features give, so that with closed gates training starts at the frozen model with its own best
-            linear head (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
-        head_C: inverse strength of that regression's L2 penalty, on standardised features.
-        drop_path: rate of stochastic depth of the last layer, growing linearly from 0 at the first (FacT: 0.1).
-    """
-
-    dataset: str | None = None
-    split: Split = "train800val200"
-    held_out_data: str | None = None
-    on_bad: OnBad = "error"
-    fields: Columns | None = None
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    normalisation: Annotated[Literal["imagenet", "model", "none"], NoneIsAWord] = "imagenet"
-    image_size: Annotated[Size, Words("a whole number of at least 1 (pixels)")] | None = None
-    head_init: Literal["normal", "logistic-regression"] = "normal"
-    head_C: PositiveFloat = 1.0
-    drop_path: Rate = 0.0
 
 
 class VTAB(Task):
@@ -99,9 +61,7 @@ class VTAB(Task):
         self.processor = inputs.processor or {}
         self.image_size = _fit_model(self.model, self.processor, config)
         self.mean, self.std = self._normalisation()
-        known, training, held_out, self._counts = vtab_split(
-            inputs.data, config.held_out_data, self._read, train=inputs.train, split=config.split, seed=inputs.seed
-        )
+        known, training, held_out, self._counts = self.take_data(inputs, config)
         self.labels = self.classes = known if inputs.labels is None else list(inputs.labels)
         self._number = {label: index for index, label in enumerate(self.classes)}
         self._check_labels([*training, *held_out])
@@ -127,13 +87,22 @@ class VTAB(Task):
             raise ConfigError("the model does not say how its input was normalised: -o task.normalisation=imagenet")
         return tuple(self.processor["mean"]), tuple(self.processor["std"])
 
-    def _read(self, source: str | None) -> Parts:
+    @classmethod
+    def read_data(
+        cls, inputs: DataInputs, config: VTABConfig
+    ) -> tuple[list[str], list[Labelled], list[Labelled], dict[str, Any]]:
+        """See `vtab_split`; images in files are not opened yet."""
         from zinit import demo
 
-        config = self.config
         layout = vtab_layout(config.split, config.dataset)
         reading = Reading(on_bad=config.on_bad, fields=config.fields, layouts=(layout,))
-        return read_images(source, reading, lambda: demo.labelled_images(config.dataset or "digits"))
+
+        def read(source: str | None) -> Parts:
+            return read_images(source, reading, lambda: demo.labelled_images(config.dataset or "digits"))
+
+        return vtab_split(
+            inputs.data, config.held_out_data, read, train=inputs.train, split=config.split, seed=inputs.seed
+        )
 
     def _check_labels(self, examples: list[Labelled]) -> None:
         if len(self.classes) < 2:
@@ -234,7 +203,12 @@ class VTAB(Task):
         right = sum(name == example.label for name, example in zip(names, self.held_out_examples, strict=False))
         shown = sorted({index * count // 8 for index in range(8)})  # spread: lists are often sorted by class
         samples = [
-            {"prompt": _title(example, index), "expected": example.label, "output": names[index]}
+            {
+                "prompt": _title(example, index),
+                "image": thumbnail(self._held_out_images[index]),
+                "expected": example.label,
+                "output": names[index],
+            }
             for index in shown
             for example in [self.held_out_examples[index]]
         ]

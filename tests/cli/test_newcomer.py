@@ -1,0 +1,56 @@
+"""What somebody meets who tries zinit for the first time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import zinit as package
+from tests.cli.conftest import QUICK, Zinit
+from tests.shared import ROOT
+from zinit.errors import install_extra
+
+
+def test_the_version(zinit: Zinit) -> None:
+    done = zinit("--version")
+    assert (done.code, done.out, done.err) == (0, f"zinit {package.__version__}\n", "")
+
+
+def test_a_run_says_nothing_of_libraries(zinit: Zinit, model: Path, data: Path, tmp_path: Path) -> None:
+    """Its own lines, and no bar or report of transformers'."""
+    done = zinit("train", "--backbone", "llama", "--model", model, "--data", data, *QUICK, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    said = [line for line in done.err.splitlines() if line.strip()]
+    own = ("loading model", "evaluating", "step ", "Everything is in", "Talk to it", "/")
+    assert said
+    assert all(line.startswith(own) for line in said), said
+    assert "%|" not in done.out + done.err
+
+
+def test_a_preset_of_a_large_model_is_scaled_and_said(zinit: Zinit, tmp_path: Path) -> None:
+    done = zinit("train", "--backbone", "llama", "--preset", "llama-7b", "-o", "steps=2", "-o", "batch_size=4",
+                 "-o", "task.evaluation_limit=0", "--output", tmp_path / "run")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "note: the preset is scaled to this run: prefix.layers=4 of 4 (the preset: 30 of 32)" in " ".join(
+        done.err.split()
+    )
+
+
+@pytest.mark.parametrize("extra", ["quantize", "tensorboard", "deepspeed"])
+def test_what_messages_say_to_install_is_there_to_install(extra: str) -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extra in project["optional-dependencies"]
+    assert install_extra(extra) == f"In zinit's source folder: pip install -e '.[{extra}]'"
+
+
+def test_nobody_is_sent_to_an_index_that_does_not_have_zinit() -> None:
+    texts = [*(ROOT / "zinit").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml"),
+             ROOT / "README.md"]  # fmt: skip
+    assert not [
+        str(path)
+        for path in texts
+        if "pip install 'zinit" in path.read_text() or "pip install zinit" in path.read_text()
+    ]

@@ -1,0 +1,191 @@
+"""What is wrong is said before a model is loaded; what a preset asks of a larger model is scaled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import save_records, save_tiny_llama
+from zinit import demo
+from zinit.errors import BackboneError, ConfigError, DataError
+from zinit.runs import train as runs
+from zinit.runs.config import RunConfig
+from zinit.runs.presets import Preset
+from zinit.runs.preview import Preview, settle
+from zinit.runs.settings import resolve
+from zinit.train.events import Notice
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("model"), layers=4))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_records(tmp_path_factory.mktemp("data") / "data.json"))
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(runs, "build_model", load)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize(
+    ("backbone", "task"),
+    [("llama", "alpaca"), ("vit", "vtab"), ("roberta", "squad"), ("roberta", "ner"), ("clip", "base-to-novel")],
+)
+@pytest.mark.parametrize("name", ["missing.json", "words.docx"])
+def test_every_task_refuses_its_data_before_a_model_is_loaded(
+    backbone: str, task: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "words.docx").write_text("words")
+    config, _ = resolve(backbone=backbone, task=task, model="some/model", data=str(tmp_path / name))
+    with pytest.raises(DataError, match=name):
+        runs.train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["task.fields=question,answer"], "no field 'question'"),
+        (["prefix.layers=30"], "has 4 attention layers, but layers=30 asks for more"),
+        (["prefix.layers=2,9"], r"attention layers 0 to 3, but layers=\[2, 9\] asks for 9"),
+        (["prefix.towers=vision_model"], "no tower 'vision_model'"),
+        (["task.max_length=5000"], "task.max_length is 5000, but the model has room for 512"),
+    ],
+)
+def test_settings_are_refused_before_the_weights_are_loaded(
+    options: list[str], says: str, model: str, data: str, tmp_path: Path
+) -> None:
+    config, preset = resolve(backbone="llama", model=model, data=data, options=options)
+    with pytest.raises((BackboneError, ConfigError, DataError), match=says):
+        runs.train_run(config, tmp_path / "run", preset=preset)
+
+
+def test_no_method_is_refused_for_a_prefix_that_it_has_not(model: str, data: str) -> None:
+    config, preset = resolve(backbone="llama", model=model, data=data, options=["prefix.layers=30", "method=lora"])
+    assert settle(config, preset) == (config, [])
+
+
+def test_a_tower_with_enough_layers_is_enough_to_go_on_and_load() -> None:
+    """A task may load one tower of several. Each tower's own number is checked when the prefix is attached."""
+    config, _ = resolve(backbone="clip", options=["prefix.layers=3"])
+    preview = Preview.of(config)
+    assert preview is not None
+    counts = [len(sites) for sites in preview.towers(None)]
+    assert len(counts) == 2
+    too_many = resolve(backbone="clip", options=[f"prefix.layers={max(counts) + 1}"])
+    with pytest.raises(BackboneError, match=r"the tower .* asks for more"):
+        settle(*too_many)
+
+
+@pytest.mark.parametrize("source", ["no/model/here", "some-hub-id-that-is-not"])
+def test_a_model_that_cannot_be_previewed_is_left_to_loading(source: str, data: str) -> None:
+    config, _ = resolve(backbone="llama", model=source, data=data)
+    assert Preview.of(config) is None
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+def preset_on(model: str | None, data: str | None, *options: str) -> tuple[RunConfig, list[str]]:
+    return settle(*resolve(backbone="llama", preset="llama-7b", model=model, data=data, options=options))
+
+
+@pytest.mark.parametrize(("layers", "scaled"), [(1, 1), (4, 4), (12, 11), (29, 27), (30, 30), (31, 30)])
+def test_as_large_a_part_of_the_layers(layers: int, scaled: int, data: str, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", layers=layers, max_position_embeddings=600)
+    config, notes = preset_on(str(model), data)
+    assert config.prefix.layers == scaled == (max(1, round(layers * 30 / 32)) if layers < 30 else 30)
+    said = [f"prefix.layers={scaled} of {layers} (the preset: 30 of 32)"] if layers < 30 else []
+    assert notes == said
+
+
+def test_the_demo_model_takes_the_preset_of_llama_7b() -> None:
+    config, notes = preset_on(None, None, "train.epochs=1")
+    assert (config.prefix.layers, config.options.max_length, config.train.warmup_epochs) == (4, 256, 0.4)
+    assert [note.partition("=")[0] for note in notes] == ["train.warmup_epochs", "prefix.layers", "task.max_length"]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"), [("prefix.layers=30", "asks for more"), ("task.max_length=512", "room for 256")]
+)
+def test_what_the_user_gave_is_refused_and_not_scaled(option: str, says: str) -> None:
+    with pytest.raises((BackboneError, ConfigError), match=says):
+        preset_on(None, None, option)
+
+
+def test_a_preset_by_its_plain_name_changes_nothing(model: str, data: str) -> None:
+    config, preset = resolve(backbone="llama", preset="llama-7b", model=model, data=data)
+    with pytest.raises(BackboneError, match="layers=30 asks for more"):
+        settle(config, str(preset))
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        (["train.epochs=3"], 2),
+        (["train.epochs=2"], 0.8),
+        (["train.epochs=0.5"], 0.2),
+        (["train.epochs=1", "train.steps=9"], 2),
+        (["train.epochs=3", "train.warmup_epochs=1"], 1),
+    ],
+)
+def test_a_warmup_that_covers_the_run_is_scaled(options: list[str], warmup: float) -> None:
+    config, preset = resolve(backbone="llama", preset="llama-7b", options=options)
+    assert isinstance(preset, Preset)
+    assert config.train.warmup_epochs == pytest.approx(warmup)
+    assert len(preset.notes) == (warmup < 1 and "0" in f"{warmup}")
+
+
+def test_a_users_own_warmup_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"warmup_epochs \(2\) must be fewer than epochs \(1\)"):
+        resolve(backbone="llama", preset="llama-7b", options=["train.epochs=1", "train.warmup_epochs=2"])
+
+
+def test_a_short_try_of_a_preset_trains_says_what_was_scaled_and_records_it(
+    model: str, data: str, tmp_path: Path
+) -> None:
+    options = ["train.steps=10", "task.evaluation_limit=0", "train.batch_size=8", "prefix.length=2"]
+    config, preset = resolve(backbone="llama", preset="llama-7b", model=model, data=data, options=options)
+    said: list[str] = []
+    runs.train_run(
+        config,
+        tmp_path / "run",
+        preset=preset,
+        on_event=lambda event: said.append(event.text) if isinstance(event, Notice) else None,
+    )
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["scaled"] == [
+        "prefix.layers=4 of 4 (the preset: 30 of 32)",
+        "train.warmup_steps=4 of 10 (the preset: 2 of 5 epochs)",
+    ]
+    assert [f"the preset is scaled to this run: {note}" for note in record["scaled"]] == said
+    assert record["config"]["prefix"]["layers"] == 4
+    assert (record["config"]["train"]["warmup_steps"], record["config"]["train"]["warmup_epochs"]) == (4, None)
+    assert record["preset"] == "alpaca/llama-7b"
+
+
+def test_every_preset_with_layers_says_of_how_many() -> None:
+    from zinit.runs.presets import preset_names, read_preset
+
+    for name in preset_names():
+        values = read_preset(name)
+        assert not isinstance(values["prefix"]["layers"], int) or values["model_layers"] >= values["prefix"]["layers"]
+
+
+def test_the_demos_are_not_scaled() -> None:
+    for backbone in ("llama", "vit", "roberta", "clip"):
+        config, preset = resolve(backbone=backbone)
+        assert settle(config, preset) == (config, [])
+    assert demo.llama_path().is_dir()

@@ -1,0 +1,160 @@
+"""What a model's configuration tells before its weights are loaded: presets are fitted to it, wrong settings refused.
+
+Presets are made for one model and one length of training. On a smaller model, or in a shorter try, what would be
+refused is scaled: as large a part of the layers, the tokens there is room for, as large a part of the run for warm-up.
+What the user gave is never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from zinit.adapter.select import select_sites
+from zinit.backbones import BACKBONES
+from zinit.config import AdapterConfig, PrefixConfig, TrainConfig
+from zinit.errors import BackboneError
+from zinit.methods import METHODS
+from zinit.models.loading import load_on_meta
+from zinit.models.room import check_positions, positions
+from zinit.runs.build import demo_model
+from zinit.runs.config import RunConfig
+from zinit.runs.presets import Preset
+from zinit.tasks import TASKS
+from zinit.train.plan import Draws
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zinit.backbones.base import AttentionSite
+    from zinit.methods.base import Method
+    from zinit.tasks.base import Task
+
+OWN_LOADERS = "zinit.models."  # how their addresses begin; what the loader of another package makes is not known before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A model without its weights.
+
+    Attributes:
+        model: on the meta device.
+        sites: its attention modules.
+    """
+
+    model: nn.Module
+    sites: list[AttentionSite]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Preview | None:
+        """The run's model; None where its configuration alone does not make it: loading says what is wrong."""
+        task: type[Task] = TASKS.get(config.task)
+        if not getattr(task, "loader", "").startswith(OWN_LOADERS):
+            return None
+        source = demo_model(config.backbone) if config.model is None else config.model
+        try:
+            model = load_on_meta(source, revision=config.revision)
+            return cls(model=model, sites=BACKBONES.get(config.backbone).sites(model))
+        except Exception:  # of a backbone that looks at weights, say; whatever it is, it is no fault of the settings
+            return None
+
+    def towers(self, names: tuple[str, ...] | None) -> list[list[AttentionSite]]:
+        """The attention modules of each tower that is named, None: of every one."""
+        chosen = select_sites(self.model, self.sites, PrefixConfig(towers=names))
+        return [[site for site in chosen if site.tower == tower] for tower in dict.fromkeys(s.tower for s in chosen)]
+
+
+def settle(config: RunConfig, preset: str | None) -> tuple[RunConfig, list[str]]:
+    """The settings of a run on its model, whose weights are not loaded for it.
+
+    Args:
+        config: the run's settings.
+        preset: as `zinit.runs.settings.resolve` returned it; a plain name leaves the settings as they are.
+
+    Returns:
+        The settings, and what was scaled, in words.
+
+    Raises:
+        BackboneError, ConfigError: if the model lacks the layers, towers or positions that are asked for.
+    """
+    preview = Preview.of(config)
+    notes = list(preset.notes) if isinstance(preset, Preset) else []
+    if preview is None:
+        return config, notes
+    if isinstance(preset, Preset):
+        config, scaled = fit_to_model(config, preset, preview)
+        notes += scaled
+    check_settings(config, preview)
+    return config, notes
+
+
+def fit_to_model(config: RunConfig, preset: Preset, preview: Preview) -> tuple[RunConfig, list[str]]:
+    """Scales what a preset asks of a larger model than this one.
+
+    Args:
+        config: the run's settings.
+        preset: where they come from.
+        preview: of the run's model.
+
+    Returns:
+        The settings, and what was scaled, in words.
+    """
+    notes, layers = [], config.prefix.layers
+    if "prefix.layers" in preset.untouched and isinstance(layers, int) and preset.model_layers:
+        count = min(map(len, preview.towers(config.prefix.towers)))
+        if layers > count:
+            scaled = max(1, round(count * layers / preset.model_layers))
+            config = replace(config, prefix=replace(config.prefix, layers=scaled))
+            notes.append(f"prefix.layers={scaled} of {count} (the preset: {layers} of {preset.model_layers})")
+    room, longest = positions(preview.model), getattr(config.options, "max_length", 0)
+    if "task.max_length" in preset.untouched and room is not None and longest > room:
+        config = replace(config, options=replace(config.options, max_length=room))
+        notes.append(f"task.max_length={room}, which the model has room for (the preset: {longest})")
+    return config, notes
+
+
+def fit_warmup(train: TrainConfig, preset: str | None, task: Task, seed: int) -> tuple[TrainConfig, list[str]]:
+    """Scales a preset's warm-up in epochs where the user's ``train.steps`` are not more than it.
+
+    Args:
+        train: the loop's settings.
+        preset: as `zinit.runs.settings.resolve` returned it.
+        task: whose first stream counts the epochs.
+        seed: of the run.
+
+    Returns:
+        The settings, and what was scaled, in words.
+    """
+    own = isinstance(preset, Preset) and "train.warmup_epochs" in preset.untouched
+    stream = next((stream for stream in task.streams() if stream.ratio and len(stream)), None)
+    if not own or train.steps is None or not train.warmup_epochs or stream is None:
+        return train, []
+    if round(train.warmup_epochs * Draws(train, stream, seed).steps_per_epoch) < train.steps:
+        return train, []
+    steps = int(train.steps * train.warmup_epochs / train.epochs)
+    note = f"train.warmup_steps={steps} of {train.steps} (the preset: {train.warmup_epochs} of {train.epochs} epochs)"
+    return replace(train, warmup_epochs=None, warmup_steps=steps), [note]
+
+
+def check_settings(config: RunConfig, preview: Preview) -> None:
+    """The model has the layers, the towers and the positions that the settings ask for.
+
+    Raises:
+        BackboneError, ConfigError: if not.
+    """
+    method: Method = METHODS.get(config.method)(config.method_options)
+    adapter = method.attached(config.prefix, config.parts)
+    for part in () if adapter is None else AdapterConfig.of(adapter).parts.values():
+        _check_sites(preview, part)
+    check_positions(preview.model, getattr(config.options, "max_length", 0))
+
+
+def _check_sites(preview: Preview, part: PrefixConfig) -> None:
+    """Refuses where no tower has the layers: the task may load a part of what the configuration describes."""
+    for sites in preview.towers(part.towers):
+        try:
+            select_sites(preview.model, sites, replace(part, towers=None))
+        except BackboneError:
+            continue
+        return
+    select_sites(preview.model, preview.sites, part)
