@@ -149,7 +149,9 @@ def variants_of(config: Any) -> Iterator[tuple[str, Any]]:
             changes.append({"layer_types": [kind] * len(layers)})
     if "sliding_window" in values and values["sliding_window"] != 4:
         changes.append({"sliding_window": 4} | ({"use_sliding_window": True} if "use_sliding_window" in values else {}))
-    changes += [{"num_kv_shared_layers": 2}] if "num_kv_shared_layers" in values else []
+    if "num_kv_shared_layers" in values and isinstance(layers, list):  # each kind needs a layer that shares its own
+        kinds = ["sliding_attention", "full_attention"] * len(layers)
+        changes.append({"num_kv_shared_layers": 2, "layer_types": kinds[: len(layers)]})
     changes += [{name: not value} for name, value in values.items() if isinstance(value, bool) and FLAGS.match(name)]
     for change in changes:
         changed = copy.deepcopy(config)
