@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders that one process holds alone, and checks before files are read."""
+"""Files that appear whole or not at all, folders that one process holds alone, and checks of files of others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import CheckpointError, ConfigError, ZinitError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,66 @@ PARTIAL = ".partial"  # how the names of files end that are being written
 # What a kill leaves of an atomic write; zinit 0.1 wrote without the ending, and these kinds of files.
 LEFTOVER = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}|\..+\.(json|safetensors|html)\.[a-z0-9_]{{8}}")
 LOCK, OWNER = ".claim.lock", ".claim.json"  # in a claimed folder: what the system locks, and who holds it
+NUMBERS = ("float16", "bfloat16", "float32", "float64")  # dtypes that an adapter may have
+
+
+def local_path(source: str | Path) -> Path:
+    """A path as a user writes it, "~" resolved. Names that no file can have come back as they are."""
+    return Path(os.path.expanduser(source))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file: no folder, pipe or device. Also for paths that are too long or hold a NUL."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; see `is_file`."""
+    return os.path.isdir(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of the data: it belongs to an editor, a system or a tool."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+@contextmanager
+def parsing(what: str, kind: type[ZinitError], advice: str = "") -> Iterator[None]:
+    """Every parser of files that others wrote runs in here: whatever it raises becomes one message.
+
+    Which exceptions a parser knows is not documented for what its authors did not think of: nesting beyond the
+    recursion limit, numbers of thousands of digits, types of a newer version.
+
+    Args:
+        what: file and complaint, such as "a.json is not valid JSON".
+        kind: of the error.
+        advice: what to do, a sentence.
+
+    Raises:
+        ZinitError: of that kind, with the parser's own words; a `ZinitError` passes as it is.
+    """
+    try:
+        yield
+    except ZinitError:
+        raise
+    except Exception as error:
+        reason = first_line(error).rstrip(".")
+        raise kind(f"{what}: {reason[:300]}. {advice}".rstrip()) from error
+
+
+def read_json(path: Path, kind: type[ZinitError], advice: str = "") -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        kind: of the error.
+        advice: what to do about it, a sentence.
+
+    Raises:
+        ZinitError: of that kind, if it cannot be read or is no JSON.
+    """
+    with parsing(f"{path} is damaged or unreadable JSON", kind, advice):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -52,6 +112,38 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)}, but {shape} is expected.")
+
+
+def check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Checks tensors of a file that others wrote before anything is computed with them.
+
+    Layout, device, storage and dtype first, as a few bytes can claim to be 2**40 numbers (a stride of 0) or none (a
+    sparse tensor); then the numbers.
+
+    Args:
+        tensors: of the adapter, by name.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: naming the tensor, and what it is.
+    """
+    import torch
+
+    dtypes = {getattr(torch, name) for name in NUMBERS}
+    for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
+            problem = f"is {kind} on {tensor.device.type!r}, where a plain tensor with numbers of its own is expected"
+        elif tensor.dtype not in dtypes:
+            problem = f"holds {tensor.dtype}, where one of {', '.join(NUMBERS)} is expected"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+            problem = f"claims the shape {tuple(tensor.shape)}, but stores {stored:,} numbers"
+        elif not tensor.isfinite().all():
+            problem = "holds numbers that are not finite: the run that made it diverged, or the file is damaged"
+        else:
+            continue
+        raise CheckpointError(f"{path} was not loaded: its tensor {name!r} {problem}. Get the file anew.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

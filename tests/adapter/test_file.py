@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -47,6 +48,28 @@ def assert_refused(model: Any, folder: Path | str, match: str, **settings: Any) 
     assert list(model.state_dict()) == keys
     assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(logits(model), output)
+
+
+@pytest.mark.parametrize("wrong", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn, torch.nan, torch.inf])
+def test_tensors_with_other_numbers_are_refused(saved: Path, wrong: torch.dtype | float) -> None:
+    file = AdapterFile.read(saved)
+    name, tensor = next(iter(file.tensors.items()))
+    file.tensors[name] = tensor.to(wrong) if isinstance(wrong, torch.dtype) else torch.full_like(tensor, wrong)
+    file.write(saved)
+    says = str(wrong) if isinstance(wrong, torch.dtype) else "not finite"
+    assert_refused(causal_lm("Llama"), saved, rf"its tensor '{name}' .*{says}")
+
+
+def test_a_dtype_that_safetensors_does_not_know_is_one_message(saved: Path) -> None:
+    data = (saved / "adapter.safetensors").read_bytes()
+    changed = data.replace(b'"F32"', b'"F6_E2M3"', 1)
+    size = int.from_bytes(data[:8], "little")
+    changed = (size + len(changed) - len(data)).to_bytes(8, "little") + changed[8:]
+    (saved / "adapter.safetensors").write_bytes(changed)
+    description = json.loads((saved / "adapter.json").read_text())
+    description["sha256"] = hashlib.sha256(changed).hexdigest()
+    (saved / "adapter.json").write_text(json.dumps(description))
+    assert_refused(causal_lm("Llama"), saved, "is no safetensors file that can be read: .* Save it again")
 
 
 # --- size ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,47 @@ def test_a_pickle_without_named_tensors(tmp_path, content):
 )
 def test_an_official_file_that_does_not_fit(tmp_path, length, changes, reason):
     refuses(official_file(tmp_path, **changes), reason, length=length)
+
+
+def unsafe(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Tensors of this shape that a file can claim, and that nothing may be computed with."""
+    plain = torch.rand(shape)
+    return {
+        "claims the shape": torch.zeros(1).expand(shape),
+        "torch.bool": plain > 0.5,
+        "torch.int64": plain.long(),
+        "torch.complex64": plain.to(torch.complex64),
+        "torch.float8_e4m3fn": plain.to(torch.float8_e4m3fn),
+        "torch.sparse_coo": plain.to_sparse(),
+        "on 'meta'": plain.to("meta"),
+        "is quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "not finite: the run": plain.log() * torch.inf,
+    }
+
+
+@pytest.mark.parametrize("reason", unsafe((1,)))
+@pytest.mark.parametrize("name", ["adapter_query.weight", "layers.0.attention.gate"])
+def test_tensors_that_nothing_is_computed_with(tmp_path, name, reason):
+    shape = tuple(official_tensors()[name].shape)
+    refuses(official_file(tmp_path, **{name: unsafe(shape)[reason]}), rf"tensor '{re.escape(name)}' .*{reason}")
+
+
+@pytest.mark.parametrize("name", ["adapter_query.weight", "layers.0.attention.gate"])
+def test_a_huge_shape_is_refused_at_once(tmp_path, name):
+    path = official_file(tmp_path, **{name: torch.zeros(1, 1).expand(2**40, C)})
+    assert path.stat().st_size < 10_000
+    refuses(path, r"claims the shape \(1099511627776, 32\), but stores 1 numbers")
+
+
+def test_tensors_without_an_axis(tmp_path):
+    refuses(official_file(tmp_path, **{"adapter_query.weight": torch.tensor(1.0)}), r"prompt table of shape \(\)")
+    wrong = {name: torch.tensor(1.0) if "adapter_wte" in name else value for name, value in litgpt_tensors().items()}
+    refuses(litgpt_file(tmp_path, wrong), r"prompts of shape \(\)", format="litgpt-legacy")
+
+
+def test_what_lies_beside_an_adapter_is_not_looked_at(tmp_path):
+    """A full training checkpoint holds the model's own buffers."""
+    zinit.import_adapter(llama(), official_file(tmp_path, mask=torch.ones(1).expand(9) > 0), length=K)
 
 
 def test_official_adapters_are_not_for_models_that_share_keys_and_values(tmp_path):

@@ -17,7 +17,7 @@ from zinit.adapter.state import state_of
 from zinit.backbones import BACKBONES
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError, CheckpointError, ConfigError, first_line
-from zinit.files import check_tensors, write_atomically
+from zinit.files import check_plain, check_tensors, is_file, is_folder, local_path, parsing, read_json, write_atomically
 
 if TYPE_CHECKING:
     pass
@@ -94,14 +94,14 @@ class AdapterFile:
         Raises:
             CheckpointError: if files are missing or damaged.
         """
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
+        folder = local_path(source)
+        if not is_folder(folder):
             folder = _download(str(source), revision)
         for name in (DESCRIPTION, TENSORS):
-            if not (folder / name).is_file():
+            if not is_file(folder / name):
                 raise CheckpointError(f"{folder} holds no {name}. Expected a folder that zinit saved an adapter to.")
         try:
-            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            description = read_json(folder / DESCRIPTION, CheckpointError, "Save or copy the adapter again.")
             config = _read_config(description, folder)
             backbone, model, encoder = description["backbone"], description["model"], description.get("encoder")
             if not isinstance(backbone, str) or not isinstance(model, dict):
@@ -191,7 +191,6 @@ def _read_config(description: dict[str, Any], folder: Path) -> PrefixConfig | Ad
 
 
 def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -199,10 +198,10 @@ def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:
             f"{path} is damaged: it is not the file that {DESCRIPTION} beside it describes "
             f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
         )
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}. Save it again.") from error
+    with parsing(f"{path} is no safetensors file that can be read", CheckpointError, "Save it again."):
+        tensors = load(data)
+    check_plain(tensors, path)
+    return tensors
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zinit.errors import CheckpointError
-from zinit.files import is_lfs_pointer
+from zinit.files import check_plain, is_file, is_folder, is_lfs_pointer, parsing
 
 
 def read_pickle(path: Path, *, allow: tuple[type, ...] = ()) -> Any:
@@ -51,17 +51,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     _check_file(path)
-    try:
+    what = f"{path} is damaged, or not a safetensors file that can be read ({path.stat().st_size:,} bytes)"
+    with parsing(what, CheckpointError, "Download or copy it again."):
         return load(path.read_bytes())
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or not a safetensors file ({path.stat().st_size:,} bytes): {error}. Download or copy "
-            f"it again."
-        ) from error
 
 
 def tensors_in(content: Any, path: Path, *, unwrap: str | None = None) -> dict[str, Tensor]:
@@ -93,8 +88,8 @@ def pickled(content: Any) -> bytes:
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if not is_file(path):
+        found = "is a folder" if is_folder(path) else "does not exist, or is no regular file"
         raise CheckpointError(f"{path} {found}. Expected an adapter's file.")
     try:
         pointer = is_lfs_pointer(path)
@@ -116,12 +111,14 @@ class Kind:
         formats: the names under which zinit imports it; empty if it does not.
         why_not: if it does not, what the file holds that a prefix cannot express.
         has: whether a tensor of this name marks the kind.
+        own: whether a tensor of this name is the adapter's; the file may hold a whole model beside it.
     """
 
     title: str
     formats: tuple[str, ...]
     why_not: str
     has: Callable[[str], bool]
+    own: Callable[[str], bool] = lambda name: True
 
 
 KINDS = (  # the first match counts; the modules of this package describe each
@@ -161,30 +158,47 @@ KINDS = (  # the first match counts; the modules of this package describe each
         ("litgpt", "litgpt-legacy"),
         "",
         lambda name: name.endswith(".adapter_wte.weight"),
+        lambda name: name.endswith((".adapter_wte.weight", ".gating_factor")),
     ),
-    Kind("a PEFT AdaptionPrompt", ("peft",), "", lambda name: name.endswith(".adaption_prompt")),
-    Kind("an official V1 adapter", ("official-v1",), "", lambda name: name == "adapter_query.weight"),
+    Kind(
+        "a PEFT AdaptionPrompt",
+        ("peft",),
+        "",
+        lambda name: name.endswith(".adaption_prompt"),
+        lambda name: name.endswith((".adaption_prompt", ".adaption_gate")),
+    ),
+    Kind(
+        "an official V1 adapter",
+        ("official-v1",),
+        "",
+        lambda name: name == "adapter_query.weight",
+        lambda name: name == "adapter_query.weight" or name.endswith(".attention.gate"),
+    ),
 )
 
 
-def check_kind(names: Collection[str], path: Path, format: str) -> None:
-    """Checks that the file is of the requested format.
+def adapter_tensors(tensors: Mapping[str, Tensor], path: Path, format: str) -> dict[str, Tensor]:
+    """The tensors of the adapter that a file holds, safe to compute with; the file must be of the requested format.
 
     Args:
-        names: of its tensors.
+        tensors: all of the file.
         path: for messages.
         format: the requested format.
 
     Raises:
-        CheckpointError: naming what the file is instead, and how it is imported or why it cannot be.
+        CheckpointError: naming what the file is instead, and how it is imported or why it cannot be; or the tensor
+            that is none with plain, finite numbers.
     """
-    kind = next((kind for kind in KINDS if any(kind.has(name) for name in names)), None)
+    kind = next((kind for kind in KINDS if any(kind.has(name) for name in tensors)), None)
     if kind is None:
         raise CheckpointError(
-            f"{path} holds no adapter that zinit knows. Its tensors are named {', '.join(sorted(names)[:3])} ..."
+            f"{path} holds no adapter that zinit knows. Its tensors are named {', '.join(sorted(tensors)[:3])} ..."
         )
     if kind.why_not:
         raise CheckpointError(f"{path} is {kind.title}, which zinit does not import: {kind.why_not}.")
     if format not in kind.formats:
         known = " or ".join(f"format={name!r}" for name in kind.formats)
         raise CheckpointError(f"{path} is {kind.title}. Import it with {known}; got format={format!r}.")
+    own = {name: tensor for name, tensor in tensors.items() if kind.own(name)}
+    check_plain(own, path)
+    return own

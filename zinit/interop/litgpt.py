@@ -24,12 +24,12 @@ from zinit.adapter.scopes import prompts_of
 from zinit.adapter.select import select_sites
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError
-from zinit.interop._files import check_kind, read_pickle, tensors_in
+from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
 from zinit.interop._layers import sites_of, to_prefix
 from zinit.interop.base import Format, Gate, Imported
 
 PROMPT, GATE = ".attn.adapter_wte.weight", ".attn.gating_factor"
-_LAYER = re.compile(r"transformer\.h\.(\d+)")
+_LAYER = re.compile(r"transformer\.h\.(\d{1,6})")
 
 
 def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
@@ -68,8 +68,7 @@ def warn_of_wrong_rows(path: Path, legacy: str) -> None:
 
 
 def _read(path: Path, sites: list[AttentionSite], format: str) -> Imported:
-    tensors = tensors_in(read_pickle(path), path, unwrap="model")
-    check_kind(tensors, path, format)
+    tensors = adapter_tensors(tensors_in(read_pickle(path), path, unwrap="model"), path, format)
     return prompts_by_layer(tensors, sites, path)
 
 

@@ -20,7 +20,7 @@ from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import HEAD, linears_of
 from zinit.config import TuningConfig
 from zinit.errors import CheckpointError
-from zinit.interop._files import check_kind, read_pickle, tensors_in
+from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
 from zinit.interop._layers import sites_of
 from zinit.interop._llama import (
     ATTENTION_NORM,
@@ -75,7 +75,7 @@ def read_legacy(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imp
 
 def _open(path: Path, model: nn.Module, format: str, fused: str) -> tuple[dict[str, Tensor], list[AttentionSite]]:
     tensors = tensors_in(read_pickle(path), path, unwrap="model")
-    check_kind(tensors, path, format)
+    tensors = adapter_tensors(tensors, path, format)
     if not any(f".{fused}." in name for name in tensors):
         other = {FUSED: "litgpt-v2-legacy", FUSED_BEFORE: "litgpt-v2"}[fused]
         raise CheckpointError(f"{path} has no {fused!r}: another version wrote it. Import it with format={other!r}.")

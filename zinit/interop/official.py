@@ -23,7 +23,7 @@ from zinit.adapter.handle import Handle
 from zinit.backbones.base import AttentionSite
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import write_atomically
-from zinit.interop._files import check_kind, pickled, read_pickle, tensors_in
+from zinit.interop._files import adapter_tensors, pickled, read_pickle, tensors_in
 from zinit.interop._layers import cannot, model_type, plain_config, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
@@ -45,7 +45,7 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
         CheckpointError: if the file is damaged, of another kind, or does not fit ``length`` or the model.
     """
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
-    check_kind(tensors, path, FORMAT)
+    tensors = adapter_tensors(tensors, path, FORMAT)
     return prompts_by_layer(tensors, sites_of(model), path, length=length, gate=gate)
 
 
@@ -150,6 +150,6 @@ def _check_base(handle: Handle, format: str) -> None:
             raise cannot(format, "the code that reads it knows no biases, and this model's attention has them")
 
 
-_GATE = re.compile(re.escape(GATE).replace(r"\{\}", r"(\d+)"))
+_GATE = re.compile(re.escape(GATE).replace(r"\{\}", r"(\d{1,6})"))
 
 OFFICIAL_V1 = Format("OpenGVLab/LLaMA-Adapter, V1 text", read, write)

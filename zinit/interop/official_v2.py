@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zinit.backbones.base import AttentionSite
 from zinit.config import PrefixConfig, TuningConfig
 from zinit.errors import CheckpointError
-from zinit.interop._files import check_kind, read_pickle, tensors_in
+from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
 from zinit.interop._layers import sites_of
 from zinit.interop._llama import (
     ATTENTION_NORM,
@@ -60,7 +60,7 @@ def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Impor
         CheckpointError: if the file is damaged, of another kind, or does not fit ``length`` or the model.
     """
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
-    check_kind(tensors, path, "official-v2-chat")
+    tensors = adapter_tensors(tensors, path, "official-v2-chat")
     sites = sites_of(model)
     paths = LlamaPaths(model, sites, path)
     tuned: dict[str, Tensor] = {}

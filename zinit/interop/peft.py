@@ -22,8 +22,8 @@ from zinit.adapter.handle import Handle
 from zinit.backbones.base import AttentionSite
 from zinit.compat import commit_hash, name_or_path
 from zinit.errors import CheckpointError
-from zinit.files import write_atomically
-from zinit.interop._files import check_kind, read_pickle, read_safetensors, tensors_in
+from zinit.files import is_file, read_json, write_atomically
+from zinit.interop._files import adapter_tensors, read_pickle, read_safetensors, tensors_in
 from zinit.interop._layers import LayerOfPrompts, cannot, model_type, plain_config, sites_of, to_prefix, topmost_layers
 from zinit.interop.base import Format, Gate, Imported
 
@@ -41,8 +41,7 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
         CheckpointError: if files are missing, damaged, of another method, do not fit the model, or mean a function that
             a prefix cannot express.
     """
-    config, tensors = _read_config(path / CONFIG), _read_tensors(path)
-    check_kind(tensors, path, FORMAT)
+    config, tensors = _read_config(path / CONFIG), adapter_tensors(_read_tensors(path), path, FORMAT)
     modules = {name.removesuffix(PROMPT): value for name, value in tensors.items() if name.endswith(PROMPT)}
     sites = sites_of(model)
     _check_same_function(modules, sites, path)
@@ -66,9 +65,9 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / TENSORS).is_file():
+    if is_file(folder / TENSORS):
         return read_safetensors(folder / TENSORS)
-    if (folder / LEGACY_TENSORS).is_file():
+    if is_file(folder / LEGACY_TENSORS):
         return tensors_in(read_pickle(folder / LEGACY_TENSORS), folder / LEGACY_TENSORS)
     raise CheckpointError(f"{folder} holds neither {TENSORS} nor {LEGACY_TENSORS}.")
 
@@ -133,13 +132,10 @@ def _config(handle: Handle, layers: list[LayerOfPrompts]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        method = config["peft_type"]
-    except OSError as error:
-        raise CheckpointError(f"{path.parent} holds no {CONFIG}. Expected a folder that PEFT saved.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if not is_file(path):
+        raise CheckpointError(f"{path.parent} holds no {CONFIG}. Expected a folder that PEFT saved.")
+    config = read_json(path, CheckpointError, "Expected a file that PEFT saved.")
+    method = config.get("peft_type") if isinstance(config, dict) else None
     if method != "ADAPTION_PROMPT":
         raise CheckpointError(f"{path.parent} is a PEFT adapter of type {method}. Expected ADAPTION_PROMPT.")
     for name in ("adapter_len", "adapter_layers"):
