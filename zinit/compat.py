@@ -294,6 +294,16 @@ def window_bias(module: Any) -> Tensor:
     return module._get_rel_pos_bias()
 
 
+# --- datasets: names that are no data sets ----------------------------------------------------------------------------
+
+
+def packaged_datasets() -> Iterable[str]:
+    """What ``load_dataset`` takes for a reader's name ("json"), not a data set's; no public list (datasets 1.0)."""
+    from datasets import packaged_modules
+
+    return packaged_modules._PACKAGED_DATASETS_MODULES
+
+
 # --- torch: what a layer that is computed again can be known by -------------------------------------------------------
 
 

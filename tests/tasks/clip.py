@@ -20,7 +20,8 @@ from zinit.train.strategy import make_accelerator
 
 SIZE = 32
 ACCOUNTED = (
-    *("dropped", "unused", "train", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes"),
+    *("dropped", "unused", "train", "train_not_drawn", "train_skipped_unreadable", "train_skipped_also_held_out"),
+    *("train_of_novel_classes",),
     *("base_test", "novel_test", "test_skipped_unreadable"),
 )
 
@@ -86,7 +87,8 @@ def task(
 def accounted(t: Any) -> bool:
     counts = t.data_report()
     held_out = counts["base_test"] + counts["novel_test"]
-    return counts["read"] == sum(counts[name] for name in ACCOUNTED) and counts["held_out"] == held_out
+    files = sum(count for name, count in counts.items() if name.startswith("files_skipped"))
+    return counts["read"] == files + sum(counts[name] for name in ACCOUNTED) and counts["held_out"] == held_out
 
 
 def evaluate(t: Any, limit: int | None = None) -> Any:

@@ -142,10 +142,12 @@ def test_parquet_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_truncated_image_in_parquet_names_its_record(tmp_path: Path) -> None:
     import datasets
 
-    file = io.BytesIO()
-    make_image(0).save(file, "JPEG")
-    whole = file.getvalue()
-    cells = [{"bytes": whole[: len(whole) // 2] if i == 5 else whole, "path": None} for i in range(16)]
+    cells = []
+    for i in range(16):
+        file = io.BytesIO()
+        make_image(i).save(file, "JPEG")
+        whole = file.getvalue()
+        cells.append({"bytes": whole[: len(whole) // 2] if i == 5 else whole, "path": None})
     table = datasets.Dataset.from_dict({"image": cells, "label": [f"k{i // 4}" for i in range(16)]})
     table.to_parquet(tmp_path / "data.parquet")
     with pytest.raises(DataError, match=r"data\.parquet, record 6 is damaged or truncated"):
@@ -184,7 +186,7 @@ def test_caltech101() -> None:
 
 def test_too_few_images_for_the_shots(tmp_path: Path) -> None:
     folders(tmp_path / "train", classes=4, each=16)
-    folders(tmp_path / "test", classes=4, each=1)
+    folders(tmp_path / "test", classes=4, each=1, start=50)
     for i in range(1, 16):
         (tmp_path / "train" / "kind_1" / f"{i}.png").unlink()
     with pytest.raises(DataError, match="class 'kind_1' has 1 image for 16 shots"):
@@ -197,7 +199,7 @@ def test_too_few_images_for_the_shots(tmp_path: Path) -> None:
 
 def test_bad_images_are_named_or_counted(tmp_path: Path) -> None:
     folders(tmp_path / "train", classes=4, each=3)
-    folders(tmp_path / "test", classes=4, each=3)
+    folders(tmp_path / "test", classes=4, each=3, start=50)
     bad = tmp_path / "train" / "kind_0" / "0.png"
     for file in (bad, tmp_path / "test" / "kind_3" / "0.png"):
         file.write_bytes(file.read_bytes()[:500])

@@ -71,19 +71,22 @@ def task(data: Path | str | None, model: Any = None, **settings: Any) -> VTAB:
 def balanced(found: VTAB) -> dict[str, Any]:
     """The report, checked: counts in equal counts out plus everything left out, by name."""
     report = found.data_report()
-    left_out = ("train_skipped", "held_out_skipped", "lines_skipped", "train_skipped_also_held_out", "not_used")
+    left_out = ["train_skipped", "held_out_skipped", "lines_skipped", "train_skipped_also_held_out", "not_used"]
+    left_out += [name for name in report if name.startswith("files_skipped")]
     assert report["read"] == report["train"] + report["held_out"] + sum(report.get(name, 0) for name in left_out)
     assert report["train"] == len(found.train_stream) == len(found.train_examples)
     assert report["held_out"] == len(found.held_out_stream) == len(found.held_out_examples)
     return report
 
 
-def save_classes(root: Path, count: int = 20, names: tuple[str, ...] = ("cat", "dog"), *, first: int = 0) -> Path:
-    """One folder per class, drawn as the classes from ``first``."""
+def save_classes(
+    root: Path, count: int = 20, names: tuple[str, ...] = ("cat", "dog"), *, first: int = 0, start: int = 0
+) -> Path:
+    """One folder per class, drawn as the classes from ``first``; images from number ``start``."""
     for label, name in enumerate(names, start=first):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            make_image(label, i).save(root / name / f"{i}.png")
+            make_image(label, start + i).save(root / name / f"{i}.png")
     return root
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from zinit.data import images
-from zinit.data.images import ImageSource, read_image
+from zinit.data.images import ImageSource, image_digest, read_image, read_with_orientation
 
 ASPECTS = (math.log(3 / 4), math.log(4 / 3))  # of random crops
 
@@ -59,14 +59,22 @@ class Views(Sequence[Tensor]):
         views: how many of each image.
         smallest: see `random_crop`.
         seed: of the crops.
+
+    Attributes:
+        digests: see `zinit.data.images.Images`.
+        turned: likewise.
     """
 
     def __init__(self, sources: Sequence[ImageSource], *, size: int, views: int, smallest: float, seed: int) -> None:
         self.sources, self.size, self.views, self.smallest, self.seed = sources, size, views, smallest, seed
         room = images.KEPT_BYTES // (3 * size * size)
         self._made: dict[int, Tensor] = {}
+        self.digests: list[bytes] = []
+        self.turned = 0
         for position, source in enumerate(sources):
-            image = read_image(source)
+            image, turned = read_with_orientation(source)
+            self.digests.append(image_digest(image))
+            self.turned += turned
             for view in range(views):
                 if len(self._made) < room:
                     self._made[view * len(sources) + position] = self._make(image, position, view)

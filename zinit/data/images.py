@@ -1,24 +1,43 @@
-"""Images from files and memory: checked once, kept small, with errors that name the file."""
+"""Images from files and memory: checked once, kept small, with errors that name the file.
+
+Pixels are taken as the file stores them: an EXIF orientation is not applied, as torchvision and timm do not either, but
+counted. (In TIFF files it is part of the format, and Pillow applies it.)
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from zinit.errors import DataError, first_line
-from zinit.files import is_lfs_pointer
+from zinit.errors import DataError
+from zinit.files import is_file, is_folder, is_hidden, is_lfs_pointer, parsing
 from zinit.validation import OnBad
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # a reader of EPS would run a program
 MAX_PIXELS = 100_000_000  # of one image; more is taken for a decompression bomb
 THUMBNAIL, THUMBNAIL_START = 96, "data:image/jpeg;base64,"  # pixels a side, and how a page holds it
 KEPT_BYTES = 4 * 2**30  # decoded images held in memory; those beyond it are read again each time
@@ -54,31 +73,40 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     Raises:
         DataError: naming the file, if it is missing, no image, truncated, or too large.
     """
+    return read_with_orientation(source, max_pixels=max_pixels)[0]
+
+
+def read_with_orientation(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+    """See `read_image`; also whether the file's EXIF data ask for another orientation, which is not applied."""
     if isinstance(source, Image.Image):
-        return _rgb(source)
+        return _rgb(source), False
+    if isinstance(source, Path) and not is_file(source):
+        raise DataError(f"there is no image {source}." if not source.exists() else f"{source} is no regular file.")
+    with parsing(f"{source} is damaged or truncated", DataError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
+        with _open(source) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
+                    f"Scale it down, or leave it out."
+                )
+            image.load()
+            return _rgb(image), image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+
+
+def _open(source: Path | Encoded) -> Image.Image:
+    """An image of one of our formats, its header read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
-            with Image.open(io.BytesIO(source.read()) if isinstance(source, Encoded) else source) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise DataError(
-                        f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
-                        f"Scale it down, or leave it out."
-                    )
-                image.load()
-                return _rgb(image)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image {source}.") from error
+        return Image.open(io.BytesIO(source.read()) if isinstance(source, Encoded) else source, formats=FORMATS)
     except UnidentifiedImageError as error:
         hint = ""
         if isinstance(source, Path) and is_lfs_pointer(source):
             hint = " It is a Git LFS pointer, not the image itself: fetch the file with 'git lfs pull'."
-        raise DataError(f"{source} is no image that can be read.{hint}") from error
+        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise DataError(f"{source} is no image that can be read: it is none in {formats}.{hint}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{source} would unpack to too many pixels ({error}). Leave it out.") from error
-    except (OSError, SyntaxError, ValueError, IndexError, MemoryError, EOFError) as error:
-        raise DataError(f"{source} is damaged or truncated: {first_line(error)}.") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -105,27 +133,68 @@ def inside(folder: Path, relative: str) -> Path:
     return path
 
 
-def class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def class_folders(
+    root: Path, *, fewest: int = 2, left_out: Counter[str] | None = None
+) -> tuple[list[str], list[tuple[Path, int]]]:
     """A folder with one sub-folder of images per class.
+
+    Args:
+        root: the folder.
+        fewest: classes that there must be.
+        left_out: where what is passed over is counted, by reason; see `image_files`.
 
     Returns:
         The sorted class names, and (file, class) pairs, sorted.
 
     Raises:
-        DataError: if there is no such folder, it has fewer than two classes, or a class has no image.
+        DataError: if there is no such folder, it has too few classes, or a class has no image.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"there is no folder {root}.")
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(names) < 2:
-        raise DataError(f"{root}: expected at least two sub-folders, one per class; found {names or 'none'}.")
+    left_out = Counter() if left_out is None else left_out
+    entries = list(root.iterdir())
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+    if len(names) < fewest:
+        least = {1: "one sub-folder", 2: "two sub-folders"}[fewest]
+        raise DataError(f"{root}: expected at least {least}, one per class; found {names or 'none'}.")
+    left_out["files_skipped_hidden"] += sum(is_hidden(entry.name) for entry in entries)
+    left_out["files_skipped_outside_classes"] += sum(not is_hidden(e.name) and not e.is_dir() for e in entries)
     found: list[tuple[Path, int]] = []
     for label, name in enumerate(names):
-        files = sorted(file for file in (root / name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = image_files(root / name, left_out)
         if not files:
             raise DataError(f"{root / name} holds no image ({', '.join(SUFFIXES)}). Remove the folder, or fill it.")
         found += [(file, label) for file in files]
     return names, found
+
+
+def image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """The images in a folder and below it, sorted: by their suffix, or by their first bytes under any other name.
+
+    Args:
+        folder: to look in.
+        left_out: counts what is passed over: hidden files and folders (a folder counts once), links to folders, and
+            what is no image.
+    """
+    found = []
+    for place, folders, files in os.walk(folder):
+        left_out["files_skipped_hidden"] += sum(map(is_hidden, [*folders, *files]))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        left_out["files_skipped_linked_folder"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
+        for path in (Path(place, name) for name in files if not is_hidden(name)):
+            if is_file(path) and (path.suffix.lower() in SUFFIXES or _looks_like_image(path)):
+                found.append(path)
+            else:
+                left_out["files_skipped_no_image"] += 1
+    return sorted(found)
+
+
+def _looks_like_image(path: Path) -> bool:
+    try:
+        with parsing(str(path), DataError), _open(path):
+            return True
+    except DataError:
+        return False
 
 
 class Images(Sequence[Tensor]):
@@ -138,10 +207,15 @@ class Images(Sequence[Tensor]):
         prepare: brings an image to its final size (a pure function).
         on_bad: "error" stops at the first image that cannot be read; "skip" leaves it out and notes why.
         progress: called with the number of images read so far.
+        without: digests of images to leave out; see ``digests``.
 
     Attributes:
         kept: positions in ``sources`` of what is here, ascending.
         skipped: {position: why}.
+        digests: of each image that is here, of the pixels before ``prepare``: the same picture has the same digest
+            whatever its file is called.
+        repeated: positions of images that are among those to leave out.
+        turned: how many of those here have an EXIF orientation, which is not applied.
 
     Raises:
         DataError: naming the image, unless it is to be skipped.
@@ -154,29 +228,39 @@ class Images(Sequence[Tensor]):
         *,
         on_bad: OnBad = "error",
         progress: Callable[[int], None] = lambda count: None,
+        without: Collection[bytes] = (),
     ) -> None:
         self.sources, self.prepare = sources, prepare
         self.kept: list[int] = []
         self.skipped: dict[int, str] = {}
+        self.digests: list[bytes] = []
+        self.repeated: list[int] = []
+        self.turned = 0
         self._decoded: list[Tensor] = []
         room = KEPT_BYTES
         for position, source in enumerate(sources):
             try:
-                decoded = self._decode(source)
+                image, turned = read_with_orientation(source)
             except DataError as error:
                 if on_bad == "error":
                     raise
                 self.skipped[position] = str(error)
                 continue
+            digest = image_digest(image)
+            if digest in without:
+                self.repeated.append(position)
+                continue
             self.kept.append(position)
+            self.digests.append(digest)
+            self.turned += turned
+            decoded = self._to_tensor(image)
             if room >= decoded.numel():
                 room -= decoded.numel()
                 self._decoded.append(decoded)
             progress(position + 1)
 
-    def _decode(self, source: ImageSource) -> Tensor:
-        image = self.prepare(read_image(source))
-        return torch.from_numpy(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).copy())
+    def _to_tensor(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.asarray(self.prepare(image), dtype=np.uint8).transpose(2, 0, 1).copy())
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -184,10 +268,15 @@ class Images(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if index < len(self._decoded):
             return self._decoded[index]
-        return self._decode(self.sources[self.kept[index]])
+        return self._to_tensor(read_image(self.sources[self.kept[index]]))
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
+
+
+def image_digest(image: Image.Image) -> bytes:
+    """Tells an RGB image from every other by its pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zinit.compat import packaged_datasets
 from zinit.errors import DataError, first_line
-from zinit.files import is_lfs_pointer
+from zinit.files import is_file, is_folder, is_hidden, is_lfs_pointer, local_path, parsing
+from zinit.validation import shown
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+MOST_UNUSED = 20  # names of unused fields that a report lists
 
 
 def read_records(
-    source: str, *, required: Sequence[str], optional: Sequence[str] = (), renamed_by: str = ""
+    source: str,
+    *,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    renamed_by: str = "",
+    unused: Counter[str] | None = None,
 ) -> list[dict[str, str]]:
-    """Text records of a JSON array, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
+    """Text records of a JSON array, JSON lines, CSV or Parquet file, of a folder with one such file, or of a Hub id.
+
+    A number is taken as the text that stands for it.
 
     Args:
         source: path, or Hub id such as ``tatsu-lab/alpaca`` (its ``train`` split; ``id:split`` names another).
         required: fields that every record must have.
         optional: fields that are empty text where a record lacks them.
         renamed_by: the option that names the fields otherwise (``task.fields=a,b``), for messages; empty if none does.
+        unused: counts the records in which a further field holds something; see `unused_fields`.
 
     Raises:
         DataError: if the source is missing, unreadable, empty or lacks a field; it names the record.
@@ -30,10 +45,29 @@ def read_records(
     records, name = read_document(source)
     if isinstance(records, dict | str) or not isinstance(records, Iterable):
         raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
-    found = [_pick(record, index, name, required, optional, renamed_by) for index, record in enumerate(records)]
+    found = []
+    for index, record in enumerate(each_record(records, name)):
+        found.append(_pick(record, index, name, required, optional, renamed_by))
+        if unused is not None:
+            unused.update(unused_fields(record, (*required, *optional)))
     if not found:
         raise DataError(f"{name} holds no records.")
     return found
+
+
+def unused_fields(record: Mapping[Any, Any], used: Sequence[str]) -> list[str]:
+    """Names, for a report, of the fields of a record that hold something and are not used."""
+    return [f"unused_field_{name}" for name, value in record.items() if name not in used and _has_content(value)]
+
+
+def most_unused(unused: Counter[str]) -> dict[str, int]:
+    """The most frequent unused fields, and how many others there are: a file may give every record its own."""
+    report = dict(unused.most_common(MOST_UNUSED))
+    return report | ({"unused_fields_more": len(unused) - len(report)} if len(unused) > len(report) else {})
+
+
+def _has_content(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
 
 
 def read_document(source: str) -> tuple[Any, str]:
@@ -43,19 +77,32 @@ def read_document(source: str) -> tuple[Any, str]:
         source: see `read_records`; JSON need not be an array here.
 
     Returns:
-        The document of a JSON file, an iterable of the records of any other source.
+        The document of a JSON file, an iterable of the records of any other source; see `each_record`.
 
     Raises:
         DataError: if the source is missing, unreadable or empty.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if is_folder(path):
         path = _single_file(path)
-    if path.is_file():
+    if is_file(path):
         return _read_file(path), str(path)
     if _looks_like_path(source):
         raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
     return load_hub(source, split=source.partition(":")[2] or "train"), source
+
+
+def each_record(records: Iterable[Any], name: str) -> Iterator[Any]:
+    """The records of a document; those of a Parquet file are made one after the other, which may fail.
+
+    Raises:
+        DataError: naming the source.
+    """
+    with parsing(f"{name}: a record cannot be read", DataError):
+        for number, record in enumerate(records, start=1):
+            if isinstance(record, dict) and (problem := row_problem(record)):
+                raise DataError(f"{name}, record {number}: {problem}")
+            yield record
 
 
 def _pick(
@@ -77,16 +124,39 @@ def _pick(
                 f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. "
                 f"{rename if renamed_by else 'Every record needs ' + ', '.join(required) + '.'}"
             )
-        if not isinstance(value, str):
+        text = plain_text(value)
+        if text is None:
             raise DataError(f"{where}: the field {field!r} must be text; got {describe(value)}.")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: the field {field!r} holds half of a surrogate pair, which is no text."
-            ) from error
-        picked[field] = value
+        picked[field] = check_text(text, field, where)
     return picked
+
+
+def plain_text(value: Any) -> str | None:
+    """A text, or the text that stands for a number; None for anything else."""
+    if isinstance(value, str):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else None
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also if it is stored as a float; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def check_text(text: str, field: str, where: str) -> str:
+    """A text that can be encoded.
+
+    Raises:
+        DataError: if it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the field {field!r} holds half of a surrogate pair, which is no text.") from error
+    return text
 
 
 def _read_file(path: Path) -> Any:
@@ -95,15 +165,30 @@ def _read_file(path: Path) -> Any:
     if path.suffix == ".parquet":
         _check_content(path)
         return _read_parquet(path)
+    if path.suffix == ".json":
+        return read_json_text(path)
     text = read_text(path)
-    if path.suffix == ".jsonl":
-        return _read_lines(path, text)
+    return _read_lines(path, text) if path.suffix == ".jsonl" else [row for _, row in csv_rows(text, str(path))[1]]
+
+
+def read_json_text(path: Path) -> Any:
+    """What a JSON file holds; JSON lines under the suffix .json, as Hub files often are, too.
+
+    Raises:
+        DataError: if it cannot be read or is no JSON; it names line and column.
+    """
+    text = read_text(path)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.lineno > 1 and error.msg == "Extra data":
-            return _read_lines(path, text)  # JSON lines under the suffix .json, as Hub files often are
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+        with parsing(f"{path} is not valid JSON", DataError):
+            return json.loads(text)
+    except DataError as error:
+        reason = error.__cause__
+        if not isinstance(reason, json.JSONDecodeError):
+            raise
+        if reason.lineno > 1 and reason.msg == "Extra data":
+            return _read_lines(path, text)
+        where = f"{path}, line {reason.lineno}, column {reason.colno}"
+        raise DataError(f"{where}: not valid JSON ({reason.msg}).") from reason
 
 
 def read_text(path: Path, *, may_be_empty: bool = False) -> str:
@@ -126,31 +211,56 @@ def read_text(path: Path, *, may_be_empty: bool = False) -> str:
 
 
 def _check_content(path: Path, *, may_be_empty: bool = False) -> None:
-    if not may_be_empty and path.stat().st_size == 0:
+    with parsing(f"{path} cannot be read", DataError):
+        size, is_pointer = path.stat().st_size, is_lfs_pointer(path)
+    if not may_be_empty and size == 0:
         raise DataError(f"{path} is empty.")
-    if is_lfs_pointer(path):
+    if is_pointer:
         raise DataError(f"{path} is a Git LFS pointer, not the data itself. Fetch the file with 'git lfs pull'.")
 
 
 def _read_lines(path: Path, text: str) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
+            with parsing(f"{path}, line {number}: not valid JSON", DataError):
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+
+
+def csv_rows(text: str, name: str) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The header of a CSV table, and (where, row) of its rows. A row may have too few or too many cells.
+
+    Args:
+        text: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: naming the line that cannot be read.
+    """
+    table = csv.DictReader(io.StringIO(text, newline=""), restval="")
+
+    def rows() -> Iterator[tuple[str, dict[str, str]]]:
+        while True:
+            with parsing(f"{name}, line {table.line_num + 1} cannot be read as CSV", DataError):
+                row = next(table, None)
+            if row is None:
+                return
+            yield f"{name}, line {table.line_num}", row
+
+    with parsing(f"{name}, line 1 cannot be read as CSV", DataError):
+        return list(table.fieldnames or ()), rows()
+
+
+def row_problem(row: Mapping[Any, Any]) -> str:
+    """Why a row of a table cannot be used, a sentence; empty if it can."""
+    return f"the row has more cells than the header; beyond it are {describe(row[None])}." if None in row else ""
 
 
 def _read_parquet(path: Path) -> Iterable[Any]:
     from datasets import Dataset
-    from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    try:
-        table = read_table(path)  # no copy goes to a cache
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
-    return Dataset(table)
+    with parsing(f"{path} is not a readable Parquet file", DataError):
+        return Dataset(read_table(path))  # no copy goes to a cache
 
 
 def load_hub(source: str, *, split: str | None = None, expected: str = "data file") -> Any:
@@ -164,9 +274,13 @@ def load_hub(source: str, *, split: str | None = None, expected: str = "data fil
     Raises:
         DataError: if the Hub has none of that name, or cannot be reached.
     """
+    name = source.partition(":")[0]
+    if name in packaged_datasets():
+        raise DataError(
+            f"{name!r} is a kind of file, and no data set on the Hub. Name the {expected} itself: --data PATH."
+        )
     from datasets import load_dataset
 
-    name = source.partition(":")[0]
     try:
         return load_dataset(name) if split is None else load_dataset(name, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
@@ -176,7 +290,7 @@ def load_hub(source: str, *, split: str | None = None, expected: str = "data fil
 
 
 def _single_file(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and not is_hidden(file.name))
     if len(files) != 1:
         found = ", ".join(file.name for file in files[:5]) or "none"
         raise DataError(f"{folder}: expected one {', '.join(SUFFIXES)} file in the folder; found {found}. Name one.")
@@ -189,5 +303,8 @@ def _looks_like_path(source: str) -> bool:
 
 def describe(value: Any) -> str:
     """A value in an error message: its type and how it begins."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError):  # nested too deeply, or none of JSON's values
+        text = shown(value)
     return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from zinit.data.images import ImageSource, read_image
-from zinit.data.labelled.parts import Labelled, Parts
+from zinit.data.images import ImageSource, image_digest, read_image
+from zinit.data.labelled.parts import Labelled, Parts, skipped_files
 from zinit.data.labelled.splits import hold_out, tested
 from zinit.errors import ConfigError, DataError
 from zinit.registry import did_you_mean
 from zinit.validation import OnBad
+
+REFUSED = UNREADABLE, ALSO_HELD_OUT = ("train_skipped_unreadable", "train_skipped_also_held_out")
 
 
 def few_shot_split(
@@ -60,11 +63,13 @@ def few_shot_split(
     training = training if train else []
     skipped = sum(len(parts.skipped) for parts in found)
     read_in, remain = sum(map(len, found)), sum(map(len, kept))
+    left_out = sum((parts.left_out for parts in found), Counter[str]())
     counts = {
-        "read": read_in + skipped,
+        "read": read_in + skipped + skipped_files(left_out),
         "dropped": read_in - remain,
         "lines_skipped": skipped,
         "unused": remain - len(training) - len(evaluated),
+        **left_out,
     }
     return names, training, evaluated, counts
 
@@ -116,6 +121,7 @@ def draw_shots(
     seed: int,
     few: Literal["error", "use_all"],
     on_bad: OnBad,
+    held_out: Collection[bytes] = (),
 ) -> tuple[list[Labelled], dict[str, int]]:
     """Up to ``shots`` images of each class, by chance, class after class.
 
@@ -126,9 +132,11 @@ def draw_shots(
         seed: of the draw.
         few: whether a class with fewer images is an error, or all it has are used.
         on_bad: "skip" draws another image in place of one that cannot be read.
+        held_out: digests of the images that are tested on (`zinit.data.images.image_digest`): another is drawn in place
+            of the same picture, whatever its file is called.
 
     Returns:
-        What was drawn, and how many images were not drawn, not readable, and how many classes have too few.
+        What was drawn, and how many images were not drawn, not readable, held out, and how many classes have too few.
 
     Raises:
         DataError: naming a class that has none, or too few.
@@ -138,31 +146,37 @@ def draw_shots(
         pools[example.label].append(example)
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Labelled] = []
-    counts = {"train_not_drawn": 0, "train_skipped_unreadable": 0, "classes_with_fewer_shots": 0}
+    counts = {"train_not_drawn": 0, "classes_with_fewer_shots": 0}
+    counts |= dict.fromkeys(REFUSED, 0)
     for name, pool in pools.items():
         mine: list[Labelled] = []
         refused = 0
         for position in torch.randperm(len(pool), generator=generator).tolist():
             if len(mine) == shots:
                 break
-            if on_bad == "error" or _is_readable(pool[position].image):
-                mine.append(pool[position])
-            else:
+            if reason := _why_refused(pool[position].image, on_bad, held_out):
+                counts[reason] += 1
                 refused += 1
+            else:
+                mine.append(pool[position])
         if not mine or (len(mine) < shots and few == "error"):
             have = f"{len(mine)} image{'' if len(mine) == 1 else 's'}"
             hint = f"Lower task.shots, or take what there is: -o task.few=use_all{'' if mine else ' (from 1 on)'}."
             raise DataError(f"class {name!r} has {have} for {shots} shots. {hint}")
         drawn += mine
         counts["train_not_drawn"] += len(pool) - len(mine) - refused
-        counts["train_skipped_unreadable"] += refused
         counts["classes_with_fewer_shots"] += len(mine) < shots
     return drawn, counts
 
 
-def _is_readable(source: ImageSource) -> bool:
+def _why_refused(source: ImageSource, on_bad: OnBad, held_out: Collection[bytes]) -> str:
+    """Under which name an image that was drawn is counted as skipped; empty if it is used."""
+    if on_bad == "error" and not held_out:  # nothing to look for; it is read soon
+        return ""
     try:
-        read_image(source)
+        image = read_image(source)
     except DataError:
-        return False
-    return True
+        if on_bad == "error":
+            raise
+        return UNREADABLE
+    return ALSO_HELD_OUT if image_digest(image) in held_out else ""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from zinit.data import records
 from zinit.data.images import SUFFIXES
 from zinit.data.labelled.parts import Labelled, Parts, Reading
+from zinit.data.records import describe, plain_text, whole_number
 from zinit.errors import DataError
+from zinit.files import is_file, is_hidden
 
 
 def read_list(file: Path, reading: Reading) -> list[Labelled]:
     """Lines ``path label``, or ``path`` alone where the image's folder is its class."""
-    root, folders = file.parent, [entry for entry in file.parent.iterdir() if entry.is_dir()]
+    root = file.parent
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
     found = []
     for where, line in list_lines(file):
         path, label = line, ""
@@ -34,10 +37,7 @@ def read_list(file: Path, reading: Reading) -> list[Labelled]:
 
 def read_coop(file: Path, reading: Reading) -> Parts:
     """CoOp's format: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}.") from error
+    document = records.read_json_text(file)
     if not isinstance(document, dict) or not isinstance(document.get("train"), list) or "test" not in document:
         raise DataError(f'{file}: expected {{"train": [[path, label, class name], ...], "val": ..., "test": ...}}.')
     root = file.parent / reading.folder
@@ -47,13 +47,15 @@ def read_coop(file: Path, reading: Reading) -> Parts:
     parts: dict[str, list[Labelled]] = {}
     for part in ("train", "val", "test"):
         parts[part] = []
-        for number, entry in enumerate(document.get(part) or [], start=1):
+        entries = document.get(part) or []
+        if not isinstance(entries, list):
+            raise DataError(f"{file}: {part!r} must be a list of [path, label, class name]; got {describe(entries)}.")
+        for number, entry in enumerate(entries, start=1):
             where = f"{file}, {part}, entry {number}"
-            types = [type(value) for value in entry] if isinstance(entry, list) else []
-            if types != [str, int, str] or not (entry[0] and entry[2].strip()):
-                reading.bad(f"{where}: expected [path, label, class name]; got {entry!r}.")
+            if (checked := _coop_entry(entry)) is None:
+                reading.bad(f"{where}: expected [path, label, class name]; got {describe(entry)}.")
                 continue
-            path, label, name = entry
+            path, label, name = checked
             if names.setdefault(label, name) != name:
                 reading.bad(f"{where}: label {label} is {name!r} here and {names[label]!r} before.")
             elif image := reading.inside(root, path, where):
@@ -62,7 +64,16 @@ def read_coop(file: Path, reading: Reading) -> Parts:
     if twice:
         raise DataError(f"{file}: several labels share the class name {twice[0]!r}. Give each class its own name.")
     labels = [names[label] for label in sorted(names)]
-    return Parts(train=parts["train"], val=parts["val"] or None, test=parts["test"], labels=labels)
+    return Parts(train=parts["train"], val=parts["val"] or None, test=parts["test"], labels=labels, published=True)
+
+
+def _coop_entry(entry: Any) -> tuple[str, int, str] | None:
+    """Path, label and class name; a whole number is as good a name as a text. None if they are not."""
+    if not isinstance(entry, list) or len(entry) != 3:
+        return None
+    path, label, name = entry[0], whole_number(entry[1]), plain_text(entry[2])
+    is_whole = isinstance(path, str) and path and label is not None and name is not None and name.strip()
+    return (path, label, name) if is_whole else None
 
 
 def list_lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -79,6 +90,6 @@ def read_text(file: Path) -> str:
     Raises:
         DataError: if it is missing, no UTF-8, or the pointer to a file that was not fetched.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise DataError(f"there is no list {file}.")
     return records.read_text(file, may_be_empty=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from zinit.data.images import ImageSource, inside
+from zinit.data.records import unused_fields
 from zinit.errors import DataError
 from zinit.validation import OnBad
 
@@ -39,6 +41,8 @@ class Parts:
         labels: names of the classes in order, if the source knows them; else those that occur.
         skipped: why some were left out.
         dataset: name of the published data set that this is, if a layout knows it.
+        published: whether a published list says which image is in which part: the parts stay as they are then.
+        left_out: files and columns that were passed over, by reason.
     """
 
     train: list[Labelled]
@@ -47,6 +51,8 @@ class Parts:
     labels: list[str] | None = None
     skipped: list[str] = field(default_factory=list)
     dataset: str | None = None
+    published: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, found: Mapping[str, list[Labelled]], labels: list[str] | None = None) -> Parts:
@@ -79,9 +85,11 @@ class Reading:
         named: whether classes must have names, because a text tower reads them: numbers in a table are refused then.
         layouts: a task's own layouts of folders, tried before all others: each reads a folder, or returns None.
         folder: where the images of a split_zhou_*.json file are, seen from that file.
+        fewest: classes that a folder of class folders must have; one is enough where a finished run knows the others.
 
     Attributes:
         skipped: why entries were left out.
+        left_out: see `Parts`.
         names: of the classes, where a table names them.
     """
 
@@ -90,7 +98,9 @@ class Reading:
     named: bool = False
     layouts: Sequence[Layout] = ()
     folder: str = "."
+    fewest: int = 2
     skipped: list[str] = field(default_factory=list, init=False)
+    left_out: Counter[str] = field(default_factory=Counter, init=False)
     names: list[str] | None = field(default=None, init=False)
 
     def bad(self, message: str) -> None:
@@ -102,6 +112,10 @@ class Reading:
         if self.on_bad == "error":
             raise DataError(message)
         self.skipped.append(message)
+
+    def unused(self, record: Mapping[str, str], columns: Sequence[str]) -> None:
+        """Counts the columns of a record that hold something and are not read."""
+        self.left_out.update(unused_fields(record, columns))
 
     def inside(self, folder: Path, path: str, where: str) -> Path | None:
         """A path that an entry names, which must stay in the folder; None if it is skipped."""
@@ -133,6 +147,11 @@ class Reading:
                 )
             picked.append(column)
         return picked[0], picked[1]
+
+
+def skipped_files(left_out: Mapping[str, int]) -> int:
+    """How many files, of what was passed over, were left out."""
+    return sum(count for reason, count in left_out.items() if reason.startswith("files_skipped"))
 
 
 def class_names(parts: Parts) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,8 +12,9 @@ from typing import Any
 from zinit.data.images import Encoded
 from zinit.data.labelled.lists import read_text
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.records import load_hub, read_document
+from zinit.data.records import csv_rows, load_hub, read_document, row_problem
 from zinit.errors import DataError
+from zinit.files import parsing
 
 VALIDATION = ("val", "validation", "valid", "dev")
 PARTS = {"train": "train", "test": "test", **dict.fromkeys(VALIDATION, "val")}
@@ -24,13 +23,15 @@ SHARD = re.compile(r"(?P<part>\w+?)(-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)
 
 def read_csv(file: Path, reading: Reading) -> list[Labelled]:
     """A table with a header; paths are relative to it."""
-    table = csv.DictReader(io.StringIO(read_text(file), newline=""))
-    image, label = reading.columns(table.fieldnames or (), str(file))
+    header, rows = csv_rows(read_text(file), str(file))
+    image, label = reading.columns(header, str(file))
     found = []
-    for record in table:
-        where = f"{file}, line {table.line_num}"
-        path, name = (record[image] or "").strip(), (record[label] or "").strip()
-        if not path or not name:
+    for where, record in rows:
+        reading.unused(record, (image, label))
+        path, name = record[image].strip(), record[label].strip()
+        if problem := row_problem(record):
+            reading.bad(f"{where}: {problem}")
+        elif not path or not name:
             reading.bad(f"{where}: {image if not path else label} is empty.")
         elif found_file := reading.inside(file.parent, path, where):
             found.append(Labelled(found_file, name, where))
@@ -41,7 +42,7 @@ def read_csv(file: Path, reading: Reading) -> list[Labelled]:
 
 def split_column(file: Path) -> str | None:
     """The column of a table that says which part an image is of, if there is one."""
-    header = next(csv.reader(io.StringIO(read_text(file), newline="")), [])
+    header, _ = csv_rows(read_text(file), str(file))
     return next((name for name in header if name.strip().lower() in ("split", "part", "fold", "subset")), None)
 
 
@@ -128,9 +129,14 @@ def _records(records: Any, name: str, reading: Reading) -> list[Labelled]:
     if names is not None:
         reading.names = list(dict.fromkeys([*(reading.names or ()), *names]))
     encoded_images = records.select_columns([image]).cast_column(image, Image(decode=False))
+    for column in set(records.column_names) - {image, label}:
+        reading.left_out[f"unused_field_{column}"] += len(records)
+    with parsing(f"{name}: the field {label!r} cannot be read", DataError):
+        targets = list(records[label])
     found = []
-    for number, target in enumerate(records[label]):
+    for number, target in enumerate(targets):
         where = f"{name}, record {number + 1}"
+        target = int(target) if isinstance(target, float) and target.is_integer() else target
         if isinstance(target, bool) or not isinstance(target, int | str) or target == "":
             reading.bad(f"{where}: {label!r} must be a whole number or a name; got {target!r}.")
         elif names and not (isinstance(target, int) and 0 <= target < len(names)):
@@ -142,7 +148,8 @@ def _records(records: Any, name: str, reading: Reading) -> list[Labelled]:
 
 
 def _content(images: Any, number: int, image: str, where: str) -> bytes:
-    content = (images[number][image] or {}).get("bytes")
+    with parsing(f"{where}: the field {image!r} cannot be read", DataError):
+        content = (images[number][image] or {}).get("bytes")
     if not content:  # a path alone could lead anywhere
         raise DataError(f"{where}: the field {image!r} holds no image.")
     return content

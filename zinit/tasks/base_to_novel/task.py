@@ -8,7 +8,7 @@ there is no head, and the frozen model's evaluation is zero-shot CLIP.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from zinit.data.crops import Views, plain
 from zinit.data.images import Images, ImageSource, normalise, thumbnail
-from zinit.data.labelled.few_shot import draw_shots, few_shot_split
-from zinit.data.labelled.parts import Labelled, Reading
+from zinit.data.labelled.few_shot import REFUSED, draw_shots, few_shot_split
+from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import is_shard, map_over_ranks
 from zinit.errors import DataError
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
 TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
-TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", "train_skipped_unreadable", "train_of_novel_classes")
+TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", *REFUSED, "train_of_novel_classes")
+PUBLISHED = "published"  # in the counts of `read_data`: whether the parts stay as they are
 BATCH = 64  # images, or texts, per forward pass without gradients
 
 
@@ -57,21 +58,27 @@ class BaseToNovel(Task):
         super().__init__(inputs, config)
         host: Any = self.model.config
         self.size = int(host.vision_config.image_size)
-        labels, training, tested, self._counts = self.take_data(inputs, config)
-        self.labels = labels
+        labels, training, tested, counts = self.take_data(inputs, config)
+        self.labels, self._counts = labels, {name: n for name, n in counts.items() if name != PUBLISHED}
+        self._published = counts[PUBLISHED]
         self._counts |= dict.fromkeys((*TRAIN_COUNTS, "test_skipped_unreadable"), 0)
         if inputs.labels is None:  # those of a finished run were trained on as they are
             self._check_names(labels)
         middle = (len(labels) + 1) // 2
         self.classes: dict[Half, list[str]] = {"base": labels[:middle], "novel": labels[middle:]}
-        sources, self._train_labels = self._draw(training, inputs.seed) if inputs.train else ([], [])
+        self._tested = {half: self._open(tested, self.classes[half]) for half in HALVES}
+        digests = frozenset(digest for images, _ in self._tested.values() for digest in images.digests)
+        sources, self._train_labels = self._draw(training, inputs.seed, digests) if inputs.train else ([], [])
         if config.views > 1:
             crop = {"size": self.size, "smallest": config.crop_scale, "seed": inputs.seed}
             self._train = Views(sources, views=config.views, **crop)
         else:
             self._train = Images(sources, self._prepare)
         self._train_labels *= config.views
-        self._tested = {half: self._open(tested, self.classes[half]) for half in HALVES}
+        if both := sum(digest in digests for digest in self._train.digests):
+            self._counts["train_also_held_out"] = both
+        if turned := self._train.turned + sum(images.turned for images, _ in self._tested.values()):
+            self._counts["exif_orientation_ignored"] = turned
         for half in HALVES:
             self._counts[f"{half}_classes"] = len(self.classes[half])
             self._counts[f"{half}_test"] = len(self._tested[half][0])
@@ -101,26 +108,47 @@ class BaseToNovel(Task):
         """See `few_shot_split`; images in files are not opened yet."""
         from zinit import demo
 
-        how = Reading(on_bad=config.on_bad, fields=config.fields, named=True, folder=config.folder)
-        found = few_shot_split(
+        how = Reading(
+            on_bad=config.on_bad,
+            fields=config.fields,
+            named=True,
+            folder=config.folder,
+            fewest=2 if inputs.labels is None else 1,
+        )
+        published = []
+
+        def read(source: str | None) -> Parts:
+            parts = read_images(source, how, demo.base_to_novel)
+            published.append(parts.published)
+            return parts
+
+        labels, training, tested, counts = few_shot_split(
             inputs.data,
             config.held_out_data,
-            lambda source: read_images(source, how, demo.base_to_novel),
+            read,
             train=inputs.train,
             labels=inputs.labels,
             dropped=config.drop_classes,
             seed=config.split_seed,
         )
-        if len(labels := found[0]) < 4:
+        if len(labels) < 4:
             raise DataError(f"base and novel classes need at least two each; the data has {', '.join(labels)}.")
-        return found
+        return labels, training, tested, {**counts, PUBLISHED: all(published)}
 
-    def _draw(self, training: list[Labelled], seed: int) -> tuple[list[ImageSource], list[int]]:
-        """The shots of the base classes, and their labels."""
+    def _draw(
+        self, training: list[Labelled], seed: int, tested: Collection[bytes]
+    ) -> tuple[list[ImageSource], list[int]]:
+        """The shots of the base classes, and their labels.
+
+        A picture that is tested on is not drawn, whatever its file is called. Published lists stay as they are.
+        """
         config = self.config
         number = {name: label for label, name in enumerate(self.classes["base"])}
         mine = [example for example in training if example.label in number]
-        drawn, counts = draw_shots(mine, config.shots, list(number), seed=seed, few=config.few, on_bad=config.on_bad)
+        without = () if self._published else tested
+        drawn, counts = draw_shots(
+            mine, config.shots, list(number), seed=seed, few=config.few, on_bad=config.on_bad, held_out=without
+        )
         self._counts |= {
             "train": len(drawn),
             "train_views": len(drawn) * config.views,

@@ -7,6 +7,7 @@ from pathlib import Path
 from zinit.data.labelled.lists import list_lines
 from zinit.data.labelled.parts import Labelled, Layout, Parts, Reading
 from zinit.errors import DataError
+from zinit.files import is_file, is_hidden
 from zinit.tasks.vtab.config import Split
 from zinit.tasks.vtab.facts import VTAB_TASKS
 
@@ -30,8 +31,9 @@ def vtab_layout(split: Split, dataset: str | None) -> Layout:
 
 def _find(root: Path, dataset: str | None) -> Path | None:
     """The folder of one task in VTAB-1k's layout; None if there is none."""
-    tasks = sorted(p.name for p in root.iterdir() if any((p / file).is_file() for file, _ in VTAB_LISTS.values()))
-    here = any((root / file).is_file() for file, _ in VTAB_LISTS.values())
+    folders = [path for path in root.iterdir() if not is_hidden(path.name)]
+    tasks = sorted(path.name for path in folders if any(is_file(path / file) for file, _ in VTAB_LISTS.values()))
+    here = any(is_file(root / file) for file, _ in VTAB_LISTS.values())
     if here and dataset in (None, root.name):
         return root
     if tasks and dataset is None:
@@ -55,7 +57,8 @@ def _read(folder: Path, split: Split, reading: Reading) -> Parts:
     if count > max(2, len(examples)) and not known:
         raise DataError(f"{folder}: the labels go up to {count - 1}, but there are only {len(examples)} images.")
     val, test = (second, None) if split == "train800" else (None, second)
-    return Parts(train=first, val=val, test=test, labels=[str(label) for label in range(count)], dataset=known)
+    labels = [str(label) for label in range(count)]
+    return Parts(train=first, val=val, test=test, labels=labels, dataset=known, published=True)
 
 
 def _read_list(folder: Path, name: str, reading: Reading) -> list[Labelled]:

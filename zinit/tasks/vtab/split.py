@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zinit.data.labelled.parts import Labelled, Parts, class_names
+from zinit.data.labelled.parts import Labelled, Parts, class_names, skipped_files
 from zinit.data.labelled.splits import hold_out
 from zinit.tasks.vtab.config import Split
 from zinit.tasks.vtab.facts import VTAB_TASKS
@@ -55,14 +56,16 @@ def vtab_split(
     clean = [example for example in training if example.image not in files] if files else training
     skipped = [reason for source in sources for reason in source.skipped]
     read_in = sum(map(len, sources))
+    left_out = sum((source.left_out for source in sources), Counter[str]())
     counts: dict[str, Any] = {
-        "read": read_in + len(skipped),
+        "read": read_in + len(skipped) + skipped_files(left_out),
         "train": 0,
         "held_out": 0,
         "not_used": read_in - len(training) - len(held_out),
         "lines_skipped": len(skipped),
         "train_skipped_also_held_out": len(training) - len(clean),
         "reasons": skipped[:NAMED],
+        **left_out,
     }
     if (known := sources[-1].dataset) and split == "train800val200":
         counts["test_images_of_vtab"] = VTAB_TASKS[known].test_images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ __all__ = ["VTAB", "VTAB_TASKS", "VTABConfig", "VTABSummary", "paper_results", "
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD_STD = 0.02  # ours; timm draws its own classifiers alike
 EVALUATION_BATCH = 64
+PUBLISHED = "published"  # in the counts of `read_data`: whether the parts stay as they are
 
 
 class VTAB(Task):
@@ -61,12 +62,20 @@ class VTAB(Task):
         self.processor = inputs.processor or {}
         self.image_size = _fit_model(self.model, self.processor, config)
         self.mean, self.std = self._normalisation()
-        known, training, held_out, self._counts = self.take_data(inputs, config)
+        known, training, held_out, counts = self.take_data(inputs, config)
+        self._counts = {name: n for name, n in counts.items() if name != PUBLISHED}
+        self._published = counts[PUBLISHED]
         self.labels = self.classes = known if inputs.labels is None else list(inputs.labels)
         self._number = {label: index for index, label in enumerate(self.classes)}
         self._check_labels([*training, *held_out])
-        self.train_examples, self._train_images = self._decode(training, "train")
         self.held_out_examples, self._held_out_images = self._decode(held_out, "held_out")
+        tested = frozenset(self._held_out_images.digests)
+        # A picture that is tested on is not trained on, whatever its file is called. Published lists stay as they are.
+        without = frozenset[bytes]() if self._published else tested
+        self.train_examples, self._train_images = self._decode(training, "train", without)
+        self._counts["train_skipped_also_held_out"] += len(self._train_images.repeated)
+        if both := sum(digest in tested for digest in self._train_images.digests):
+            self._counts["train_also_held_out"] = both
         if not self.held_out_examples:
             raise DataError(f"nothing is left to evaluate on: {self.data_report()}.")
         self.train_stream = self._stream("train", self.train_examples)
@@ -95,14 +104,18 @@ class VTAB(Task):
         from zinit import demo
 
         layout = vtab_layout(config.split, config.dataset)
-        reading = Reading(on_bad=config.on_bad, fields=config.fields, layouts=(layout,))
+        fewest, published = 2 if inputs.labels is None else 1, []
+        reading = Reading(on_bad=config.on_bad, fields=config.fields, layouts=(layout,), fewest=fewest)
 
         def read(source: str | None) -> Parts:
-            return read_images(source, reading, lambda: demo.labelled_images(config.dataset or "digits"))
+            parts = read_images(source, reading, lambda: demo.labelled_images(config.dataset or "digits"))
+            published.append(parts.published)
+            return parts
 
-        return vtab_split(
+        labels, training, held_out, counts = vtab_split(
             inputs.data, config.held_out_data, read, train=inputs.train, split=config.split, seed=inputs.seed
         )
+        return labels, training, held_out, {**counts, PUBLISHED: all(published)}
 
     def _check_labels(self, examples: list[Labelled]) -> None:
         if len(self.classes) < 2:
@@ -116,7 +129,9 @@ class VTAB(Task):
                 f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
             )
 
-    def _decode(self, examples: list[Labelled], part: str) -> tuple[list[Labelled], Images]:
+    def _decode(
+        self, examples: list[Labelled], part: str, without: Collection[bytes] = ()
+    ) -> tuple[list[Labelled], Images]:
         """Reads and resizes every image; what cannot be read is named, or counted."""
         height, width = self.image_size
         resample = Image.Resampling[self.config.interpolation.upper()]
@@ -132,6 +147,7 @@ class VTAB(Task):
                 lambda image: image.resize((width, height), resample),
                 on_bad=self.config.on_bad,
                 progress=count,
+                without=without,
             )
         except DataError as error:
             where = examples[done].where  # images are read in order
@@ -139,6 +155,8 @@ class VTAB(Task):
         reasons = [f"{examples[i].where}: {why}".removeprefix(": ") for i, why in images.skipped.items()]
         self._counts["reasons"] = (self._counts["reasons"] + reasons)[:NAMED]
         self._counts |= {part: len(images), f"{part}_skipped": len(reasons)}
+        if images.turned:
+            self._counts[f"{part}_exif_orientation_ignored"] = images.turned
         return [examples[index] for index in images.kept], images
 
     def _stream(self, name: str, examples: list[Labelled]) -> Stream:
