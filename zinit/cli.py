@@ -6,16 +6,38 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import zinit
-from zinit.errors import ConfigError, ZinitError, is_by_settings
+from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
 
-app = typer.Typer(
+
+class OnceEach(TyperCommand):
+    """A command that refuses an option given twice, unless it takes several values: the first would be lost."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option in order:
+            is_single = not getattr(option, "multiple", True) and not getattr(option, "is_flag", False)
+            if is_single and order.count(option) > 1:
+                ctx.fail(f"{option.opts[-1]} was given {order.count(option)} times, but takes one value.")
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """A Typer whose commands are `OnceEach`."""
+
+    def command(self, *arguments: Any, **settings: Any) -> Any:
+        return super().command(*arguments, **{"cls": OnceEach, **settings})
+
+
+app = App(
     name="zinit",
     help="Zero-init attention for any pretrained Transformer: train, evaluate, talk to it.",
     no_args_is_help=True,
@@ -56,7 +78,9 @@ def train(
     backbone: Annotated[str | None, typer.Option(help="llama, ... ; see 'zinit ls backbones'.")] = None,
     task: Annotated[str | None, typer.Option(help="Default: the backbone's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the embedded demo.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder or Hub id. Default: the embedded demo's.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="File, folder or Hub id; texts may come from several. Default: the demo's.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Published or demo settings; see 'zinit ls presets'.")] = None,
     config: Annotated[str | None, typer.Option(help="A TOML file of settings.")] = None,
     option: Options = None,
@@ -105,7 +129,7 @@ def train(
     from zinit.tasks import TASKS
     from zinit.train.checkpoint import resume_command
     from zinit.train.loop import Interrupted
-    from zinit.ui.console import RunView, is_main_process, print_json, print_metrics
+    from zinit.ui.console import RunView, is_main_process, print_json, print_metrics, say
 
     view = RunView(quiet=as_json)
     named = f"runs/{settings.backbone}-{settings.task}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -116,11 +140,11 @@ def train(
             view.close()
             if is_main_process():
                 if isinstance(interruption, Interrupted):
-                    print(f"stopped after step {interruption.step}; everything is saved.", file=sys.stderr)
+                    say(f"stopped after step {interruption.step}; everything is saved.", error=True)
                 if (folder / "run.json").exists():
-                    print(f"Go on with: {resume_command(folder)}", file=sys.stderr)
+                    say(f"Go on with: {resume_command(folder)}", error=True)
                 else:
-                    print("stopped before training began; nothing was written.", file=sys.stderr)
+                    say("stopped before training began; nothing was written.", error=True)
             raise typer.Exit(130) from None
         finally:
             view.close()
@@ -128,9 +152,9 @@ def train(
         print_json({"output": str(folder), **results})
         return
     print_metrics(results, title=f"{settings.backbone} / {settings.task}")
-    view.console.print(f"\nEverything is in {folder}; look at {folder}/report.html", markup=False)
+    view.console.print(f"\nEverything is in {folder}; look at {folder}/report.html")
     if TASKS.get(settings.task).generates and (folder / "adapter.json").exists():
-        view.console.print(f"Talk to it: zinit chat {shlex.quote(str(folder))}", markup=False)
+        view.console.print(f"Talk to it: zinit chat {shlex.quote(str(folder))}")
 
 
 @app.command()
@@ -224,7 +248,7 @@ def bench(
     """
     from zinit.bench.plan import make_benchmark
     from zinit.ui.benchmark import run_benchmark
-    from zinit.ui.console import print_json
+    from zinit.ui.console import print_json, say
 
     benchmark = make_benchmark(
         preset=preset,
@@ -243,7 +267,7 @@ def bench(
         if as_json:
             print_json({"cells": [{"id": cell.id, "command": cell.command()} for cell in cells]})
         else:
-            print("\n".join(cell.command() for cell in cells))
+            say("\n".join(cell.command() for cell in cells))
         return
     finished = run_benchmark(
         benchmark,
@@ -266,7 +290,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
-    from zinit.ui.console import print_json, print_table
+    from zinit.ui.console import print_json, print_table, say
     from zinit.ui.inspection import inspect_model
 
     found = inspect_model(model, backbone=backbone, options=option or ())
@@ -282,7 +306,7 @@ def inspect(
         ["attention", "width C", "heads H", "kv heads G", "head dim D", "prefix"],
         rows,
     )
-    print(
+    say(
         f"trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
         f"({100 * found['num_trainable'] / found['num_parameters']:.3f} %), {found['file_bytes'] / 1e6:.2f} MB saved"
     )
@@ -322,7 +346,7 @@ def convert(
 ) -> None:
     """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
     from zinit.interop.convert import convert
-    from zinit.ui.console import print_json
+    from zinit.ui.console import print_json, say
 
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
@@ -340,13 +364,13 @@ def convert(
     if as_json:
         print_json({"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable})
     else:
-        print(f"wrote {destination}: {len(handle.prefixes)} layers, {handle.num_trainable:,} parameters")
+        say(f"wrote {destination}: {len(handle.prefixes)} layers, {handle.num_trainable:,} parameters")
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine: versions, devices, the embedded demo, and that a closed gate changes nothing."""
-    from zinit.ui.console import print_json, print_table
+    from zinit.ui.console import print_json, print_table, say
     from zinit.ui.inspection import examine
 
     report = examine()
@@ -355,15 +379,21 @@ def doctor(as_json: Json = False) -> None:
     else:
         print_table("zinit doctor", ["check", "found"], [[k, str(v)] for k, v in report["found"].items()])
         for problem in report["problems"]:
-            print(f"problem: {problem}")
-        print("all well" if not report["problems"] else f"{len(report['problems'])} problems")
+            say(f"problem: {problem}")
+        say("all well" if not report["problems"] else f"{len(report['problems'])} problems")
     if report["problems"]:
         raise typer.Exit(1)
+
+
+def _clean(format_warning: Any) -> Any:
+    """Warnings quote files and names: no control character of theirs reaches the terminal."""
+    return lambda *arguments, **options: printable(format_warning(*arguments, **options))
 
 
 def main() -> None:
     """Entry point: the user's errors are one message and status 2; a fault of zinit's shows its traceback, status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = _clean(warnings.formatwarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # bars of downloads are for people
         for library in ("HF_HUB", "HF_DATASETS"):

@@ -37,9 +37,14 @@ from zinit.validation import (
     shown,
 )
 
+_CONTROL = re.compile(r"[\x7f-\x9f]")
+
 
 def to_json(document: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: numbers that are none (a diverged loss) become null, which every reader understands."""
+    """Strict JSON: numbers that are none (a diverged loss) become null, which every reader understands.
+
+    No control character is in it, as a terminal would obey it; JSON itself escapes those below the space only.
+    """
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -48,7 +53,8 @@ def to_json(document: Any, *, indent: int | None = None) -> str:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @dataclass(frozen=True)

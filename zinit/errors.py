@@ -3,6 +3,16 @@
 The command line prints these without a traceback and exits with status 2; any other exception is a fault of zinit.
 """
 
+import re
+
+# C0 but line break and tab, DEL, and C1: a terminal takes them for commands (to move, to paint, to answer as if typed).
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text of unknown origin for a terminal or a log: control characters are written out in hexadecimal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
 
 class ZinitError(Exception):
     """Base class of all errors that a user can cause and correct."""

@@ -50,11 +50,15 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         "no field": ("field.json", b'[{"instruction":"a","output":"b"},{"instruction":"a"}]',
                      ["field.json, record 2 has no field 'output'", "task.fields"]),
         "null field": ("null.json", b'[{"instruction":null,"output":"b"}]', ["record 1", "'instruction' is null"]),
-        "number": ("number.json", b'[{"instruction":"a","output":7}]', ["record 1", "'output' must be text", "int 7"]),
+        "number": ("number.json", b'[{"instruction":"a","output":true}]',
+                   ["record 1", "'output' must be text", "bool true"]),
         "not text": ("bytes.json", b"\xff\xfe\x00\x01", ["bytes.json is not UTF-8"]),
         "git lfs": ("lfs.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
         "parquet": ("broken.parquet", b"PAR1nonsense", ["broken.parquet is not a readable Parquet file"]),
-        "suffix": ("data.csv", b"a,b\n1,2\n", [".csv", ".parquet"]),
+        "suffix": ("data.xml", b"<a/>", [".csv", ".parquet", "not .xml"]),
+        "table": ("data.csv", b"a,b\n1,2\n", ["data.csv, record 1 has no field 'instruction'; it has a, b"]),
+        "nested": ("deep.json", b"[" * 5000, ["deep.json is not valid JSON", "recursion"]),
+        "long number": ("long.json", b"[" + b"9" * 5000 + b"]", ["long.json is not valid JSON", "digits"]),
         "one record": ("single.json", b'[{"instruction":"a","output":"b"}]', ["holds 1 record", "at least 2"]),
     }  # fmt: skip
     found = {}
@@ -65,12 +69,16 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     for name in ("a.json", "b.json"):
         (folder / "two" / name).write_text(good)
     found["two files"] = (folder / "two", ["expected one", "a.json, b.json"])
+    found["too long"] = (Path("x" * 5000), ["xxxx"])
+    found["no home"] = (Path("~nobody.of.that.name/x.json"), ["there is no data file ~nobody.of.that.name/x.json"])
+    found["a reader"] = (Path("json"), ["'json' is a kind of file, and no data set on the Hub"])
     found["missing"] = (folder / "nowhere.json", ["there is no data file", "nowhere.json"])
     found["hub offline"] = (Path("nobody/nothing"), ["there is no data file nobody/nothing", "Hub"])
     return found
 
 
-KINDS = ["empty", "no records", "truncated", "truncated lines", "an object", "not objects", "no field", "null field",
+KINDS = ["table", "nested", "long number", "too long", "no home", "a reader",
+         "empty", "no records", "truncated", "truncated lines", "an object", "not objects", "no field", "null field",
          "number", "not text", "git lfs", "parquet", "suffix", "one record", "two files", "missing",
          "hub offline"]  # fmt: skip
 
@@ -274,3 +282,33 @@ def test_a_real_process_exits_with_2(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("zinit: no backbone named 'lama'")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_option_given_twice_is_refused_unless_it_takes_several(zinit: Zinit, model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "a.json"
+    data.write_text(json.dumps(records(6)))
+    for arguments in (
+        train(model, data, tmp_path / "out", "--seed", 1, "--seed", 2),
+        ("eval", tmp_path, "--data", data, "--data", data),
+        ("generate", tmp_path, "--prompt", "a", "--prompt", "b"),
+    ):
+        done = zinit(*arguments)
+        assert done.code == 2
+        assert "was given 2 times, but takes one value" in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_sources_are_read_by_tasks_of_texts_alone(zinit: Zinit, model: Path, tmp_path: Path) -> None:
+    for name, count in (("a.json", 6), ("b.json", 5)):
+        (tmp_path / name).write_text(json.dumps(records(count)))
+    more = ("--data", tmp_path / "b.json", "--json")
+    done = zinit(*train(model, tmp_path / "a.json", tmp_path / "out", *more))
+    assert done.code == 0, done.err
+    counts = json.loads(done.out)["counts"]
+    assert (counts["read"], counts["read_source_1"], counts["read_source_2"]) == (11, 6, 5)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["config"]["data"] == [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert zinit("eval", tmp_path / "out").code == 0
+    done = zinit("train", "--backbone", "vit", "--data", tmp_path, "--data", tmp_path)
+    assert done.code == 2
+    assert "the task 'vtab' reads one source of data; got 2" in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,44 @@ def test_normalise_matches_the_formula() -> None:
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     found = images.normalise(pixels, (0.5, 0.25, 0.1), (0.5, 0.2, 0.3)).flatten().tolist()
     assert found == pytest.approx([-1.0, (128 / 255 - 0.25) / 0.2, 0.9 / 0.3], abs=1e-6)
+
+
+def test_images_beyond_the_limit_are_the_right_ones_after_bad_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions among what is here are not positions in the list; sizes differ, so that a small one still fits."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    paths = [save(tmp_path / f"{i}.png", size=size) for i, size in enumerate([(4, 4), (9, 9), (4, 3), (3, 4)])]
+    monkeypatch.setattr(images, "KEPT_BYTES", 100)  # the first takes 48, the second does not fit, the third would
+    lean = images.Images([tmp_path / "bad.png", *paths], lambda image: image, on_bad="skip")
+    assert [tuple(image.shape[1:]) for image in lean] == [(4, 4), (9, 9), (3, 4), (4, 3)]
+    assert [image.numpy().tobytes() for image in lean] == [
+        np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in paths
+    ]
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"])
+def test_no_program_runs_for_an_image(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads EPS with Ghostscript, whatever the file is called."""
+
+    def run(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"a program was started: {arguments}")
+
+    monkeypatch.setattr("subprocess.Popen", run)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jpg is no image that can be read: it is none in JPEG, PNG, .* or PPM"):
+        images.read_image(tmp_path / "a.jpg")
+    for format in ("ICO", "PCX", "PDF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "b.png", format)
+        with pytest.raises(DataError, match="is no image that can be read"):
+            images.read_image(tmp_path / "b.png")
+
+
+def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is no regular file"):
+        images.read_image(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="is no regular file"):
+        images.read_image(tmp_path / "b.png")

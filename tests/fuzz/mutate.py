@@ -42,6 +42,10 @@ TOKENS = (
     b"1e999",
     b"\xff" * 8,
     b"\x00" * 64,
+    b"[" * 5000,  # deeper than parsers recurse
+    b"9" * 5000,  # longer than Python reads as a number
+    b"\x1b[2J\xc2\x9b2J",
+    b'"' + b"x" * 140_000,  # longer than a field of a CSV file may be
 )
 
 

@@ -6,26 +6,47 @@ return or raise a `ZinitError`; everything else is a finding.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 import zinit
 from tests.fuzz import mutate
-from tests.golden.formats import K, litgpt_file, litgpt_tensors, llama, official_file, peft_folder, trained
-from zinit.data.images import read_image
+from tests.golden.formats import (
+    K,
+    litgpt_file,
+    litgpt_tensors,
+    llama,
+    official_file,
+    official_tensors,
+    peft_folder,
+    trained,
+)
+from zinit.bench.plan import Benchmark
+from zinit.bench.summary import Row
+from zinit.bench.write import as_csv, as_markdown
+from zinit.config import to_json
+from zinit.data.images import Images, read_image
 from zinit.data.labelled.parts import Reading
 from zinit.data.labelled.sources import read_images
 from zinit.data.records import read_records
+from zinit.errors import printable
+from zinit.runs.directory import read_run
 from zinit.runs.settings import RunConfig, resolve
 from zinit.tasks.ner.sentences import read_sentences
 from zinit.tasks.squad.questions import read_questions
@@ -87,14 +108,16 @@ RECORDS = [{"instruction": f"Say {word}", "input": "", "output": word} for word 
 
 
 def records(rng: Random, folder: Path) -> Call:
-    """Alpaca's records as JSON, JSON lines or Parquet."""
-    path = folder / f"data{rng.choice(('.json', '.jsonl', '.parquet'))}"
+    """Alpaca's records as JSON, JSON lines, CSV or Parquet."""
+    path = folder / f"data{rng.choice(('.json', '.jsonl', '.csv', '.parquet'))}"
     if path.suffix == ".json":
         path.write_bytes(mutate.json_content(rng, RECORDS))
     elif path.suffix == ".jsonl":
         path.write_bytes(mutate.content(rng, "\n".join(map(json.dumps, RECORDS)).encode()))
+    elif path.suffix == ".csv":
+        path.write_bytes(mutate.content(rng, b'instruction,input,output\nSay red,,red\n"Say, blue","a\nb",blue\n'))
     else:
-        path.write_bytes(mutate.content(rng, parquet()))
+        path.write_bytes(mutate.content(rng, parquet()) if rng.random() < 0.7 else odd_parquet(rng))
     return lambda: read_records(str(path), required=("instruction", "output"), optional=("input",))
 
 
@@ -107,20 +130,68 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
+def odd_parquet(rng: Random) -> bytes:
+    """A Parquet file with a column of another type than text."""
+    columns = {
+        "instruction": pa.array(["Say red", "Say blue"]),
+        "output": pa.array(["red", "blue"]),
+        "input": rng.choice(
+            [
+                pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())),
+                pa.array([2**62, -(2**62)], pa.timestamp("ms")),
+                pa.array([{"a": [1]}, None]),
+                pa.array([b"\xff", None]),
+                pa.array([Decimal("1.5"), None]),
+                pa.array([None, None], pa.null()),
+                pa.array([1, 2], pa.duration("s")),
+            ]
+        ),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
 @cache
 def encoded(format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.frombytes("RGB", (12, 8), bytes(range(256))[: 12 * 8] * 3).save(buffer, format)
+    mode = "P" if format == "BLP" else "RGB"
+    Image.frombytes("RGB", (12, 8), bytes(range(256))[: 12 * 8] * 3).convert(mode).save(buffer, format)
     return buffer.getvalue()
 
 
 def image(rng: Random, folder: Path) -> Call:
-    """An image file in one of the formats that zinit names."""
+    """An image file in one of the formats that zinit names, or in another under the same suffix."""
     suffix, format = rng.choice((("png", "PNG"), ("jpg", "JPEG"), ("gif", "GIF"), ("bmp", "BMP"), ("webp", "WEBP"),
-                                 ("tif", "TIFF"), ("ppm", "PPM")))  # fmt: skip
+                                 ("tif", "TIFF"), ("ppm", "PPM"), ("png", "EPS"), ("jpg", "AVIF"), ("bmp", "BLP"),
+                                 ("gif", "PDF"), ("tif", "ICO")))  # fmt: skip
     path = folder / f"image.{suffix}"
     path.write_bytes(mutate.content(rng, encoded(format)))
     return lambda: read_image(path)
+
+
+def class_folders(rng: Random, folder: Path) -> Call:
+    """Folders of classes with what else lies in folders: hidden files, pipes, links, names without a meaning."""
+    names = ["cat", "dog", ".cache", "__MACOSX", "train", "test", "val", "a\x1b[2J", "é" * 100]
+    for name in rng.sample(names, rng.randint(0, 5)):
+        (folder / name).mkdir()
+        for number in range(rng.randint(0, 3)):
+            path = folder / name / (str(number) + rng.choice((".png", ".JFIF", "", ".txt", ".parquet")))
+            kind = rng.randrange(5)
+            if kind == 0:
+                os.mkfifo(path)
+            elif kind == 1:
+                path.symlink_to(rng.choice((folder, path, Path("/dev/zero"), Path("nowhere"))))
+            else:
+                path.write_bytes(encoded("PNG") if kind == 2 else mutate.content(rng, encoded("JPEG")))
+    source = str(folder) if rng.random() < 0.8 else rng.choice(("x" * 5000, "~nobody/x", "\x00", "json", "a" * 300))
+    reading = Reading(on_bad=rng.choice(("error", "skip")), fewest=rng.choice((1, 2)))
+
+    def call() -> None:
+        parts = read_images(source, reading, lambda: ([], {}))
+        Images([example.image for example in parts], lambda image: image.resize((4, 4)), on_bad="skip")
+
+    return call
 
 
 def class_list(rng: Random, folder: Path) -> Call:
@@ -128,7 +199,8 @@ def class_list(rng: Random, folder: Path) -> Call:
     for name in ("cat", "dog"):
         (folder / name).mkdir()
         (folder / name / "0.png").write_bytes(encoded("PNG"))
-    entries = [["cat/0.png", 0, "cat"], ["dog/0.png", 1, "dog"]]
+    os.mkfifo(folder / "cat" / "1.png")
+    entries = [["cat/0.png", 0, "cat"], ["dog/0.png", 1, "dog"], ["cat/1.png", 0, "cat"]]
     kind = rng.randrange(3)
     if kind == 0:
         source = folder / "data.csv"
@@ -138,16 +210,25 @@ def class_list(rng: Random, folder: Path) -> Call:
         source.write_bytes(mutate.json_content(rng, dict.fromkeys(("train", "val", "test"), entries)))
     else:
         source = folder
-        lines = b"cat/0.png 0\ndog/0.png 1\n"
+        lines = b"cat/0.png 0\ndog/0.png 1\ncat/1.png 0\n"
         for name in ("train.txt", "test.txt"):
             (folder / name).write_bytes(mutate.content(rng, lines) if rng.random() < 0.7 else lines)
     reading = Reading(on_bad=rng.choice(("error", "skip")), named=rng.random() < 0.5)
-    return lambda: read_images(str(source), reading, lambda: ([], {}))
+
+    def call() -> None:
+        parts = read_images(str(source), reading, lambda: ([], {}))
+        Images([example.image for example in parts], lambda image: image.resize((4, 4)), on_bad="skip")
+
+    return call
 
 
 def sentences(rng: Random, folder: Path) -> Call:
-    """NER: a file in CoNLL's columns, or records."""
-    if rng.random() < 0.5:
+    """NER: a file in CoNLL's columns, records, or a table."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        path = folder / "data.csv"
+        path.write_bytes(mutate.content(rng, b"tokens,ner_tags\nAda slept,B-PER O\nOslo,U-LOC\n"))
+    elif kind <= 2:
         path = folder / "data.conll"
         path.write_bytes(mutate.content(rng, b"-DOCSTART- O\n\nAda B-PER\nLovelace I-PER\n\nin O\nLondon B-LOC\n"))
     else:
@@ -216,11 +297,16 @@ def adapter(rng: Random, folder: Path) -> Call:
     data = saved()[wrong]
     changed = mutate.json_content(rng, json.loads(data)) if wrong.endswith("json") else _tensors(rng, data)
     (folder / wrong).write_bytes(changed)
+    if wrong.endswith("tensors") and rng.random() < 0.7:  # past the check of the hash
+        description = json.loads(saved()["adapter.json"]) | {"sha256": hashlib.sha256(changed).hexdigest()}
+        (folder / "adapter.json").write_text(json.dumps(description))
     return unchanged(lambda model: zinit.load(model, folder))
 
 
 def _tensors(rng: Random, data: bytes) -> bytes:
     """A safetensors file; half the changes are in its header, which is where they are noticed."""
+    if rng.random() < 0.3:
+        return data.replace(b'"F32"', rng.choice((b'"BF9"', b'"I32"', b'"U32"', b'"F4" ', b'"C64"')))
     size = 8 + int.from_bytes(data[:8], "little")
     return mutate.content(rng, data[:size]) + data[size:] if rng.random() < 0.5 else mutate.content(rng, data)
 
@@ -235,11 +321,65 @@ def foreign(rng: Random, folder: Path) -> Call:
     else:
         path = file = official_file(folder) if format == "official-v1" else litgpt_file(folder, litgpt_tensors())
     data = file.read_bytes()
-    file.write_bytes(
-        mutate.json_content(rng, json.loads(data)) if file.suffix == ".json" else mutate.content(rng, data)
-    )
+    if format == "official-v1" and rng.random() < 0.4:
+        file.write_bytes(odd_tensors(rng))
+    elif file.suffix == ".json":
+        file.write_bytes(mutate.json_content(rng, json.loads(data)))
+    else:
+        file.write_bytes(mutate.content(rng, data))
     chosen = format if rng.random() < 0.9 else rng.choice(("official-v1", "litgpt", "peft", "x"))
     return unchanged(lambda model: zinit.import_adapter(model, path, format=chosen, length=K))
+
+
+def odd_tensors(rng: Random) -> bytes:
+    """An official adapter one of whose tensors is not what it claims to be."""
+    tensors: dict[str, Any] = official_tensors()
+    name = rng.choice(list(tensors))
+    plain = tensors[name]
+    tensors[name] = rng.choice(
+        [
+            torch.zeros(1).expand(2**40),
+            torch.zeros(1, 1).expand(2**40, plain.shape[-1]),
+            torch.zeros(1).expand(plain.shape),
+            torch.tensor(1.0),
+            plain.to_sparse(),
+            plain.to("meta"),
+            plain.bool(),
+            plain.to(torch.complex64),
+            plain.to(torch.float8_e4m3fn),
+            plain * torch.inf,
+            torch.empty(0),
+            torch.empty((2**20,) * 3, device="meta"),
+        ]
+    )
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def run(rng: Random, folder: Path) -> Call:
+    """What a run says about itself."""
+    record = {"config": settings_of("llama"), "backbone": "llama", "weights": ["adapter.json"], "counts": {"read": 3}}
+    (folder / "run.json").write_bytes(mutate.json_content(rng, record))
+    return lambda: read_run(folder)
+
+
+def shown_text(rng: Random, folder: Path) -> Call:
+    """Whatever is shown: no control character reaches a terminal, no HTML the summary, and JSON stays JSON."""
+    pieces = ("", " ", "é", "a=b", "\x00", "\x1b]0;", "\x9b", "\x07", "\r", "<img>", "|", "\\")
+    text = "".join(rng.choice(pieces) for _ in range(6))
+    row = Row(experiment=text, metric="f1", method=text, vary={text: text}, dataset=text, problem=text)
+    benchmark = Benchmark(description=text, experiments=())
+
+    def call() -> None:
+        markdown = as_markdown(benchmark, [row], {})
+        document = to_json({text: [text]})
+        assert json.loads(document) == {text: [text]}
+        for made in (str(printable(text)), markdown, as_csv([row]), document):
+            assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", made.replace("\n", "")), made
+        assert "<img>" not in markdown
+
+    return call
 
 
 TARGETS: dict[str, Target] = {
@@ -248,11 +388,14 @@ TARGETS: dict[str, Target] = {
     "toml": toml,
     "records": records,
     "image": image,
+    "class-folders": class_folders,
     "class-list": class_list,
     "sentences": sentences,
     "questions": questions,
     "adapter": adapter,
     "foreign": foreign,
+    "run": run,
+    "shown-text": shown_text,
 }
 
 

@@ -16,6 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.metrics.squad import best_threshold, exact_match, f1, normalize_answer
+from zinit.tasks import TASKS
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad"
 TEXT_METRICS = ("exact_match", "rouge_l")  # one reference each
@@ -258,3 +259,20 @@ def test_the_best_threshold_is_that_of_a_search_over_all() -> None:
 def test_squad_refuses_what_it_cannot_compare(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         METRICS.get(name)().compute(**arguments)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_declares_which_figures_are_better(name: str) -> None:
+    assert any("higher_is_better" in vars(cls) for cls in METRICS.get(name).__mro__)
+    assert METRICS.get(name).higher_is_better is True
+
+
+def test_tasks_say_the_direction_of_their_figures() -> None:
+    for name in TASKS:
+        task = TASKS.get(name)
+        assert (task.direction("loss"), task.direction("perplexity"), task.direction(task.metric)) == (
+            "lower",
+            "lower",
+            "higher",
+        )
+    assert TASKS.get("squad").direction("best_f1_threshold") is None

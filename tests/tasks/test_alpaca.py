@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.demo import instructions, llama_path
@@ -171,3 +172,113 @@ def test_names_of_fields_are_the_sources_and_not_the_demos(model: LlamaForCausal
     inputs = TaskInputs(model=model, processor=byte_tokenizer())
     other = Alpaca(inputs, AlpacaConfig(fields=("question", "answer")))
     assert other.fingerprint() == Alpaca(inputs, AlpacaConfig()).fingerprint()
+
+
+def test_a_response_that_merges_with_the_prompts_end_is_encoded_by_itself(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    plain = byte_tokenizer()
+    merging = json.loads(plain.backend_tokenizer.to_str())
+    merging["model"]["vocab"][":yes"] = len(plain)
+    merging["model"]["vocab"] |= {":y": len(plain) + 1, "es": len(plain) + 2}
+    merging["model"]["merges"] = [[":", "y"], ["e", "s"], [":y", "es"]]
+    merging["pre_tokenizer"]["use_regex"] = False  # as LLaMA's, which does not divide at ":" either
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(merging)), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    assert len(tokenizer(":yes", add_special_tokens=False)["input_ids"]) == 1, "it does merge"
+    example = task(model, some(4), tmp_path, tokenizer).train_examples[0]
+    prompt = Alpaca.encode_prompt(tokenizer, example.prompt)
+    assert example.ids[: example.prompt_length] == prompt
+    response = tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert example.ids[example.prompt_length :] == [*response, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(("room", "kept"), [(-1, False), (0, False), (1, True)])
+def test_a_prompt_needs_room_for_one_token_of_the_response(
+    model: LlamaForCausalLM, tmp_path: Path, room: int, kept: bool
+) -> None:
+    records = [{"instruction": "a" * 20, "output": "yes"}, *some(3)]
+    length = 1 + len(format_prompt("a" * 20))  # BOS, and a token per byte
+    t = task(model, records, tmp_path, max_length=length + room, held_out_data=str(other(tmp_path)))
+    assert (len(t.train_examples), t.data_report()["train_skipped_prompt_too_long"]) == (3 + kept, 1 - kept)
+    assert min(t.train_stream.counts) >= 1
+
+
+def other(folder: Path) -> Path:
+    (folder / "other.json").write_text(json.dumps([{"instruction": "b", "output": "no"}]))
+    return folder / "other.json"
+
+
+def test_a_chat_keeps_its_turns_in_order() -> None:
+    found = format_conversation([("Hi", " Hello"), ("Who?", " Me")], "Sing.")
+    assert found.startswith(f"{START}. Write a response that appropriately completes the request.\n\n")
+    assert found.partition("request.\n\n")[2] == (
+        "### Instruction:\nHi\n\n### Response: Hello\n\n### Instruction:\nWho?\n\n### Response: Me\n\n"
+        "### Instruction:\nSing.\n\n### Response:"
+    )
+
+
+def test_fields_that_are_not_used_are_named_with_a_count(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = [
+        {**record, "system": "Be brief." if i % 2 else " ", "history": [["a", "b"]] if i == 3 else [], "id": None}
+        for i, record in enumerate(some(10))
+    ]
+    counts = task(model, records, tmp_path).data_report()
+    assert {name: n for name, n in counts.items() if "unused" in name} == {
+        "unused_field_system": 5,
+        "unused_field_history": 1,
+    }
+
+
+def test_unused_fields_of_every_record_its_own_do_not_fill_the_report(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records = [{**record, f"x{i}": "y", "system": "z"} for i, record in enumerate(some(30))]
+    counts = task(model, records, tmp_path).data_report()
+    assert counts["unused_field_system"] == 30
+    assert counts["unused_fields_more"] == 11
+    assert sum("unused" in name for name in counts) == 21
+
+
+def test_what_differs_in_white_space_only_is_the_same(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps([{"instruction": " Do\n3", "output": "b"}]))
+    counts = task(model, some(5), tmp_path, held_out_data=str(tmp_path / "dev.json")).data_report()
+    assert (counts["train"], counts["train_skipped_also_held_out"]) == (4, 1)
+
+
+def test_several_sources_are_read_in_order_and_counted(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    csv = tmp_path / "b.csv"
+    csv.write_text('instruction,output\nAdd 1,2\n"Say ""a, b""","a,\nb"\n')
+    (tmp_path / "a.json").write_text(json.dumps(some(3)))
+    inputs = TaskInputs(model=model, processor=byte_tokenizer(), data=(str(tmp_path / "a.json"), str(csv)))
+    t = Alpaca(inputs, AlpacaConfig(held_out_data=str(other(tmp_path))))
+    assert [example.response for example in t.train_examples] == ["yes", "yes", "yes", "2", "a,\nb"]
+    counts = t.data_report()
+    assert (counts["read"], counts["read_source_1"], counts["read_source_2"]) == (6, 3, 2)
+    assert inputs.sources == (str(tmp_path / "a.json"), str(csv))
+    with pytest.raises(ConfigError, match="reads one source; got 2"):
+        assert inputs.source
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("instruction,output\na,b,c\n", "record 1: the row has more cells than the header; beyond it are list"),
+        ("instruction\na\n", "record 1 has no field 'output'; it has instruction"),
+        (f'instruction,output\na,"{"x" * 140_000}"\n', "line 2 cannot be read as CSV: field larger than"),
+        ("instruction,output\n", "holds no records"),
+    ],
+)
+def test_tables_that_are_wrong(model: LlamaForCausalLM, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(DataError, match=says):
+        Alpaca(TaskInputs(model=model, processor=byte_tokenizer(), data=str(tmp_path / "bad.csv")), AlpacaConfig())
+
+
+def test_numbers_are_the_text_that_stands_for_them(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"instruction": i, "input": 0.5, "output": i + 1} for i in range(4)]
+    example = task(model, records, tmp_path).train_examples[0]
+    assert example.prompt in [format_prompt(str(i), "0.5") for i in range(4)]
+    assert example.response in "1234"
+    for wrong in (True, float("nan"), ["a"]):
+        with pytest.raises(DataError, match="'output' must be text"):
+            task(model, [{"instruction": "a", "output": wrong}], tmp_path)

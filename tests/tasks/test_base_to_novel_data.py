@@ -306,3 +306,13 @@ def test_classes_that_the_text_tower_cannot_tell_apart(names: tuple[str, str], m
         task(tmp_path / "data", processor=processor)
     labels = sorted(folder.name for folder in (tmp_path / "data").iterdir())
     assert task(tmp_path / "data", processor=processor, labels=labels).labels == labels  # a finished run's stay
+
+
+def test_labels_stay_with_their_images_after_one_that_cannot_be_read(tmp_path: Path) -> None:
+    folders(tmp_path / "train", classes=4, each=2)
+    folders(tmp_path / "test", classes=4, each=3, start=50)
+    (tmp_path / "test" / "kind_0" / "0.png").write_bytes(b"no image")
+    t = task(tmp_path, on_bad="skip")
+    for half, names in t.classes.items():
+        images, labels = t._tested[half]
+        assert [names[label] for label in labels] == [images.sources[i].parent.name for i in images.kept]

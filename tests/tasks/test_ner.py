@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,8 +22,9 @@ from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
-from zinit.tasks.ner.sentences import read_sentences
+from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.task import TokenClassification, TokenClassificationConfig
+from zinit.tasks.ner.windows import make_windows
 from zinit.train.strategy import make_accelerator
 
 COLUMNS = """-DOCSTART- -X- -X- O
@@ -328,3 +331,79 @@ def test_a_whole_run_learns(tmp_path: Path) -> None:
     assert evaluate_run(tmp_path / "run", data=fewer)["counts"]["words"] == 2
     with pytest.raises(DataError, match="the tag 'B-MISC' of the token 'x' is not among the labels O, B-LOC, B-PER"):
         evaluate_run(tmp_path / "run", data=write(tmp_path / "more.json", [{"tokens": ["x"], "ner_tags": ["B-MISC"]}]))
+
+
+def test_comments_are_no_tokens_and_the_wrong_line_is_named(tmp_path: Path) -> None:
+    text = "# sent_id = 1\n#begin document (x); part 0\nAda B-PER\n# O\nslept O\n\n#\n#Oslo B-LOC\n#end document\n"
+    skipped: Counter[str] = Counter()
+    sentences, _ = read_sentences(
+        write(tmp_path / "a.txt", text), columns=(0, -1), fields=("tokens", "ner_tags"), labels=None, skipped=skipped
+    )
+    assert [sentence.tokens for sentence in sentences] == [("Ada", "#", "slept"), ("#Oslo",)]
+    assert skipped == {"skipped_comments": 4}
+    assert make(tmp_path, text * 3).data_report()["skipped_comments"] == 12
+    with pytest.raises(DataError, match=r"line 2 has 3 columns, those before it have 2: .*They begin in line 1"):
+        read(write(tmp_path / "b.txt", "a O\nAda NNP B-PER\n"))
+
+
+def test_bilou_tags_are_those_of_iobes(tmp_path: Path) -> None:
+    text = "Ada B-PER\nKing I-PER\nLovelace L-PER\nsaw O\nOslo U-LOC\n"
+    assert read(write(tmp_path / "a.txt", text))[0][0].tags == ("B-PER", "I-PER", "E-PER", "O", "S-LOC")
+    config = ["O", "B-PER", "I-PER", "L-PER", "U-LOC"]
+    numbers = [{"tokens": ["Ada", "Lovelace", str(i)], "ner_tags": [1, 3, 0]} for i in range(5)]
+    data = write(tmp_path / "numbers.json", numbers)
+    inputs = TaskInputs(model=tiny_encoder(), processor=encoder_tokenizer(), data=data)
+    task = TokenClassification(inputs, TokenClassificationConfig(max_length=64, stride=8, labels=tuple(config)))
+    assert task.labels == ["O", "B-PER", "I-PER", "E-PER", "S-LOC"]
+    assert {tags for sentence in task.held_out_sentences for tags in sentence.tags} == {"O", "B-PER", "E-PER"}
+
+
+def test_tables_and_numbers_as_tokens(tmp_path: Path) -> None:
+    table = write(tmp_path / "a.csv", "tokens,ner_tags\nAda slept,B-PER O\n")
+    records = write(tmp_path / "a.json", [{"tokens": ["In", 1999, 0.5], "ner_tags": ["O", "O", "O"]}])
+    assert [sentence.tokens for sentence in read(table)[0]] == [("Ada", "slept")]
+    assert [sentence.tokens for sentence in read(records)[0]] == [("In", "1999", "0.5")]
+
+
+def test_several_sources_are_read_in_order_and_counted(tmp_path: Path) -> None:
+    files = tuple(write(tmp_path / f"{i}.json", rows(20)[i::2]) for i in range(2))
+    dev = write(tmp_path / "dev.json", rows(25)[20:])
+    inputs = TaskInputs(model=tiny_encoder(), processor=encoder_tokenizer(), data=files)
+    task = TokenClassification(inputs, TokenClassificationConfig(max_length=64, stride=8, held_out_data=dev))
+    counts = task.data_report()
+    assert (counts["read"], counts["train"], counts["read_source_1"], counts["read_source_2"]) == (25, 20, 10, 10)
+
+
+@pytest.mark.parametrize(("words", "max_length", "stride"), [(1, 12, 3), (40, 12, 0), (90, 12, 7), (300, 40, 35)])
+def test_a_words_window_is_that_of_a_search_over_all(words: int, max_length: int, stride: int) -> None:
+    draw = np.random.default_rng(words)
+    tokens = tuple("x" * int(draw.integers(1, 6)) for _ in range(words))
+    sentence = Sentence(tokens=tokens, tags=("O",) * words, where="")
+    made = make_windows(
+        encoder_tokenizer(), sentence, np.zeros(words, dtype=np.int64), place=0, max_length=max_length, stride=stride
+    )
+    first = np.cumsum([0, *(len(token) + 1 for token in tokens[:-1])])
+    room, count = max_length - 2, sum(map(len, tokens)) + words - 1
+    begins = np.arange(0, max(1, count - stride), room - stride)
+    lasts = np.minimum(begins + room, count) - 1
+    expected = np.argmax(np.minimum(first[:, None] - begins, lasts - first[:, None]), axis=1)
+    whole = encoder_tokenizer()(" ".join(tokens))["input_ids"][1:-1]
+    used = sorted(set(expected.tolist()))
+    assert [sorted(window.words.tolist()) for window in made] == [
+        np.flatnonzero(expected == number).tolist() for number in used
+    ]
+    assert [window.ids[1:-1].tolist() for window in made] == [whole[begins[n] : lasts[n] + 1] for n in used]
+
+
+def test_memory_of_a_long_sentence_grows_with_its_length() -> None:
+    """A file without blank lines is one sentence: words x windows would be 12 GB here."""
+    words = 40_000
+    sentence = Sentence(tokens=("a",) * words, tags=("O",) * words, where="")
+    tokenizer, labels = encoder_tokenizer(), np.zeros(words, dtype=np.int64)
+    tracemalloc.start()
+    try:
+        made = make_windows(tokenizer, sentence, labels, place=0, max_length=12, stride=2)
+        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert sum(len(window.words) for window in made) == words

@@ -212,3 +212,16 @@ def test_presets_hold_the_published_recipes(name: str) -> None:
     else:
         assert recipe == {"3": (11, 30, 16, 3e-2), "4": (144, 80, 32, 6e-2)}[name[-1]]
         assert config.options.max_length == {"3": 152, "4": 128}[name[-1]]
+
+
+def test_an_answer_is_given_where_no_answer_is_better_by_the_threshold_exactly(tmp_path: Path) -> None:
+    dev = write(tmp_path / "dev.json", document(8))
+    task = make(tmp_path, document(30), held_out_data=dev)
+    torch.nn.init.normal_(task.head.weight, std=0.3)
+    task.evaluate(make_accelerator(TrainConfig()))
+    key, odds = sorted(task.null_odds.items(), key=lambda pair: pair[1])[3]
+    for threshold, given in ((odds, True), (np.nextafter(odds, -np.inf), False)):
+        task.config = replace(task.config, null_threshold=float(threshold))
+        task.evaluate(make_accelerator(TrainConfig()))
+        assert task.null_odds[key] == odds
+        assert bool(task.predictions[key]) == given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def broken(**change: Any) -> dict[str, Any]:
         (broken(is_impossible=True), "marked as impossible, but has the answer 'house 1'"),
         (broken(is_impossible="no"), "'is_impossible' must be true or false; got str"),
         (broken(id="q0"), "question 'q0': its id is not unique, paragraph 1 of 'Street' has it too"),
-        (broken(id=7), "paragraph 2 of 'Street': the field 'id' must be text; got int 7"),
+        (broken(id=[7]), "paragraph 2 of 'Street': the field 'id' must be text; got list"),
         (broken(question=None), "question 'q1': the field 'question' must be text"),
         (broken(question="\ud800"), "half of a surrogate pair"),
         ({"data": [{"title": "T", "paragraphs": [{"context": " ", "qas": []}]}]}, "the context is empty"),
@@ -241,3 +242,92 @@ def test_a_blind_test_set_is_answered_and_not_measured(tmp_path: Path) -> None:
     write(tmp_path / "blind.json", half)
     with pytest.raises(DataError, match=r"'q1' has answers, but those before it have none\. Give all"):
         Squad(TaskInputs(**inputs, train=False), config)
+
+
+def test_whole_numbers_are_plain_whatever_their_type(tmp_path: Path) -> None:
+    content = broken(id=7)
+    answer = content["data"][0]["paragraphs"][1]["qas"][0]["answers"][0]
+    start, answer["answer_start"] = answer["answer_start"], float(answer["answer_start"])
+    question = read_questions(write(tmp_path / "a.json", content))[0][1]
+    assert (question.id, question.starts) == ("7", (start,))
+    for wrong in (0.5, True, None, float("inf")):
+        answer["answer_start"] = wrong
+        with pytest.raises(DataError, match="'answer_start' must be a whole number"):
+            read_questions(write(tmp_path / "a.json", content))
+
+
+def test_tables_hold_answers_as_json(tmp_path: Path) -> None:
+    official, _ = parse_questions(document(), "official")
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "context", "question", "answers", "is_impossible"])
+        for q in official:
+            answers = [{"text": t, "answer_start": s} for t, s in zip(q.answers, q.starts, strict=True)]
+            table.writerow([q.id, q.context, q.text, json.dumps(answers) if answers else "", str(not answers)])
+    assert read_questions(str(tmp_path / "rows.csv")) == (official, 0)
+    write(tmp_path / "bad.csv", "id,context,question,answers\n1,a b,c?,[a\n")
+    with pytest.raises(DataError, match=r"expected a list of answers; got str .*, which is no JSON"):
+        read_questions(str(tmp_path / "bad.csv"))
+
+
+def test_several_sources_have_ids_of_their_own(tmp_path: Path) -> None:
+    first, second = document(6), document(6)
+    models: dict[str, Any] = {"model": tiny_encoder(), "processor": encoder_tokenizer()}
+    files = (write(tmp_path / "a.json", first), write(tmp_path / "b.json", second))
+    with pytest.raises(DataError, match=r"b\.json, .*question 'q0': its id is not unique, .*a\.json, paragraph 1"):
+        Squad(TaskInputs(**models, data=files), SquadConfig(max_length=256))
+    for paragraph in second["data"][0]["paragraphs"]:
+        paragraph["context"] += " Again."
+        for question in paragraph["qas"]:
+            question["id"] += "b"
+    files = (files[0], write(tmp_path / "b.json", second))
+    counts = Squad(TaskInputs(**models, data=files), SquadConfig(max_length=256)).data_report()
+    assert (counts["read"], counts["read_source_1"], counts["read_source_2"]) == (18, 9, 9)
+    assert counts["train"] + counts["held_out"] == 18
+
+
+# What the files of ../shared show, on documents of our own: a clone has them.
+
+
+def test_every_form_of_the_format_is_read_whole(tmp_path: Path) -> None:
+    flat = [
+        {"id": "a", "question": "Where?", "context": "Ada lives in Oslo.",
+         "answers": {"text": ["Oslo", "in Oslo"], "answer_start": [13, 10]}},
+        {"id": "b", "question": "Who?", "context": "Ada lives in Oslo.", "is_impossible": True,
+         "answers": {"text": [], "answer_start": []}},
+        {"id": "c", "question": "Who?", "context": "Ada lives in Oslo.", "is_impossible": True},
+    ]  # fmt: skip
+    official = document(3)
+    del official["version"]
+    for content, count, unanswerable in (
+        ({"version": 2.0, "data": flat}, 3, 2),
+        (flat, 3, 2),
+        (official, 4, 1),
+        (document(3, unanswerable=False), 3, 0),
+    ):
+        questions, skipped = read_questions(write(tmp_path / "data.json", content))
+        assert (len(questions), skipped) == (count, 0)
+        assert sum(not question.answers for question in questions) == unanswerable
+        for question in questions:
+            assert len(question.answers) == len(question.starts)
+            for answer, start in zip(question.answers, question.starts, strict=True):
+                assert question.context[start : start + len(answer)] == answer
+    assert read_questions(write(tmp_path / "data.json", flat))[0][0].answers == ("Oslo", "in Oslo")
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "message"),
+    [
+        ("10", 0, r"the answer '10' is not at answer_start 0: 'Be' is there. It occurs at 11. Correct it"),
+        ("11", 11, r"the answer '11' is not at answer_start 11: '10' is there. It occurs nowhere in the context. "
+                   r"Correct it, or leave such questions out: -o task.on_bad=skip"),
+        ("10 inhabitants!", 11, r"is not at answer_start 11: '10 inhabitants\.' is there"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_not_where_the_data_says(tmp_path: Path, text: str, start: int, message: str) -> None:
+    asked = {"id": "5ad3", "question": "How many?", "answers": [{"text": text, "answer_start": start}]}
+    content = {"data": [{"title": "Test", "paragraphs": [{"context": "Berlin has 10 inhabitants.", "qas": [asked]}]}]}
+    with pytest.raises(DataError, match=rf"bad\.json, paragraph 1 of 'Test', question '5ad3': {message}"):
+        read_questions(write(tmp_path / "bad.json", content))
+    with pytest.raises(DataError, match="holds no questions; 1 were left out as bad"):
+        read_questions(write(tmp_path / "bad.json", content), skip_bad=True)

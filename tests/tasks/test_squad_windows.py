@@ -160,3 +160,34 @@ def test_white_space_is_no_answer(trim: bool) -> None:
         scores[window.first + place] = 9.0 if character == " " else ord(character) - ord("a")
     span = best_answer(context, made.items, [scores], n_best=20, max_answer=30)
     assert (span.text, span.score) == ("c", 4.0)
+
+
+CONTEXTS = (  # answers in brackets: several in a context, in several scripts, beside punctuation and inside of words
+    "Die [Straße] nach «[Köln]» ist [17,5 km] lang (und [nachts] gesperrt).",
+    "[上海]位于中国东部、人口约[2487万]。市花是[白玉兰]。",
+    "[Émile Zola] wrote “[Germinal]” in [1885]. It is [Zola]'s thirteenth of [twenty] novels.",
+)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("marked", CONTEXTS)
+def test_gold_scores_of_own_texts_decode_to_gold_answers(marked: str, trim: bool) -> None:
+    """As `test_gold_scores_decode_to_gold_answers` does with data that a clone lacks; windows hold a part each."""
+    context = marked.replace("[", "").replace("]", "")
+    questions = []
+    for number, piece in enumerate(marked.split("[")[1:]):
+        before = "[".join(marked.split("[")[: number + 1])
+        start = len(before.replace("[", "").replace("]", ""))
+        answer = piece.partition("]")[0]
+        assert context[start : start + len(answer)] == answer
+        questions.append(Question(id=str(number), text="What?", context=context, answers=(answer,), starts=(start,)))
+    made = make_windows(encoder_tokenizer(trim=trim), questions, max_length=60, stride=24, max_question=8, types=False)
+    assert made.unreachable == 0
+    for index, question in enumerate(questions):
+        windows = [window for window in made.items if window.question == index]
+        assert len(windows) > 1
+        gold = [np.zeros((len(window.ids), 2)) for window in windows]
+        for window, scores in zip(windows, gold, strict=True):
+            scores[window.start, 0] = scores[window.end, 1] = 9.0
+        span = best_answer(context, windows, gold, n_best=20, max_answer=60)
+        assert (span.text, span.score) == (question.answers[0], 18.0)

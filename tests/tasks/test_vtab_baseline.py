@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from tests.tasks.vit import make_image, save_tiny, save_vtab, task
 from zinit.cli import main
@@ -17,6 +18,7 @@ from zinit.config import PrefixConfig, TrainConfig
 from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.train import train_run
+from zinit.tasks._linear_probe import solve_head
 from zinit.tasks.vtab.task import VTABConfig
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import make_accelerator
@@ -106,3 +108,26 @@ def test_a_baseline_that_was_not_kept_is_left_out(
         main()
     assert not end.value.code
     assert "base: left out, as the run has not kept what it takes" in capsys.readouterr().out
+
+
+def test_features_are_taken_in_evaluation_mode(tmp_path: Path) -> None:
+    found = task(save_vtab(tmp_path / "kitti"), drop_path=0.9)
+    found.train()
+    first = found.features(found.train_stream)
+    found.train()
+    assert torch.equal(found.features(found.train_stream), first)
+    found.eval()
+    with torch.no_grad():
+        images = found.collate(found.train_stream, range(len(found.train_stream)))["images"]
+        torch.testing.assert_close(found._pooled(images), first)
+
+
+@pytest.mark.parametrize("present", [(0, 2), (1,), (0, 1, 3)])
+def test_a_class_without_training_images_is_never_predicted(present: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = [present[i % len(present)] for i in range(30)]
+    features = torch.randn(30, 5, generator=generator) + torch.tensor(labels)[:, None]
+    head = nn.Linear(5, 4)
+    solve_head(head, features, labels)
+    far = 100 * torch.randn(500, 5, generator=generator)
+    assert set(head(far).argmax(dim=1).tolist()) <= set(present)

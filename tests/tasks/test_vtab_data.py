@@ -259,3 +259,28 @@ def test_real_mnist(tmp_path: Path, on_bad: str) -> None:
     assert sorted(e.label for e in table.train_examples) == sorted(e.label for e in folders.train_examples)
     example = next(e for e in table.train_examples if str(e.image).endswith("train/0/28325.png"))
     assert example.label == "0"
+
+
+def test_labels_stay_with_their_images_after_one_that_cannot_be_read(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", 4)
+    save_classes(tmp_path / "test", 3, start=5)
+    for part in ("train", "test"):
+        (tmp_path / part / "cat" / "0.png").write_bytes(b"no image")
+    found = task(tmp_path, on_bad="skip")
+    for stream, examples in (
+        (found.train_stream, found.train_examples),
+        (found.held_out_stream, found.held_out_examples),
+    ):
+        labels = found.collate(stream, range(len(stream)))["labels"].tolist()
+        assert [found.classes[label] for label in labels] == [path.image.parent.name for path in examples]
+        expected = torch.stack([task_pixels(Image.open(example.image)) for example in examples])
+        assert torch.equal(found.collate(stream, range(len(stream)))["images"], expected)
+
+
+def test_an_image_of_both_lists_is_not_trained_on(tmp_path: Path) -> None:
+    root = save_vtab(tmp_path / "kitti")
+    with (root / "train800val200.txt").open("a") as file:
+        file.write("images/test/000002.png 2\n")
+    found = task(root)
+    assert balanced(found)["train_skipped_also_held_out"] == 1
+    assert not {e.image for e in found.train_examples} & {e.image for e in found.held_out_examples}

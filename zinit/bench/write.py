@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from zinit.bench.page import page
 from zinit.bench.plan import Benchmark
 from zinit.bench.summary import Row, aggregates, curves, summarise, table
+from zinit.errors import printable
 from zinit.files import write_atomically
 from zinit.runs.directory import write_json
 
@@ -43,13 +45,14 @@ def as_csv(rows: list[Row]) -> str:
     for row in rows:
         plain = {**row.to_dict(), "vary": json.dumps(row.vary), "seeds": " ".join(map(str, row.values))}
         plain |= {name: json.dumps(plain[name]) for name in ("losses", "rates")}
-        writer.writerow([plain[name] for name in CSV_COLUMNS])
+        cells = (plain[name] for name in CSV_COLUMNS)
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()
 
 
 def as_markdown(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]]) -> str:
     """All tables and notes as Markdown."""
-    parts = ["# zinit bench", benchmark.description]
+    parts = ["# zinit bench", _markdown(benchmark.description)]
     if benchmark.demo:
         parts.append(
             "**Demo figures**: tiny models and data that are embedded in zinit. They say nothing about the paper's "
@@ -58,12 +61,23 @@ def as_markdown(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str
     for experiment in benchmark.experiments:
         own = [row for row in rows if row.experiment == experiment.name]
         header, lines = table(own)
-        parts += [f"## {experiment.name}", experiment.note]
+        parts += [f"## {_in_line(experiment.name)}", _markdown(experiment.note)]
         parts.append("\n".join([_line(header), _line(["---"] * len(header)), *map(_line, lines)]))
-        parts += [f"* {note}" for note in notes.get(experiment.name, [])]
-        parts += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
+        parts += [f"* {_in_line(note)}" for note in notes.get(experiment.name, [])]
+        parts += [f"* {_in_line(f'{row.method}: not possible here: {row.problem}')}" for row in own if row.problem]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    escaped = (_in_line(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def _markdown(text: str) -> str:
+    """Markdown that holds no HTML and no control character."""
+    return html.escape(printable(text), quote=False)
+
+
+def _in_line(text: str) -> str:
+    """The same on one line."""
+    return " ".join(_markdown(text).split())

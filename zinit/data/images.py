@@ -81,7 +81,9 @@ def read_with_orientation(source: ImageSource, *, max_pixels: int = MAX_PIXELS) 
     if isinstance(source, Image.Image):
         return _rgb(source), False
     if isinstance(source, Path) and not is_file(source):
-        raise DataError(f"there is no image {source}." if not source.exists() else f"{source} is no regular file.")
+        raise DataError(
+            f"there is no image {source}." if not os.path.exists(source) else f"{source} is no regular file."
+        )
     with parsing(f"{source} is damaged or truncated", DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
         with _open(source) as image:
@@ -254,8 +256,8 @@ class Images(Sequence[Tensor]):
             self.digests.append(digest)
             self.turned += turned
             decoded = self._to_tensor(image)
-            if room >= decoded.numel():
-                room -= decoded.numel()
+            room -= decoded.numel()
+            if room >= 0:  # the first that does not fit ends it: `_decoded` holds the first of `kept`
                 self._decoded.append(decoded)
             progress(position + 1)
 

@@ -60,6 +60,16 @@ def unused_fields(record: Mapping[Any, Any], used: Sequence[str]) -> list[str]:
     return [f"unused_field_{name}" for name, value in record.items() if name not in used and _has_content(value)]
 
 
+def same_text(*texts: str) -> tuple[str, ...]:
+    """Texts by their words: what differs in white space only is the same."""
+    return tuple(" ".join(text.split()) for text in texts)
+
+
+def count_sources(read: Sequence[Sequence[Any]]) -> dict[str, int]:
+    """How many examples came from each of several sources, for a report; nothing for one."""
+    return {f"read_source_{i}": len(found) for i, found in enumerate(read, start=1)} if len(read) > 1 else {}
+
+
 def most_unused(unused: Counter[str]) -> dict[str, int]:
     """The most frequent unused fields, and how many others there are: a file may give every record its own."""
     report = dict(unused.most_common(MOST_UNUSED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,7 @@ def _check_arguments(source_format: str, target_format: str, destination: str | 
     for chosen in (source_format, target_format):
         if chosen != OWN and chosen not in FORMATS:
             raise ConfigError(f"no adapter format named {chosen!r}.{did_you_mean(chosen, [OWN, *FORMATS])}")
-    if Path(destination).exists() and not force:
+    if os.path.exists(destination) and not force:
         raise ConfigError(f"{destination} exists already. Choose another destination, or pass force to overwrite it.")
 
 

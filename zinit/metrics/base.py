@@ -18,9 +18,11 @@ class TextMetric(evaluate.Metric):
 
     Attributes:
         score: ``score(prediction, reference, **options) -> float``, 0 to 1; a metric is this one method.
+        higher_is_better: the direction of its figures; every metric declares it.
     """
 
     score: Callable[..., float]
+    higher_is_better: bool
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)

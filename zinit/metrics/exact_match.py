@@ -13,6 +13,8 @@ class ExactMatch(TextMetric):
         {'exact_match': 0.5}
     """
 
+    higher_is_better = True
+
     def score(self, prediction: str, reference: str, *, ignore_case: bool = False) -> float:
         """1.0 or 0.0.
 

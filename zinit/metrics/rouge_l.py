@@ -22,6 +22,8 @@ class RougeL(TextMetric):
         {'rouge_l': 0.857...}
     """
 
+    higher_is_better = True
+
     def score(self, prediction: str, reference: str, *, tokens: str = "ascii", use_stemmer: bool = False) -> float:
         """The F-measure of one pair.
 

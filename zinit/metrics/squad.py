@@ -82,6 +82,7 @@ class Squad(TextMetric):
         {'exact_match': 100.0, 'f1': 100.0}
     """
 
+    higher_is_better = True
     _empty_matches = False
 
     def _info(self) -> evaluate.MetricInfo:

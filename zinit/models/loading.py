@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zinit.errors import BackboneError, first_line
+from zinit.files import is_file, is_folder, local_path, read_json
 from zinit.models import quantization
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -247,8 +248,8 @@ def load_on_meta(source: str | Path, *, revision: str | None = None) -> nn.Modul
 
 def _timm_name(source: str) -> str | None:
     """The name under which timm creates a model; None if it is not a timm model."""
-    if (file := Path(source) / "config.json").is_file():  # a timm folder names its architecture
-        return f"local-dir:{source}" if "architecture" in json.loads(file.read_text(encoding="utf-8")) else None
+    if is_file(file := Path(source) / "config.json"):  # a timm folder names its architecture
+        return f"local-dir:{source}" if "architecture" in read_json(file, BackboneError) else None
     if "/" in source:
         return None
     import timm
@@ -262,13 +263,13 @@ def model_source(source: str | Path) -> str:
     Raises:
         BackboneError: if it is a path that holds no model.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    path = local_path(source)
+    if is_folder(path):
+        if not is_file(path / "config.json"):
             raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
         return str(path)
     text = str(source)
-    if path.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if is_file(path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
     return text
 
@@ -276,4 +277,4 @@ def model_source(source: str | Path) -> str:
 def reason(source: str | Path, error: BaseException) -> str:
     """Why a model could not be loaded; if there is no such folder, the message starts with that."""
     line = first_line(error)
-    return line if Path(source).exists() else f"there is no folder of that name, and the Hub did not give it: {line}"
+    return line if os.path.exists(source) else f"there is no folder of that name, and the Hub did not give it: {line}"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zinit.errors import BackboneError, first_line
-from zinit.files import is_lfs_pointer
+from zinit.files import is_file, is_folder, is_lfs_pointer, local_path
 from zinit.models import quantization
 from zinit.models.loading import Loading, model_source
 
@@ -56,13 +56,13 @@ def _create(source: str, revision: str | None) -> Any:
     """The model with its weights, in the dtype they are stored in."""
     import timm
 
-    path = Path(source.removeprefix("local-dir:")).expanduser()
+    path = local_path(source.removeprefix("local-dir:"))
     name, _, file = source.partition(":")
-    if path.is_dir() or source.startswith("local-dir:"):
+    if is_folder(path) or source.startswith("local-dir:"):
         model = timm.create_model(f"local-dir:{model_source(path)}", num_classes=0)
         _load_weights(model, _weights_in(path))
         return model
-    if path.is_file() or (path.suffix in WEIGHTS and not file):
+    if is_file(path) or (path.suffix in WEIGHTS and not file):
         raise BackboneError(f"{source} is a file of weights; say of which model: vit_base_patch16_224:{source}")
     if name in ("hf-hub", "hf_hub") or ("/" in source and not file):
         return timm.create_model(_on_hub(file or model_source(source), revision), pretrained=True, num_classes=0)
@@ -74,7 +74,7 @@ def _create(source: str, revision: str | None) -> Any:
         )
     if file:
         model = timm.create_model(name, num_classes=0)
-        _load_weights(model, Path(file).expanduser())
+        _load_weights(model, local_path(file))
         return model
     on_hub = source if revision is None else _on_hub(f"timm/{source}", revision)
     return timm.create_model(on_hub, pretrained=True, num_classes=0)
@@ -99,7 +99,7 @@ def _load_weights(model: Any, file: Path) -> None:
     timm would stretch one model's patches over another's and ignore surplus layers; here both are errors. Position
     embeddings are resampled where the image size differs, as intended.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise BackboneError(f"there is no file of weights {file}.")
     if is_lfs_pointer(file):
         raise BackboneError(f"{file} is a Git LFS pointer, not the weights. Fetch the file with 'git lfs pull'.")

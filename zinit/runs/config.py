@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
 
 from zinit.compat import modern_settings
 from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, setting_names
@@ -69,7 +71,8 @@ class RunConfig(JsonConfig):
         task: registered name.
         model: folder or Hub id; None is the backbone's embedded demo.
         revision: of the model on the Hub.
-        data: file, folder or Hub id; None is the task's embedded demo data.
+        data: file, folder or Hub id, or a list of several for tasks that read several; None is the task's embedded
+            demo data.
         seed: of the prompts' start, the split and the order of the examples.
         dtype: of the frozen model; "auto" is bfloat16 on a GPU, float32 on a CPU.
         quantize: hold the frozen model's matrices in 8 or 4 bits ("bnb-8bit", "bnb-4bit", "torchao-int8"); None does
@@ -88,7 +91,7 @@ class RunConfig(JsonConfig):
     task: str
     model: str | None = None
     revision: str | None = None
-    data: str | None = None
+    data: str | Annotated[tuple[str, ...], MinLen(1)] | None = None
     seed: Seed = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize | None = None
@@ -107,6 +110,13 @@ class RunConfig(JsonConfig):
                 chosen = section.settings_class(getattr(self, name))
                 object.__setattr__(self, section.attribute, chosen.from_dict({}))
         self._check_parts()
+        if isinstance(self.data, tuple):
+            if len(self.data) > 1 and not TASKS.get(self.task).reads_several:
+                raise ConfigError(
+                    f"the task {self.task!r} reads one source of data; got {len(self.data)}: {', '.join(self.data)}. "
+                    f"Put them into one folder, and name that."
+                )
+            object.__setattr__(self, "data", self.data if len(self.data) > 1 else self.data[0])
         self._check_memory()
 
     def _check_parts(self) -> None:

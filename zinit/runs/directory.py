@@ -15,7 +15,7 @@ from torch import nn
 from zinit.config import to_json
 from zinit.distributed import launched_rank
 from zinit.errors import CheckpointError, ConfigError
-from zinit.files import check_tensors, claim, is_ours, made_folder, write_atomically
+from zinit.files import check_tensors, claim, is_file, is_folder, is_ours, made_folder, write_atomically
 from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, Record
 from zinit.train.checkpoint import resume_command, tidy
@@ -36,8 +36,8 @@ def read_run(directory: str | Path) -> tuple[RunConfig, Record]:
         CheckpointError: if the folder holds no run.
     """
     path = Path(directory) / RECORD
-    if not path.is_file():
-        killed = Path(directory).is_dir() and all(is_ours(file.name) for file in Path(directory).iterdir())
+    if not is_file(path):
+        killed = is_folder(directory) and all(is_ours(file.name) for file in Path(directory).iterdir())
         expected = (
             "A run that was stopped before it began is started again by its own command, without --resume"
             if killed

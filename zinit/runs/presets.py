@@ -9,6 +9,7 @@ from typing import Any
 
 from zinit.compat import modern_settings
 from zinit.errors import ConfigError, first_line
+from zinit.files import parsing
 from zinit.registry import did_you_mean
 
 PRESETS = resources.files("zinit.runs") / "presets"
@@ -64,12 +65,12 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is missing or not TOML, or gives a setting under its old name and its new one.
     """
+    with parsing(f"the config file {path} cannot be read", ConfigError):
+        text = Path(path).read_bytes()
+    with parsing(f"the config file {path} is not valid TOML", ConfigError):
+        values = parse_toml(text.decode())
     try:
-        return modern_settings(parse_toml(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from error
+        return modern_settings(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -6,7 +6,6 @@ Both are written by the run and read by resuming, evaluation, the report and the
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from zinit.compat import modern_results
+from zinit.errors import CheckpointError
+from zinit.files import read_json
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
 RECORD, RESULTS = "run.json", "metrics.json"
@@ -146,12 +147,12 @@ class Results:
         """The results of a run; empty if there are none, or a kill tore the file."""
         try:
             return cls.from_dict(_read_json(directory / RESULTS))
-        except (OSError, ValueError):
+        except (CheckpointError, ValueError):
             return cls()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read_json(path, CheckpointError, "Restore it, or start a new run in another folder.")
     if not isinstance(document, dict):
         raise ValueError(f"it holds {type(document).__name__}, not named values")
     return document

@@ -17,6 +17,8 @@ from zinit.runs import plots
 from zinit.runs.command import command_of
 from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, RESULTS, Record, Results
+from zinit.tasks import TASKS
+from zinit.tasks.base import Task
 from zinit.train.events import Ended, Evaluated, Event, Gates, PlanMade, Resumed, Step, Stopped, number, read_log
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ CURVES = {
 }
 RECORDED = ("loss", "examples", "seconds", *CURVES)  # of a step
 NO_CURVE = ("epoch", "loss", "count", "seconds")
-LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "rouge_l", "accuracy", "f1")
 PICTURE = "data:image/jpeg;base64,"  # how what `zinit.data.images.thumbnail` makes begins: nothing else is shown
 NEGATIVE, POSITIVE = (0.16, 0.47, 0.84), (0.90, 0.38, 0.08)  # gates
 DEPTH = ["#3987e5", "#b07cc6", "#e8743b"]  # layers, lowest to topmost; readable on white and on black
@@ -117,7 +118,8 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
     """The page as HTML."""
     with plots.style():
         curves, gates = _curves(log), _gates(log)
-    models, rows = _table(results)
+    task: type[Task] = TASKS.get(record.task) if record.task in TASKS else Task
+    models, rows = _table(results, task)
     unset = vars(Record())
     settings = {name: value for name, value in record.to_dict().items() if value != unset[name]}
     return plots.render(
@@ -130,7 +132,7 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
         notes=notes,
         models=models,
         rows=rows,
-        better=dict.fromkeys(LOWER_IS_BETTER, "lower") | dict.fromkeys(HIGHER_IS_BETTER, "higher"),
+        better={name: way for name, *_ in rows if (way := task.direction(name))},
         counts=_dictionary(results.counts),
         curves=curves,
         gates=gates,
@@ -178,7 +180,7 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _table(results: Results) -> tuple[list[str], list[tuple[str, list[Any], float | None, Any]]]:
+def _table(results: Results, task: type[Task]) -> tuple[list[str], list[tuple[str, list[Any], float | None, Any]]]:
     """The evaluated models, the base first; per metric its name, values, adapted minus base, and sample count.
 
     The loss is over all that was held out; answers may have been generated for a part of it.
@@ -188,7 +190,7 @@ def _table(results: Results) -> tuple[list[str], list[tuple[str, list[Any], floa
     models, rows = sorted(metrics, key=lambda name: (name != "base", name)), []
     for name in dict.fromkeys(name for model in models for name in metrics[model]):
         change = number(metrics.get("adapted", {}).get(name)) - number(metrics.get("base", {}).get(name))
-        part = ("held_out", "evaluated") if name in LOWER_IS_BETTER else ("evaluated", "answered", "held_out")
+        part = ("held_out", "evaluated") if task.direction(name) == "lower" else ("evaluated", "answered", "held_out")
         examples = next((counts[key] for key in part if key in counts), None)
         values = [metrics[model].get(name) for model in models]
         rows.append((name, values, None if math.isnan(change) else change, examples))

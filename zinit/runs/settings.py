@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
+from zinit.files import is_file, local_path
 from zinit.methods import METHODS
 from zinit.methods.rates import shares_rates
 from zinit.registry import did_you_mean
@@ -18,7 +20,7 @@ from zinit.tasks import TASKS
 from zinit.validation import shown
 
 RATES = ("learning_rate", "min_learning_rate", "rates")  # settings of [train] that are right for one method only
-TEXTS = ("preset", "backbone", "model", "data")  # of a config file, which are looked at before all is checked
+TEXTS = ("preset", "backbone", "model")  # of a config file, which are looked at before all is checked
 
 
 def resolve(
@@ -26,7 +28,7 @@ def resolve(
     backbone: str | None = None,
     task: str | None = None,
     model: str | None = None,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     preset: str | None = None,
     config_file: str | None = None,
     seed: int | None = None,
@@ -40,7 +42,7 @@ def resolve(
         backbone: see `RunConfig`; task, model, data and seed alike.
         task: default: the backbone's own.
         model: folder or Hub id.
-        data: file, folder or Hub id.
+        data: file, folder or Hub id, or several.
         preset: ``alpaca/llama-7b``, or ``llama-7b`` for the task at hand.
         config_file: TOML.
         seed: for everything random.
@@ -100,7 +102,7 @@ def override(
     config: RunConfig,
     *,
     model: str | None = None,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     seed: int | None = None,
     options: Iterable[str] = (),
 ) -> RunConfig:
@@ -109,7 +111,7 @@ def override(
     Args:
         config: as saved.
         model: see `RunConfig`; data and seed alike.
-        data: file, folder or Hub id.
+        data: file, folder or Hub id, or several.
         seed: for everything random.
         options: see `resolve`.
     """
@@ -119,15 +121,21 @@ def override(
 
 
 def absolute_path(source: Any) -> Any:
-    """A local path in full (links kept), so that a run can be used from any folder; anything else as it is."""
+    """A local path in full (links kept), so that a run can be used from any folder; anything else as it is.
+
+    Args:
+        source: a path, or a list of them.
+    """
+    if isinstance(source, list | tuple):
+        return [absolute_path(one) for one in source]
     if not isinstance(source, str) or not source:
         return source
-    if Path(source).expanduser().exists():
-        return str(Path(source).expanduser().absolute())
+    if os.path.exists(local_path(source)):
+        return str(local_path(source).absolute())
     # A model's name with a file of weights, see `zinit.models.timm.load_timm`.
     name, colon, file = source.partition(":")
-    if colon and Path(file).suffix and Path(file).expanduser().is_file():
-        return f"{name}:{Path(file).expanduser().absolute()}"
+    if colon and Path(file).suffix and is_file(local_path(file)):
+        return f"{name}:{local_path(file).absolute()}"
     return source
 
 
@@ -152,7 +160,7 @@ def _check_preset(preset: str | None) -> None:
     known = {*names, *(name.partition("/")[2] for name in names)}
     if preset is None or preset in known:
         return
-    if Path(preset).expanduser().is_file():
+    if is_file(local_path(preset)):
         raise ConfigError(
             f"--preset takes a name ('zinit ls presets'), and {preset!r} is a file. Pass a file of your own with "
             f"--config {preset}."
@@ -228,5 +236,5 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
         task["held_out_data"] = absolute_path(task["held_out_data"])
     train = values.get("train", {})
     if isinstance(folder := train.get("activation_cache"), str) and folder:  # it may not exist yet
-        train["activation_cache"] = str(Path(folder).expanduser().absolute())
+        train["activation_cache"] = str(local_path(folder).absolute())
     return values

@@ -210,7 +210,7 @@ def make_record(run: Run, preset: str | None) -> Record:
         backbone=config.backbone,
         task=config.task,
         model=config.model or "embedded demo",
-        data=config.data or "embedded demo",
+        data=", ".join([config.data] if isinstance(config.data, str) else config.data or ["embedded demo"]),
         demo=config.model is None,
         seed=config.seed,
         preset=preset,

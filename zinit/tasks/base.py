@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
@@ -120,7 +120,10 @@ class Task(nn.Module, ABC):
             them, and hands them over as ``inputs.labels`` when it is loaded.
         baseline: what `frozen_baseline` measures, in words.
         metric: what a benchmark compares, by its name in `Evaluation.metrics`.
+        lower_is_better: names of figures in `Evaluation.metrics` that are better the lower they are.
+        without_direction: names of figures that are no better the higher or the lower they are.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
+        reads_several: whether ``--data`` may be given several times: the examples are those of all, in order.
     """
 
     name: str
@@ -133,7 +136,10 @@ class Task(nn.Module, ABC):
     labels: list[str] | None = None
     baseline = "the frozen model"
     metric = "accuracy"
+    lower_is_better: tuple[str, ...] = ("loss", "perplexity")
+    without_direction: tuple[str, ...] = ()
     generates = False
+    reads_several = False
     train_stream: Stream
     held_out_stream: Stream
 
@@ -279,6 +285,17 @@ class Task(nn.Module, ABC):
         """
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + tokenizer([prompt], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
+
+    @classmethod
+    def direction(cls, metric: str) -> Literal["lower", "higher"] | None:
+        """Which values of a figure are better; None if neither are.
+
+        Args:
+            metric: as `evaluate` names it, or "loss".
+        """
+        if metric in cls.without_direction:
+            return None
+        return "lower" if metric in cls.lower_is_better else "higher"
 
     @classmethod
     def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zinit.errors import ConfigError
 from zinit.models.several import LoadedModel
 
 if TYPE_CHECKING:
@@ -19,16 +20,32 @@ class DataInputs:
     """Which data a task reads, beside its settings.
 
     Args:
-        data: source of the examples; None is the embedded demo's.
+        data: source of the examples, or several for tasks that read several; None is the embedded demo's.
         seed: of everything random in the task: its head, its splits.
         train: False leaves the training examples unread, for an evaluation on ``held_out_data``.
         labels: class names of a finished run, in the order of the head's outputs; None takes the data's.
     """
 
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
     seed: int = 0
     train: bool = True
     labels: list[str] | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the examples, in order; none is the embedded demo's."""
+        return () if self.data is None else (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
+    @property
+    def source(self) -> str | None:
+        """The one source of the examples, for tasks that read one.
+
+        Raises:
+            ConfigError: if there are several.
+        """
+        if len(self.sources) > 1:
+            raise ConfigError(f"the task reads one source; got {len(self.sources)}: {', '.join(self.sources)}.")
+        return self.sources[0] if self.sources else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zinit.bench.plan import Benchmark
 from zinit.bench.runner import Event, Runner
 from zinit.bench.summary import PAPER, Row, table
 from zinit.bench.write import write_summary
-from zinit.ui.console import output_width, print_table
+from zinit.ui.console import SafeConsole, output_width, print_table
 
 SHARED = ("metric", "setting", "seeds", "samples", "base", "base loss")  # said once where all lines have the same
 LEFT_OUT = (  # on a narrow terminal, in this order
@@ -81,7 +80,7 @@ def run_benchmark(
         budget: seconds, see `Runner`.
         quiet: print nothing to the standard output.
     """
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     finished = Finished()
     with Progress(*COLUMNS, console=console, disable=quiet) as progress:
         view = _View(progress, finished)
@@ -94,17 +93,15 @@ def run_benchmark(
             header, lines = table(row for row in finished.rows if row.experiment == experiment.name)
             shared, header, lines = fit(header, lines, output_width())
             print_table("\n".join([experiment.name, *shared]), header, lines)
-    console.print(f"Tables and plots: {output}/report.html, {output}/summary.md, {output}/summary.csv", markup=False)
+    console.print(f"Tables and plots: {output}/report.html, {output}/summary.md, {output}/summary.csv")
     for cell in finished.failed:
-        console.print(f"failed: {cell}; the same command tries it again", markup=False)
+        console.print(f"failed: {cell}; the same command tries it again")
     if finished.left_out:
-        console.print(
-            f"{finished.left_out} runs are left: the budget is spent. The same command goes on.", markup=False
-        )
+        console.print(f"{finished.left_out} runs are left: the budget is spent. The same command goes on.")
     if not finished.measured:
-        console.print("nothing was measured", markup=False)
+        console.print("nothing was measured")
     if finished.interrupted:
-        console.print("stopped; everything is saved. The same command goes on.", markup=False)
+        console.print("stopped; everything is saved. The same command goes on.")
     return finished
 
 

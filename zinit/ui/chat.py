@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from zinit.errors import ConfigError, first_line
+from zinit.errors import ConfigError, first_line, printable
 from zinit.models.room import positions
 from zinit.runs.build import load_run
 from zinit.runs.directory import read_finished_run
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
+from zinit.ui.console import say
 
 
 class ChatSession:
@@ -71,7 +72,7 @@ class ChatSession:
         parts = [f"uses {', '.join(f'{name}={value!r}' for name, value in used.items())}"] if used else []
         parts += [f"does not use {', '.join(ignored)}"] if ignored else []
         if parts:
-            print(f"(of the model's generation settings this {'; it '.join(parts)})", file=sys.stderr)
+            say(f"(of the model's generation settings this {'; it '.join(parts)})", error=True)
         return config
 
     def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
@@ -106,14 +107,12 @@ class ChatSession:
                 try:
                     turns.append((line, self._complete(self.task.format_conversation(turns, line), stream=True)))
                 except ConfigError as error:  # no reason to lose the conversation
-                    print(f"({error} Say /new for a new one.)")
+                    say(f"({error} Say /new for a new one.)")
                 except KeyboardInterrupt:
                     print("\n(stopped; this answer is forgotten)")
 
     @torch.no_grad()
     def _complete(self, prompt: str, stream: bool) -> str:
-        from transformers import TextStreamer
-
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -128,7 +127,7 @@ class ChatSession:
         if room is not None:
             generation.max_new_tokens = min(generation.max_new_tokens, room - len(ids))
         inputs = torch.tensor([ids], device=self.device)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        streamer = _streamer(self.tokenizer) if stream else None
         try:
             with self.handle.disabled() if self.base else nullcontext():
                 generated = self.model.generate(
@@ -150,3 +149,14 @@ def _bad_generation(error: Exception) -> ConfigError:
         f"the settings in the model's generation_config.json cannot be used: {first_line(error)} Correct the file, or "
         f"remove it."
     )
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints an answer while it is generated, cleaned: what a model says is text of any origin."""
+    from transformers import TextStreamer
+
+    class SafeStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

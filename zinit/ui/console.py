@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from zinit.config import to_json
+from zinit.errors import printable
 from zinit.train.events import Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
 
+ODD = ("skipped", "truncated", "empty", "unused_field", "ignored", "also_held_out", "comments")  # counts worth a line
 QUIET_SECONDS = 20.0
 PATIENCE = 5.0  # seconds
 
@@ -27,11 +31,50 @@ def print_error(error: object) -> None:
     """One message however many processes fail: the main one's, or that of the one that fails alone."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if is_main_process():
-        print(f"zinit: {error}", file=sys.stderr)
+        say(f"zinit: {error}", error=True)
         return
     # If the main process fails too, it says why, and the launcher ends this one while it waits.
     time.sleep(PATIENCE)
-    print(f"zinit (process {rank} of {world}): {error}", file=sys.stderr)
+    say(f"zinit (process {rank} of {world}): {error}", error=True)
+
+
+class SafeConsole(Console):
+    """A console of rich's: what is printed on it is text of any origin, never markup and never a control character.
+
+    Its own colours and bars are unaffected. Everything that zinit shows goes through one, or through `say`.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, with markup off; texts are cleaned, and so are the cells of `table`."""
+        cleaned = (printable(item) if isinstance(item, str) else item for item in objects)
+        super().print(*cleaned, **{"markup": False, **options})
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Prints a text of any origin, cleaned.
+
+    Args:
+        text: what to print.
+        error: on the standard error stream instead of the standard output.
+    """
+    print(printable(text), file=sys.stderr if error else sys.stdout)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> Table:
+    """A plain table of texts of any origin, cleaned.
+
+    Args:
+        title: above it.
+        header: names of the columns.
+        rows: as many cells each.
+        numbers: whether all columns but the first are numbers, which stand at the right.
+    """
+    made = Table(title=Text(printable(title)), title_justify="left")
+    for place, name in enumerate(header):
+        made.add_column(Text(printable(name)), overflow="fold", justify="right" if numbers and place else "left")
+    for row in rows:
+        made.add_row(*(Text(printable(cell)) for cell in row))
+    return made
 
 
 class RunView:
@@ -42,7 +85,7 @@ class RunView:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet or not is_main_process())
+        self.console = SafeConsole(stderr=True, highlight=False, quiet=quiet or not is_main_process())
         self.progress: Progress | None = None
         self.last_line = 0.0
 
@@ -51,17 +94,17 @@ class RunView:
         match event:
             case Stage():
                 self._stop()
-                self.console.print(f"{event.text} ...", markup=False, style="dim")
+                self.console.print(f"{event.text} ...", style="dim")
             case Notice():
-                self.console.print(f"note: {event.text}", markup=False, style="bold")
+                self.console.print(f"note: {event.text}", style="bold")
             case PlanMade():
                 self._start(event)
             case Resumed():
-                self.console.print(f"going on after step {event.step}", markup=False)
+                self.console.print(f"going on after step {event.step}")
             case Step():
                 self._step(event)
             case Evaluated():
-                self.console.print(f"step {event.step}: held-out loss {event.metrics['loss']:.4f}", markup=False)
+                self.console.print(f"step {event.step}: held-out loss {event.metrics['loss']:.4f}")
             case Stopped() | Ended():
                 self._stop()
 
@@ -88,7 +131,7 @@ class RunView:
             self.progress.update(self.bar, completed=step.step, status=status)
         elif time.monotonic() - self.last_line > QUIET_SECONDS:  # a log file: a line now and then
             self.last_line = time.monotonic()
-            self.console.print(f"step {step.step} of {self.total}: {status}", markup=False)
+            self.console.print(f"step {step.step} of {self.total}: {status}")
 
     def _stop(self) -> None:
         if self.progress is not None:
@@ -112,21 +155,19 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
         return
     console = _output()
     columns = list(results["metrics"])
-    table = Table(title=title, title_justify="left")
-    table.add_column("held-out")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name in results["metrics"][columns[0]]:
-        table.add_row(name, *(_number(results["metrics"][column].get(name)) for column in columns))
-    console.print(table)
+    rows = [
+        [name, *(_number(results["metrics"][column].get(name)) for column in columns)]
+        for name in results["metrics"][columns[0]]
+    ]
+    console.print(table(title, ["held-out", *columns], rows, numbers=True))
     counts = results.get("counts", {})
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
-    console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}", markup=False)
+    console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}")
     if "baseline" in results:
-        console.print(f"base: {results['baseline']}", markup=False)
-    odd = {name: n for name, n in counts.items() if n and ("skipped" in name or "truncated" in name or "empty" in name)}
+        console.print(f"base: {results['baseline']}")
+    odd = {name: n for name, n in counts.items() if n and any(word in name for word in ODD)}
     if odd:
-        console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()), markup=False)
+        console.print("data: " + ", ".join(f"{n} {name}" for name, n in odd.items()))
 
 
 def _number(value: float | None) -> str:
@@ -137,12 +178,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A plain table on the standard output."""
     if not is_main_process():
         return
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _output().print(table)
+    _output().print(table(title, header, rows))
 
 
 def output_width() -> int:
@@ -150,6 +186,6 @@ def output_width() -> int:
     return _output().width
 
 
-def _output() -> Console:
+def _output() -> SafeConsole:
     """The standard output; wide where nobody looks at it, so that nothing is cut for scripts."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)

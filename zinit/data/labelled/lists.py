@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from zinit.data.images import SUFFIXES
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.records import describe, plain_text, whole_number
 from zinit.errors import DataError
-from zinit.files import is_file, is_hidden
+from zinit.files import is_file, is_folder, is_hidden
 
 
 def read_list(file: Path, reading: Reading) -> list[Labelled]:
@@ -28,7 +29,7 @@ def read_list(file: Path, reading: Reading) -> list[Labelled]:
             reading.bad(f"{where}: expected 'path/to/image.jpg LABEL', or 'CLASS/image.jpg'; got {line[:80]!r}.")
             continue
         base = root
-        if len(folders) == 1 and not (root / path).exists():
+        if len(folders) == 1 and not os.path.exists(root / path):
             base = folders[0]  # as Caltech 101 is packed: the lists are beside the folder that they name
         if image := reading.inside(base, path, where):
             found.append(Labelled(image, label, where))
@@ -41,7 +42,7 @@ def read_coop(file: Path, reading: Reading) -> Parts:
     if not isinstance(document, dict) or not isinstance(document.get("train"), list) or "test" not in document:
         raise DataError(f'{file}: expected {{"train": [[path, label, class name], ...], "val": ..., "test": ...}}.')
     root = file.parent / reading.folder
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"there is no folder {root} of images. Name it, seen from {file.name}: -o task.folder=NAME")
     names: dict[int, str] = {}
     parts: dict[str, list[Labelled]] = {}
@@ -72,8 +73,9 @@ def _coop_entry(entry: Any) -> tuple[str, int, str] | None:
     if not isinstance(entry, list) or len(entry) != 3:
         return None
     path, label, name = entry[0], whole_number(entry[1]), plain_text(entry[2])
-    is_whole = isinstance(path, str) and path and label is not None and name is not None and name.strip()
-    return (path, label, name) if is_whole else None
+    if not isinstance(path, str) or not path or label is None or name is None or not name.strip():
+        return None
+    return path, label, name
 
 
 def list_lines(file: Path) -> Iterator[tuple[str, str]]:

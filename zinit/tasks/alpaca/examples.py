@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zinit.data.records import read_records
+from zinit.data.records import count_sources, most_unused, read_records, same_text
 from zinit.demo import instructions
 from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_texts, format_prompt
@@ -87,15 +88,21 @@ def _is_blank(tokenizer: Any, ids: list[int]) -> bool:
 
 
 def split_records(
-    data: str | None, held_out_data: str | None, *, fields: Sequence[str], held_out: int, seed: int, train: bool
+    sources: Sequence[str],
+    held_out_data: str | None,
+    *,
+    fields: Sequence[str],
+    held_out: int,
+    seed: int,
+    train: bool,
 ) -> tuple[list[Record], list[Record], dict[str, int]]:
     """Training and held-out records: no (instruction, input) is in both.
 
     Args:
-        data: source of the records; None is the embedded demo's.
-        held_out_data: a source of held-out records; None takes them from ``data``.
+        sources: of the records, in order; none is the embedded demo's.
+        held_out_data: a source of held-out records; None takes them from ``sources``.
         fields: what the source calls instruction, input and output; or instruction and output alone.
-        held_out: most records to take from ``data``.
+        held_out: most records to take from ``sources``.
         seed: of the choice of held-out records, where the data is one file.
         train: False leaves training records out.
 
@@ -103,6 +110,7 @@ def split_records(
         Both parts, with ``instruction``, ``input`` and ``output``, and counts for the task's report.
     """
     instruction, *input, output = fields
+    unused: Counter[str] = Counter()
 
     def read(source: str) -> list[Record]:
         found = read_records(
@@ -110,22 +118,27 @@ def split_records(
             required=(instruction, output),
             optional=input,
             renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT (or INSTRUCTION,OUTPUT)",
+            unused=unused,
         )
         own = [("instruction", instruction), *(("input", name) for name in input), ("output", output)]
         return [{"input": "", **{name: record[given] for name, given in own}} for record in found]
 
+    by_source: list[list[Record]] = []
+    if sources and (train or held_out_data is None):
+        by_source = [read(source) for source in sources]
+    every = list(itertools.chain.from_iterable(by_source))
     if held_out_data is not None:
         evaluated, training = read(held_out_data), []
         if train:
-            training = read(data) if data is not None else instructions()[0]
-    elif data is None:
+            training = every if sources else instructions()[0]
+    elif not sources:
         training, evaluated = instructions()
     else:
-        training, evaluated = _hold_out(read(data), held_out, seed, data)
-    counts = {"read": len(training) + len(evaluated)}
+        training, evaluated = _hold_out(every, held_out, seed, ", ".join(sources))
+    counts = {"read": len(training) + len(evaluated), **count_sources(by_source), **most_unused(unused)}
     counts |= {f"{part}{kind}": 0 for part in ("train", "held_out") for kind in COUNTED}
-    asked = {(record["instruction"], record["input"]) for record in evaluated}
-    clean = [record for record in training if (record["instruction"], record["input"]) not in asked]
+    asked = {same_text(record["instruction"], record["input"]) for record in evaluated}
+    clean = [record for record in training if same_text(record["instruction"], record["input"]) not in asked]
     counts["train_skipped_also_held_out"] = len(training) - len(clean)
     return clean, evaluated, counts
 

@@ -38,6 +38,7 @@ class Alpaca(Task):
     loader = "zinit.models.loading:load_causal_lm"
     metric = "exact_match"
     generates = True
+    reads_several = True
 
     def __init__(self, inputs: TaskInputs, config: AlpacaConfig) -> None:
         super().__init__(inputs, config)
@@ -65,7 +66,7 @@ class Alpaca(Task):
     def read_data(cls, inputs: DataInputs, config: AlpacaConfig) -> tuple[list[Record], list[Record], dict[str, int]]:
         """See `split_records`."""
         return split_records(
-            inputs.data,
+            inputs.sources,
             config.held_out_data,
             fields=config.fields,
             held_out=config.held_out,

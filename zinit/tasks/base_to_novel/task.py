@@ -123,7 +123,7 @@ class BaseToNovel(Task):
             return parts
 
         labels, training, tested, counts = few_shot_split(
-            inputs.data,
+            inputs.source,
             config.held_out_data,
             read,
             train=inputs.train,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zinit.data.records import count_sources
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.models.room import check_lengths
@@ -39,6 +42,7 @@ class TokenClassification(Task):
     loader = "zinit.models.loading:load_encoder"
     baseline = "the frozen model with an untrained head"
     metric = "f1"
+    reads_several = True
 
     def __init__(self, inputs: TaskInputs, config: TokenClassificationConfig) -> None:
         super().__init__(inputs, config)
@@ -60,8 +64,8 @@ class TokenClassification(Task):
         cls, inputs: DataInputs, config: TokenClassificationConfig
     ) -> tuple[list[Sentence], list[Sentence], dict[str, int], list[str]]:
         """Training and held-out sentences, counts, and all labels."""
-        given = inputs.labels or (None if config.labels is None else list(config.labels))
-        training, held_out, counts = _split(config, inputs.data, inputs.seed, train=inputs.train, labels=given)
+        given = inputs.labels or (None if config.labels is None else list(map(plain_tag, config.labels)))
+        training, held_out, counts = _split(config, inputs.sources, inputs.seed, train=inputs.train, labels=given)
         return training, held_out, counts, _resolve_labels(given, training)
 
     def _encode(self, sentences: list[Sentence], part: str) -> list[Window]:
@@ -221,28 +225,33 @@ def _resolve_labels(given: list[str] | None, training: list[Sentence]) -> list[s
 
 
 def _split(
-    config: TokenClassificationConfig, data: str | None, seed: int, *, train: bool, labels: list[str] | None
+    config: TokenClassificationConfig, sources: Sequence[str], seed: int, *, train: bool, labels: list[str] | None
 ) -> tuple[list[Sentence], list[Sentence], dict[str, int]]:
     """Training and held-out sentences; none is in both, unless the data is given in two parts that share some."""
-    empty = 0
+    empty, skipped = 0, Counter[str]()
 
     def read(source: str) -> list[Sentence]:
         nonlocal empty
         columns = (config.token_column, config.tag_column)
-        sentences, without = read_sentences(source, columns=columns, fields=config.fields, labels=labels)
+        sentences, without = read_sentences(
+            source, columns=columns, fields=config.fields, labels=labels, skipped=skipped
+        )
         empty += without
         return sentences
 
-    if data is None and (train or config.held_out_data is None):
+    if not sources and (train or config.held_out_data is None):
         raise ConfigError("the task 'ner' has no embedded demo data: --data FILE_OR_HUB_ID.")
     if config.held_out_data is not None:
         held_out = read(config.held_out_data)
-        training = read(data) if train and data is not None else []
+        by_source = [read(source) for source in sources] if train else []
+        training = list(itertools.chain.from_iterable(by_source))
     else:
-        assert data is not None
-        sentences = read(data)
+        by_source = [read(source) for source in sources]
+        sentences = list(itertools.chain.from_iterable(by_source))
         if len(sentences) < 2:
-            raise DataError(f"{data} holds {len(sentences)} sentence; at least 2 are needed, one of them held out.")
+            raise DataError(
+                f"{', '.join(sources)} holds {len(sentences)} sentence; at least 2 are needed, one of them held out."
+            )
         count = max(1, int(len(sentences) * config.held_out))
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = set(order[:count])
@@ -251,6 +260,7 @@ def _split(
     shared = {sentence.tokens for sentence in held_out}
     both = sum(sentence.tokens in shared for sentence in training)
     counts = {"read": len(training) + len(held_out) + empty, "skipped_empty": empty}
+    counts |= {**count_sources(by_source), **skipped}
     if config.held_out_data is not None:  # the parts of a benchmark stay as they are
         return training, held_out, {**counts, "train_also_held_out": both}
     training = [sentence for sentence in training if sentence.tokens not in shared]

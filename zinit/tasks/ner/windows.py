@@ -68,8 +68,7 @@ def make_windows(
         )
     begins = np.arange(0, max(1, len(ids) - stride), room - stride)
     lasts = np.minimum(begins + room, len(ids)) - 1
-    around = np.minimum(first[:, None] - begins, lasts - first[:, None])  # tokens shown on a word's poorer side
-    home = np.where(has_token, np.argmax(around, axis=1), -1)
+    home = np.where(has_token, _home(first, begins, lasts, room - stride), -1)
     windows = []
     for number, (begin, last) in enumerate(zip(begins, lasts, strict=True)):
         words = np.flatnonzero(home == number)
@@ -84,3 +83,23 @@ def make_windows(
                 )
             )
     return windows
+
+
+def _home(first: np.ndarray, begins: np.ndarray, lasts: np.ndarray, step: int) -> np.ndarray:
+    """The window that shows most around each word, the first of several; looked for among those that hold it only.
+
+    Args:
+        first: (N,) token at which each word begins.
+        begins: (W,) first token of each window.
+        lasts: (W,) last token of each.
+        step: from window to window.
+    """
+    longest = int((lasts - begins).max()) + 1
+    nearest = np.minimum(first // step, len(begins) - 1)
+    home, most = np.zeros_like(nearest), np.full(len(first), -1)
+    for back in range(-(-longest // step), -1, -1):  # how many windows before the last that begins before the word
+        window = np.maximum(nearest - back, 0)
+        around = np.minimum(first - begins[window], lasts[window] - first)  # tokens shown on the poorer side
+        better = around > most
+        home, most = np.where(better, window, home), np.where(better, around, most)
+    return home

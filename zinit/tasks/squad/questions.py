@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from zinit.data.records import SUFFIXES, describe, read_document
+from zinit.data.records import SUFFIXES, check_text, describe, each_record, read_document, whole_number
 from zinit.errors import DataError
+from zinit.files import is_folder, local_path, parsing
 
 SKIP = "Correct it, or leave such questions out: -o task.on_bad=skip."
 
@@ -40,14 +41,17 @@ class _BadQuestionError(DataError):
     """One question is wrong in a way that leaves the others as they are."""
 
 
-def read_questions(source: str, *, skip_bad: bool = False, blind: bool = False) -> tuple[list[Question], int]:
-    """The questions of a JSON, JSON lines or Parquet file, of a folder holding one such file, or of a Hub id.
+def read_questions(
+    source: str, *, skip_bad: bool = False, blind: bool = False, seen: dict[str, str] | None = None
+) -> tuple[list[Question], int]:
+    """The questions of a JSON, JSON lines, CSV or Parquet file, of a folder with one such file, or of a Hub id.
 
     Args:
         source: path, or Hub id such as ``rajpurkar/squad_v2`` (its ``train`` split; ``id:split`` names another).
         skip_bad: leave out questions whose answers are not where the data says, or whose id another question has too,
             instead of refusing them.
         blind: allow data in which no question has a field ``answers``.
+        seen: {id: where} of the questions of other sources, which is added to: ids are unique among all.
 
     Returns:
         The questions, and how many were left out.
@@ -56,20 +60,21 @@ def read_questions(source: str, *, skip_bad: bool = False, blind: bool = False) 
         DataError: naming file, paragraph and question.
     """
     document, name = read_document(source)
-    return parse_questions(document, name, skip_bad=skip_bad, blind=blind)
+    return parse_questions(document, name, skip_bad=skip_bad, blind=blind, seen=seen)
 
 
 def parse_questions(
-    document: Any, name: str, *, skip_bad: bool = False, blind: bool = False
+    document: Any, name: str, *, skip_bad: bool = False, blind: bool = False, seen: dict[str, str] | None = None
 ) -> tuple[list[Question], int]:
     """The questions of a document.
 
     Args:
         document: official SQuAD JSON, ``{"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}``, or flat
-            records ``{"id", "context", "question", "answers"}``, bare or under "data".
+            records ``{"id", "context", "question", "answers"}``, bare or under "data"; in a table ``answers`` is JSON.
         name: of the document, for messages.
         skip_bad: see `read_questions`.
         blind: likewise.
+        seen: likewise.
 
     Returns:
         See `read_questions`.
@@ -82,12 +87,12 @@ def parse_questions(
     elif isinstance(document, str) or not hasattr(document, "__iter__"):
         raise DataError(f"{name}: expected SQuAD's JSON, an object with the list 'data'; got {describe(document)}.")
     found: list[Question] = []
-    seen: dict[str, str] = {}
-    skipped = number = 0
+    seen = {} if seen is None else seen
+    skipped, number = 0, len(seen)
     without: bool | None = None  # whether the first question has no answers, which is then so of all
     for where, context, record in _records(document, name):
-        identity = _text(record, "id", where)
-        first = seen.setdefault(identity, where.removeprefix(f"{name}, "))
+        identity = _identity(record, where)
+        first = seen.setdefault(identity, where).removeprefix(f"{name}, ")
         repeated = len(seen) == number
         number = len(seen)
         where = f"{where}, question {identity!r}"
@@ -138,11 +143,11 @@ def train_and_dev(folder: str) -> tuple[str, str | None]:
     Raises:
         DataError: if there are several of a kind.
     """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    path = local_path(folder)
+    if not is_folder(path):
         return folder, None
     found = []
-    for start in ("train", "dev"):
+    for start in ("train", "dev"):  # no hidden file starts like this
         files = sorted(file for file in path.iterdir() if file.name.startswith(start) and file.suffix in SUFFIXES)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -156,7 +161,7 @@ def train_and_dev(folder: str) -> tuple[str, str | None]:
 
 def _records(document: Any, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(where, context, record) of every question."""
-    for number, entry in enumerate(document, start=1):
+    for number, entry in enumerate(each_record(document, name), start=1):
         where = f"{name}, entry {number}"
         if not isinstance(entry, dict):
             raise DataError(f"{where}: expected an object; got {describe(entry)}.")
@@ -193,7 +198,7 @@ def _question(record: dict[str, Any], identity: str, context: str, where: str, *
             raise DataError(f"{where} has answers, but those before it have none. Give all answers, or none.")
         return Question(id=identity, text=text, context=context, answers=(), starts=(), blind=True)
     answers = list(_answers(record, where))
-    impossible = record.get("is_impossible")
+    impossible = _truth(record.get("is_impossible"))
     if impossible is not None and not isinstance(impossible, bool):
         raise DataError(f"{where}: 'is_impossible' must be true or false; got {describe(impossible)}.")
     if impossible and answers:
@@ -212,8 +217,13 @@ def _question(record: dict[str, Any], identity: str, context: str, where: str, *
 def _answers(record: dict[str, Any], where: str) -> Iterator[tuple[str, int]]:
     """(text, start) of each answer: a list of objects (official), or an object of two lists (flat records)."""
     answers = record.get("answers")
-    if "answers" not in record and record.get("is_impossible") is True:
+    if "answers" not in record and _truth(record.get("is_impossible")) is True:
         return
+    if isinstance(answers, str) and answers.strip():  # in a table
+        with parsing(f"{where}: expected a list of answers; got {describe(answers)}, which is no JSON", DataError):
+            answers = json.loads(answers)
+    elif isinstance(answers, str):
+        answers = []
     if isinstance(answers, dict):
         texts, starts = _field(answers, "text", list, where), _field(answers, "answer_start", list, where)
         if len(texts) != len(starts):
@@ -226,9 +236,10 @@ def _answers(record: dict[str, Any], where: str) -> Iterator[tuple[str, int]]:
     for answer in answers:
         if not isinstance(answer, dict):
             raise DataError(f"{where}: an answer must be an object with text and answer_start; got {describe(answer)}.")
-        start = answer.get("answer_start")
-        if isinstance(start, bool) or not isinstance(start, int):
-            raise DataError(f"{where}: 'answer_start' must be a whole number; got {describe(start)}.")
+        start = whole_number(answer.get("answer_start"))
+        if start is None:
+            got = describe(answer.get("answer_start"))
+            raise DataError(f"{where}: 'answer_start' must be a whole number; got {got}.")
         yield _text(answer, "text", where), start
 
 
@@ -256,13 +267,21 @@ def _context(record: dict[str, Any], where: str) -> str:
     return context
 
 
+def _identity(record: dict[str, Any], where: str) -> str:
+    """The id; a whole number is taken as the text that stands for it."""
+    number = whole_number(record.get("id"))
+    return _text(record, "id", where) if number is None else str(number)
+
+
+def _truth(value: Any) -> Any:
+    """True or False; in a table they are words."""
+    return (
+        {"true": True, "false": False, "": None}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    )
+
+
 def _text(record: dict[str, Any], field: str, where: str) -> str:
-    value = _field(record, field, str, where)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the field {field!r} holds half of a surrogate pair, which is no text.") from error
-    return value
+    return check_text(_field(record, field, str, where), field, where)
 
 
 def _field(record: dict[str, Any], field: str, kind: type, where: str) -> Any:

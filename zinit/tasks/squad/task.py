@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zinit.data.records import count_sources, same_text
 from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
@@ -43,6 +45,8 @@ class Squad(Task):
     loader = "zinit.models.loading:load_encoder"
     baseline = "the frozen model with an untrained head"
     metric = "f1"
+    reads_several = True
+    without_direction = ("best_exact_match_threshold", "best_f1_threshold")
 
     def __init__(self, inputs: TaskInputs, config: SquadConfig) -> None:
         super().__init__(inputs, config)
@@ -66,7 +70,7 @@ class Squad(Task):
         cls, inputs: DataInputs, config: SquadConfig
     ) -> tuple[list[Question], list[Question], dict[str, int]]:
         """Training and held-out questions, and counts."""
-        return _split(config, inputs.data, inputs.seed, train=inputs.train)
+        return _split(config, inputs.sources, inputs.seed, train=inputs.train)
 
     def _encode(self, questions: list[Question], part: str) -> tuple[list[Question], list[Window]]:
         """The questions of which something is left, and their windows."""
@@ -224,41 +228,50 @@ def _check_room(config: SquadConfig, tokenizer: Any) -> None:
 
 
 def _split(
-    config: SquadConfig, data: str | None, seed: int, *, train: bool
+    config: SquadConfig, sources: Sequence[str], seed: int, *, train: bool
 ) -> tuple[list[Question], list[Question], dict[str, int]]:
     """Training and held-out questions: no context is in both."""
     skipped = 0
 
-    def read(source: str, *, blind: bool = False) -> list[Question]:
+    def read(files: Sequence[str], *, blind: bool = False) -> list[list[Question]]:
+        """The questions of each file, which have ids of their own."""
         nonlocal skipped
-        questions, bad = read_questions(source, skip_bad=config.on_bad == "skip", blind=blind)
-        skipped += bad
-        return questions
+        found, seen = [], dict[str, str]()
+        for file in files:
+            questions, bad = read_questions(file, skip_bad=config.on_bad == "skip", blind=blind, seen=seen)
+            found.append(questions)
+            skipped += bad
+        return found
 
-    training: list[Question] = []
-    held_out: list[Question] = []
-    train_file, dev_file = (None, None) if data is None else train_and_dev(data)
+    train_files, dev_files = _files(sources)
     if config.held_out_data is not None:
         alone, dev = train_and_dev(config.held_out_data)
-        dev_file = dev or alone
-    if train_file is None and (train or dev_file is None):
-        training, held_out = _demo()
-    elif train_file is not None and (train or dev_file is None):
-        training = read(train_file)
-    if dev_file is not None:
-        held_out = read(dev_file, blind=not train)
-    elif train_file is not None:
-        training, held_out = split_questions(training, seed, train_file)
+        dev_files = [dev or alone]
+    by_source = read(train_files) if train or not dev_files else []
+    training = list(itertools.chain.from_iterable(by_source))
+    held_out = list(itertools.chain.from_iterable(read(dev_files, blind=not train)))
+    if not train_files and (train or not dev_files):
+        training, of_demo = _demo()
+        held_out = held_out if dev_files else of_demo
+    elif not dev_files:
+        training, held_out = split_questions(training, seed, ", ".join(train_files))
     if not train:
         training = []
-    contexts = {question.context for question in held_out}
-    clean = [question for question in training if question.context not in contexts]
+    contexts = {same_text(question.context) for question in held_out}
+    clean = [question for question in training if same_text(question.context) not in contexts]
     counts = {
         "read": len(training) + len(held_out) + skipped,
         "skipped_bad": skipped,
         "train_skipped_also_held_out": len(training) - len(clean),
+        **count_sources(by_source),
     }
     return clean, held_out, counts
+
+
+def _files(sources: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What of the sources is trained on, and what they hold out themselves."""
+    pairs = [train_and_dev(source) for source in sources]
+    return [train for train, _ in pairs], [dev for _, dev in pairs if dev is not None]
 
 
 def _demo() -> tuple[list[Question], list[Question]]:

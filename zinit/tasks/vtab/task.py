@@ -113,7 +113,7 @@ class VTAB(Task):
             return parts
 
         labels, training, held_out, counts = vtab_split(
-            inputs.data, config.held_out_data, read, train=inputs.train, split=config.split, seed=inputs.seed
+            inputs.source, config.held_out_data, read, train=inputs.train, split=config.split, seed=inputs.seed
         )
         return labels, training, held_out, {**counts, PUBLISHED: all(published)}
 
