@@ -15,7 +15,8 @@ from tests.tasks.vit import balanced, make_image, save_classes, save_vtab, task
 from zinit.data import images
 from zinit.data.labelled.parts import Parts, Reading
 from zinit.data.labelled.sources import read_images
-from zinit.errors import DataError
+from zinit.errors import CheckpointError, DataError
+from zinit.train.checkpoint import check_identity
 
 
 def read(source: Path, **how: Any) -> Parts:
@@ -148,3 +149,11 @@ def test_one_class_is_enough_for_a_finished_run(tmp_path: Path) -> None:
     assert found.collate(found.held_out_stream, [0])["labels"].tolist() == [1]
     with pytest.raises(DataError, match="at least two sub-folders"):
         task(other)
+
+
+def test_a_run_that_cannot_go_on_names_the_rules_by_which_data_are_read() -> None:
+    with pytest.raises(CheckpointError, match=r"examples was 'a' .* read by other rules since zinit 0\.2: hidden files"):
+        check_identity(Path("run"), {"examples": "a"}, {"examples": "b"})
+    with pytest.raises(CheckpointError, match="seed was 0") as caught:
+        check_identity(Path("run"), {"seed": 0}, {"seed": 1})
+    assert "other rules" not in str(caught.value)

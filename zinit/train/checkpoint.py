@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 KEEP = 2
+# Why the same files may give other examples than an earlier version read.
+NEW_RULES = (
+    " If the data are the same, they are read by other rules since zinit 0.2: hidden files are no data, images are known "
+    "by their content under any suffix, and what is held out is not trained on under another name."
+)
 UNFINISHED = (".building-*", ".removing-*")  # folders that are no checkpoints: not yet, or no longer
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
@@ -166,6 +171,7 @@ def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) 
             raise CheckpointError(
                 f"the run in {directory} cannot go on: {field} was {saved.get(field)!r} when it was saved and is "
                 f"{now.get(field)!r} now. Restore it, or start a new run in another folder."
+                f"{NEW_RULES if field == 'examples' else ''}"
             )
 
 
