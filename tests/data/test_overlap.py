@@ -152,7 +152,7 @@ def test_one_class_is_enough_for_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_go_on_names_the_rules_by_which_data_are_read() -> None:
-    with pytest.raises(CheckpointError, match=r"examples was 'a' .* read by other rules since zinit 0\.2: hidden files"):
+    with pytest.raises(CheckpointError, match=r"examples was 'a' .* other rules since zinit 0\.2: hidden files"):
         check_identity(Path("run"), {"examples": "a"}, {"examples": "b"})
     with pytest.raises(CheckpointError, match="seed was 0") as caught:
         check_identity(Path("run"), {"seed": 0}, {"seed": 1})

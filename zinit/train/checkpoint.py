@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 KEEP = 2
 # Why the same files may give other examples than an earlier version read.
 NEW_RULES = (
-    " If the data are the same, they are read by other rules since zinit 0.2: hidden files are no data, images are known "
-    "by their content under any suffix, and what is held out is not trained on under another name."
+    " If the data are the same, they are read by other rules since zinit 0.2: hidden files are no data, images are "
+    "known by their content under any suffix, and what is held out is not trained on under another name."
 )
 UNFINISHED = (".building-*", ".removing-*")  # folders that are no checkpoints: not yet, or no longer
 STATE, MANIFEST = "state.safetensors", "manifest.json"
