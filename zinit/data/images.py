@@ -248,6 +248,7 @@ class Images(Sequence[Tensor]):
                     raise
                 self.skipped[position] = str(error)
                 continue
+            progress(position + 1)
             digest = image_digest(image)
             if digest in without:
                 self.repeated.append(position)
@@ -259,7 +260,6 @@ class Images(Sequence[Tensor]):
             room -= decoded.numel()
             if room >= 0:  # the first that does not fit ends it: `_decoded` holds the first of `kept`
                 self._decoded.append(decoded)
-            progress(position + 1)
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(self.prepare(image), dtype=np.uint8).transpose(2, 0, 1).copy())
