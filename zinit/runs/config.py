@@ -116,7 +116,7 @@ class RunConfig(JsonConfig):
                     f"the task {self.task!r} reads one source of data; got {len(self.data)}: {', '.join(self.data)}. "
                     f"Put them into one folder, and name that."
                 )
-            object.__setattr__(self, "data", self.data if len(self.data) > 1 else self.data[0])
+            object.__setattr__(self, "data", self.data if len(self.data) > 1 else "".join(self.data))
         self._check_memory()
 
     def _check_parts(self) -> None:

@@ -118,7 +118,7 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
     """The page as HTML."""
     with plots.style():
         curves, gates = _curves(log), _gates(log)
-    task: type[Task] = TASKS.get(record.task) if record.task in TASKS else Task
+    task: type[Task] = TASKS.get(str(record.task)) if record.task in TASKS else Task
     models, rows = _table(results, task)
     unset = vars(Record())
     settings = {name: value for name, value in record.to_dict().items() if value != unset[name]}

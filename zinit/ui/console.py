@@ -188,4 +188,4 @@ def output_width() -> int:
 
 def _output() -> SafeConsole:
     """The standard output; wide where nobody looks at it, so that nothing is cut for scripts."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return SafeConsole(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -161,16 +161,17 @@ def _names(document: Any, field: str) -> list[str] | None:
 def _tag(tag: Any, labels: Sequence[str] | None, where: str) -> str:
     if isinstance(tag, str):
         return tag
-    if (tag := whole_number(given := tag)) is None:
-        raise DataError(f"{where}: a tag must be text or a number; got {describe(given)}.")
+    number = whole_number(tag)
+    if number is None:
+        raise DataError(f"{where}: a tag must be text or a number; got {describe(tag)}.")
     if labels is None:
         raise DataError(
             f"{where}: the tags are numbers, and the data does not name them. Give the names in order: "
             f"-o task.labels=O,B-PER,I-PER,..."
         )
-    if not 0 <= tag < len(labels):
-        raise DataError(f"{where}: the tag {tag} has no name; there are {len(labels)}: {', '.join(labels)}.")
-    return labels[tag]
+    if not 0 <= number < len(labels):
+        raise DataError(f"{where}: the tag {number} has no name; there are {len(labels)}: {', '.join(labels)}.")
+    return labels[number]
 
 
 def plain_tag(tag: str) -> str:
