@@ -43,7 +43,7 @@ NORMS = {"norm_1.weight": ATTENTION_NORM, "norm_2.weight": MLP_NORM}
 FUSED, FUSED_BEFORE = "attn.qkv", "attn.attn"
 KINDS = {"adapter_bias": "bias", "adapter_scale": "scale"}
 LAST_NORM = "transformer.ln_f.weight"
-_NAME = re.compile(r"transformer\.h\.(\d+)\.(.+)")
+_NAME = re.compile(r"transformer\.h\.(\d{1,6})\.(.+)")
 
 
 def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter:

@@ -48,8 +48,8 @@ LAYERS = {
     "feed_forward.w1": GATE, "feed_forward.w2": DOWN, "feed_forward.w3": UP,
 }  # fmt: skip
 NORMS = {"attention_norm.weight": ATTENTION_NORM, "ffn_norm.weight": MLP_NORM}
-_TUNED = re.compile(r"layers\.(\d+)\.(\w+\.w[qkvo123])_(bias|scale)")
-_NORM = re.compile(r"layers\.(\d+)\.(attention_norm\.weight|ffn_norm\.weight)")
+_TUNED = re.compile(r"layers\.(\d{1,6})\.(\w+\.w[qkvo123])_(bias|scale)")
+_NORM = re.compile(r"layers\.(\d{1,6})\.(attention_norm\.weight|ffn_norm\.weight)")
 LAST_NORM = "norm.weight"
 
 
