@@ -110,7 +110,7 @@ def train(
             raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
         saved, record = read_run(output)
         preset_name: str | None = record.preset
-        settings = override(saved, model=model, data=data, seed=seed, options=option or ())
+        settings = override(saved, model=model, data=data or None, seed=seed, options=option or ())
     else:
         settings, preset_name = resolve(
             backbone=backbone,

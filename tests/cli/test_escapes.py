@@ -52,7 +52,7 @@ def test_nothing_on_the_terminal_is_of_the_data(capsys: pytest.CaptureFixture[st
 
 
 def test_consoles_keep_their_own_colours() -> None:
-    made = console.SafeConsole(force_terminal=True, color_system="standard", legacy_windows=False)
+    made = console.SafeConsole(force_terminal=True, color_system="standard", legacy_windows=False, highlight=False)
     with made.capture() as captured:
         made.print("[bold]x", style="red")
     assert "\x1b[31m" in captured.get()

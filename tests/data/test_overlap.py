@@ -112,8 +112,9 @@ def test_the_same_picture_under_two_names_is_not_trained_and_tested_on(tmp_path:
 def test_a_damaged_image_is_named_with_its_own_line_after_one_that_is_held_out(tmp_path: Path) -> None:
     save_classes(tmp_path / "a", 3)
     (tmp_path / "a" / "cat" / "bad.png").write_bytes(b"no image")
+    shutil.copy(tmp_path / "a" / "cat" / "0.png", tmp_path / "a" / "cat" / "copy.png")
     (tmp_path / "test.csv").write_text("image,label\na/cat/0.png,cat\na/dog/0.png,dog\n")
-    lines = ["image,label", "a/cat/0.png,cat", "a/dog/1.png,dog", "a/cat/bad.png,cat"]
+    lines = ["image,label", "a/cat/copy.png,cat", "a/dog/1.png,dog", "a/cat/bad.png,cat"]
     (tmp_path / "train.csv").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"train\.csv, line 4: .*bad\.png is no image"):
         task(tmp_path)
