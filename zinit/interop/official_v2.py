@@ -111,7 +111,7 @@ def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, he
         CheckpointError: if the file is damaged, of another kind, or does not fit the model.
     """
     stored = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
-    check_kind(stored, path, "official-v2")
+    stored = adapter_tensors(stored, path, "official-v2")
     tensors = {re.sub(r"^ll[am]+a\.", "", name): tensor for name, tensor in stored.items()}
     missing = [name for name in (TABLE, QUERIES, "clip_proj.weight", LAST_NORM) if name not in tensors]
     if missing:
