@@ -91,9 +91,9 @@ BRIDGE = {
 BLOCK = {
     "norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
 }  # fmt: skip
-_BLOCK = re.compile(r"visual_blocks\.(\d+)\.(.+)\.(weight|bias)")
-_BIAS = re.compile(r"layers\.(\d+)\.(\w+\.w[qkvo123])\.(bias)")
-_LORA = re.compile(r"layers\.(\d+)\.(attention|feed_forward)\.lora_(w[qkvo123])_l([12])\.weight")
+_BLOCK = re.compile(r"visual_blocks\.(\d{1,6})\.(.+)\.(weight|bias)")
+_BIAS = re.compile(r"layers\.(\d{1,6})\.(\w+\.w[qkvo123])\.(bias)")
+_LORA = re.compile(r"layers\.(\d{1,6})\.(attention|feed_forward)\.lora_(w[qkvo123])_l([12])\.weight")
 QUERIES = "visual_query.weight"
 
 
