@@ -84,7 +84,7 @@ def test_rows_by_hand() -> None:
     assert pack_sequences([5, 5, 5, 5], 20) == [[0], [1], [2], [3]], "no padding to save, so no masks"
     assert pack_sequences([12, 3, 4], 10) == [[0], [2, 1]], "what is too long has a row of its own"
     assert pack_sequences([3, 8, 5], None) == [[0, 1, 2]]
-    assert pack_sequences([7, 4, 4, 4], 10) == [[0], [1], [2, 3]], "two sequences of 11 would hold fewer tokens"
+    assert pack_sequences([7, 4, 4, 4], 10) == [[0], [1, 3], [2]], "two sequences of 11 would hold fewer tokens"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
