@@ -88,7 +88,7 @@ def accounted(t: Any) -> bool:
     counts = t.data_report()
     held_out = counts["base_test"] + counts["novel_test"]
     files = sum(count for name, count in counts.items() if name.startswith("files_skipped"))
-    return counts["read"] == files + sum(counts[name] for name in ACCOUNTED) and counts["held_out"] == held_out
+    return counts["read"] == files + sum(counts.get(name, 0) for name in ACCOUNTED) and counts["held_out"] == held_out
 
 
 def evaluate(t: Any, limit: int | None = None) -> Any:

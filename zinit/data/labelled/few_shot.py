@@ -16,7 +16,7 @@ from zinit.errors import ConfigError, DataError
 from zinit.registry import did_you_mean
 from zinit.validation import OnBad
 
-REFUSED = UNREADABLE, ALSO_HELD_OUT = ("train_skipped_unreadable", "train_skipped_also_held_out")
+UNREADABLE, ALSO_HELD_OUT = ("train_skipped_unreadable", "train_skipped_also_held_out")
 
 
 def few_shot_split(
@@ -147,7 +147,7 @@ def draw_shots(
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Labelled] = []
     counts = {"train_not_drawn": 0, "classes_with_fewer_shots": 0}
-    counts |= dict.fromkeys(REFUSED, 0)
+    counts[UNREADABLE] = 0
     for name, pool in pools.items():
         mine: list[Labelled] = []
         refused = 0
@@ -155,7 +155,7 @@ def draw_shots(
             if len(mine) == shots:
                 break
             if reason := _why_refused(pool[position].image, on_bad, held_out):
-                counts[reason] += 1
+                counts[reason] = counts.get(reason, 0) + 1
                 refused += 1
             else:
                 mine.append(pool[position])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from zinit.data.crops import Views, plain
 from zinit.data.images import Images, ImageSource, normalise, thumbnail
-from zinit.data.labelled.few_shot import REFUSED, draw_shots, few_shot_split
+from zinit.data.labelled.few_shot import UNREADABLE, draw_shots, few_shot_split
 from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import is_shard, map_over_ranks
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Half = Literal["base", "novel"]
 HALVES: tuple[Half, Half] = ("base", "novel")
 TOWERS = {"text": "text", "vision": "vis"}  # how the names of a tower's parameters start (visual_projection is one)
-TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", *REFUSED, "train_of_novel_classes")
+TRAIN_COUNTS = ("train", "train_views", "train_not_drawn", UNREADABLE, "train_of_novel_classes")
 PUBLISHED = "published"  # in the counts of `read_data`: whether the parts stay as they are
 BATCH = 64  # images, or texts, per forward pass without gradients
 

@@ -20,7 +20,7 @@ from zinit.models.room import check_lengths
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.config import TokenClassificationConfig
-from zinit.tasks.ner.sentences import Sentence, read_sentences
+from zinit.tasks.ner.sentences import Sentence, plain_tag, read_sentences
 from zinit.tasks.ner.windows import Window, make_windows
 
 if TYPE_CHECKING:
