@@ -25,10 +25,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import zinit
 from benchmarks.common import interleaved, prepare, ratio, save
-from zinit.config import TrainConfig
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train.activation_cache import KEY, stored_activations
+from zinit.train.config import TrainConfig
 from zinit.train.strategy import make_accelerator
 
 

@@ -32,10 +32,10 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaTokenize
 import zinit
 from benchmarks.common import interleaved, parser, prepare, random_llama, ratio, save
 from tests.stories import SHARED, SOURCE, save_stories
-from zinit.config import TrainConfig
 from zinit.tasks.alpaca.examples import Example
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.base import Stream, TaskInputs
+from zinit.train.config import TrainConfig
 from zinit.train.held_out import held_out_loss
 from zinit.train.loop import fit
 from zinit.train.plan import Plan, cut

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from zinit.config import JsonConfig, PrefixConfig, TrainConfig
+from zinit.config import JsonConfig, PrefixConfig
 from zinit.errors import ConfigError
+from zinit.train.config import TrainConfig
 
 SETTINGS: list[dict[str, Any]] = [
     {},

@@ -273,7 +273,7 @@ def test_what_is_known_without_importing_is_what_the_object_says(kind: str) -> N
 def test_a_fact_that_did_not_come_with_an_entry_is_asked_of_its_object(registry: Registry) -> None:
     assert registry.fact("llama", "default_task") == "alpaca"
     known = Registry(
-        "thing", {"a": Entry("no.such:A", facts={"size": 3, "Config": Address("zinit.config:TrainConfig")})}
+        "thing", {"a": Entry("no.such:A", facts={"size": 3, "Config": Address("zinit.train.config:TrainConfig")})}
     )
     assert (known.fact("a", "size"), known.fact("a", "Config").__name__) == (3, "TrainConfig")
     with pytest.raises(ConfigError, match="'a' cannot be loaded"):

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator
 
 from zinit.bench.cells import Experiment, Selection
 from zinit.bench.plan import BenchmarkFile, make_benchmark
-from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, describe_settings, setting_paths
+from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, describe_settings, setting_paths
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.runs.config import SECTIONS, RunConfig, plain_settings
@@ -24,6 +24,7 @@ from zinit.runs.options import run_overrides
 from zinit.runs.presets import OF_PRESETS, list_presets, read_preset
 from zinit.runs.settings import resolve
 from zinit.tasks import TASKS
+from zinit.train.config import TrainConfig
 from zinit.validation import PositiveInt, SettingType, Words
 
 CLASSES: dict[str, type[JsonConfig]] = {

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from tests.contract.cases import Case
-from zinit.config import ROLES, PrefixConfig, TrainConfig
+from zinit.config import ROLES, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import Adapted, ApplyContext, Method
 from zinit.methods.rates import LearningRate, rate_settings
+from zinit.train.config import TrainConfig
 
 PREFIX = PrefixConfig(length=3)
 REFUSED = {  # method: backbones that it cannot be used on, and why

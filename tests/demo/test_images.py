@@ -216,12 +216,12 @@ def test_timm_loads_the_trunk_and_it_has_learned() -> None:
     shares: list[float] = []
     for pretrained in (True, False):
         torch.manual_seed(0)
-        trunk = timm.create_model(f"local-dir:{demo.vit_path()}", pretrained=pretrained, num_classes=0).eval()
-        features = trunk(normalized(list(pictures))).numpy()
-        assert features.shape == (400, trunk.num_features)
+        backbone = timm.create_model(f"local-dir:{demo.vit_path()}", pretrained=pretrained, num_classes=0).eval()
+        features = backbone(normalized(list(pictures))).numpy()
+        assert features.shape == (400, backbone.num_features)
         probe = LogisticRegression(max_iter=300).fit(features[:300], labels[:300])
         shares.append(float(probe.score(features[300:], labels[300:])))
-    assert tuple(trunk.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
+    assert tuple(backbone.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
     assert shares[0] > 0.8
     assert shares[0] > shares[1] + 0.2
 

@@ -79,7 +79,7 @@ def test_local_weights_are_the_models(tmp_path: Path, small_architecture: None, 
     else:
         torch.save({"model": state | head} if suffix == ".pth" else state, file)
     model, processor = load_timm(f"{ARCHITECTURE}:{file}", dtype=torch.float32)
-    # Where the classifier is left out, timm keeps the trunk as it is.
+    # Where the classifier is left out, timm keeps the backbone as it is.
     torch.testing.assert_close(model(IMAGES), source(IMAGES), atol=1e-6, rtol=1e-6)
     assert {"mean", "std", "interpolation", "input_size"} <= processor.keys()
     assert not model.training

@@ -12,10 +12,10 @@ from PIL import Image
 from tokenizers import processors
 
 from tests.tiny import byte_tokenizer
-from zinit.config import TrainConfig
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
+from zinit.train.config import TrainConfig
 from zinit.train.strategy import make_accelerator
 
 SIZE = 32

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import zinit
 from tests.tasks.clip import SIZE, clip, evaluate, folders, task, tokenizer
 from zinit import demo
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.data import crops as _crops
 from zinit.data.images import read_image
 from zinit.errors import BackboneError, ConfigError, DataError
@@ -29,6 +29,7 @@ from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.tasks.base_to_novel.table import harmonic_mean, paper_results, summarise
 from zinit.tasks.base_to_novel.task import BaseToNovelConfig
+from zinit.train.config import TrainConfig
 
 # --- the model ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder, tiny_encoder
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.errors import ConfigError, DataError
 from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
@@ -25,6 +25,7 @@ from zinit.tasks.base import TaskInputs
 from zinit.tasks.ner.sentences import Sentence, read_sentences
 from zinit.tasks.ner.task import TokenClassification, TokenClassificationConfig
 from zinit.tasks.ner.windows import make_windows
+from zinit.train.config import TrainConfig
 from zinit.train.strategy import make_accelerator
 
 COLUMNS = """-DOCSTART- -X- -X- O

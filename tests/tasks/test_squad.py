@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tests.tasks.encoder import encoder_tokenizer, save_tiny_encoder
 from tests.tasks.squad import document, make, write
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.errors import BackboneError, ConfigError
 from zinit.models.loading import load_encoder
 from zinit.runs.config import RunConfig
@@ -22,6 +22,7 @@ from zinit.runs.evaluate import evaluate_run
 from zinit.runs.presets import list_presets, read_preset
 from zinit.runs.train import train_run
 from zinit.tasks.squad.task import Squad, SquadConfig
+from zinit.train.config import TrainConfig
 from zinit.train.strategy import make_accelerator
 
 

@@ -27,18 +27,19 @@ from tests.tasks.vit import (
     task_pixels,
     tiny,
 )
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.errors import ConfigError, DataError
 from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Step
 
 
 class Recorder(nn.Module):
-    """Stands for a trunk, and keeps what it was given."""
+    """Stands for a backbone, and keeps what it was given."""
 
     num_classes, num_features = 0, 3
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from tests.tasks.vit import make_image, save_tiny, save_vtab, task
 from zinit.cli import main
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.train import train_run
 from zinit.tasks._linear_probe import solve_head
 from zinit.tasks.vtab.task import VTABConfig
+from zinit.train.config import TrainConfig
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import make_accelerator
 

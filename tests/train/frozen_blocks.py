@@ -13,12 +13,13 @@ from torch import nn
 from tests.tasks import clip
 from tests.tasks.vit import tiny
 from zinit.adapter.attach import attach
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train.activation_cache import stored_activations
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Step
 from zinit.train.loop import fit
 

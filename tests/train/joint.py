@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zinit.config import TrainConfig
 from zinit.tasks.base import Batch, Evaluation, Split, Stream, Task
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Step
 from zinit.train.loop import fit
 

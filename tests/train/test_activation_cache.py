@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tests.tasks.vit import save_tiny, tiny
 from tests.train.frozen_blocks import DEPTH, TRAIN, TRIED, assert_same_bits, base_to_novel, trained, vtab
 from tests.train.test_crash import steps
-from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.tasks.vtab.task import VTAB
 from zinit.train import activation_cache, tensor_store
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Step
 from zinit.train.loop import Interrupted, ignore
 

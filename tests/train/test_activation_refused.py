@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.tasks.vit import tiny
 from tests.tiny import save_records, save_tiny_llama
 from tests.train.frozen_blocks import DEPTH, trained, vtab
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext
@@ -21,6 +21,7 @@ from zinit.runs.train import train_run
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.vtab.task import VTAB, VTABConfig
 from zinit.train import activation_cache
+from zinit.train.config import TrainConfig
 
 
 def with_batch_norm() -> Any:

@@ -20,12 +20,12 @@ from torch import nn
 from tests.processes import ROOT, environment
 from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_strategies import OPTIONS, assert_same_run, cut, make_runs
-from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.directory import read_run
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
+from zinit.train.config import TrainConfig
 from zinit.train.sharding import _without, place_zero3, use_zero3
 from zinit.train.strategy import check_prepared, make_accelerator
 

@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from zinit.config import TrainConfig
 from zinit.errors import CheckpointError
 from zinit.tasks.base import Batch, Evaluation, Stream, Task
 from zinit.train import checkpoint
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Step
 from zinit.train.held_out import held_out_loss
 from zinit.train.loop import NonFiniteLoss, fit

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.tasks.base import Stream
 from zinit.train import plan as planning
 from zinit.train.batches import load_batches
+from zinit.train.config import TrainConfig
 from zinit.train.plan import Plan
 
 LENGTHS = [(37 * i) % 53 + 5 for i in range(103)]

@@ -23,12 +23,13 @@ from tests.processes import ROOT, environment, run_ranks
 from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import steps
 from zinit.adapter.attach import attach
-from zinit.config import PrefixConfig, TrainConfig
+from zinit.config import PrefixConfig
 from zinit.errors import ConfigError
 from zinit.runs.directory import read_run
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
+from zinit.train.config import TrainConfig
 from zinit.train.sharding import _kept_whole, kinds_of_blocks, use_fsdp2
 from zinit.train.strategy import check_prepared, make_accelerator
 

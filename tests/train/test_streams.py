@@ -16,11 +16,11 @@ from tests.processes import run as run_process
 from tests.processes import run_ranks
 from tests.train.joint import SETTINGS, Joint, trained
 from tests.train.test_fit import Regression
-from zinit.config import RatesConfig, TrainConfig
 from zinit.errors import ConfigError
 from zinit.runs.settings import resolve
 from zinit.tasks.base import Stream
 from zinit.train.batches import load_batches
+from zinit.train.config import RatesConfig, TrainConfig
 from zinit.train.loop import Stepper
 from zinit.train.plan import Plan
 

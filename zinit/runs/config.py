@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 
 from zinit.compat import modern_settings
-from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TrainConfig, setting_names
+from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, setting_names
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.rates import rate_settings
 from zinit.models.quantization import Quantize
 from zinit.registry import Registry, did_you_mean
 from zinit.tasks import TASKS
+from zinit.train.config import TrainConfig
 from zinit.validation import Seed, in_section, shown
 
 DEFAULT_METHOD = "zero-init"

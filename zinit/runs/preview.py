@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
-from zinit.config import AdapterConfig, PrefixConfig, TrainConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError
 from zinit.methods import METHODS
 from zinit.models.loading import load_on_meta
@@ -21,6 +21,7 @@ from zinit.runs.build import demo_model
 from zinit.runs.config import RunConfig
 from zinit.runs.presets import Preset
 from zinit.tasks import TASKS
+from zinit.train.config import TrainConfig
 from zinit.train.plan import Draws
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 from torch import Tensor, nn
 
-from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.quantization import is_quantized
 from zinit.tasks.base import Batch, Stream, Task
 from zinit.train.batches import Collate
+from zinit.train.config import TrainConfig
 from zinit.train.events import Listener, Stage
 from zinit.train.sharding import is_sharded
 from zinit.train.tensor_store import TensorStore, bytes_of

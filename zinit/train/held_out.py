@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.tasks.base import Batch, Task
+from zinit.train.config import TrainConfig
 from zinit.train.plan import cut
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from zinit.config import TrainConfig
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.offload import is_offloaded
@@ -34,6 +33,7 @@ from zinit.train.callbacks import (
     StopOnRequest,
     stop_requests,
 )
+from zinit.train.config import TrainConfig
 from zinit.train.events import Event, Listener, Resumed, Step
 from zinit.train.plan import Draws, Plan
 from zinit.train.sharding import is_sharded

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zinit.config import TrainConfig
 from zinit.errors import ConfigError
 from zinit.tasks.base import Split, Stream
+from zinit.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from zinit.tasks.base import Task

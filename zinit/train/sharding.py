@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zinit.compat import set_process_strategy, start_fsdp
-from zinit.config import TrainConfig
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
 from zinit.models.blocks import kinds_of_blocks
 from zinit.tasks.base import Task
+from zinit.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zinit.compat import exclude_from_ddp, mark_sharded, process_strategy, reset_accelerator_state, set_process_strategy
-from zinit.config import TrainConfig
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError, install_extra
 from zinit.models.offload import move
 from zinit.models.quantization import is_quantized, quantized_weights
 from zinit.tasks.base import Task
+from zinit.train.config import TrainConfig
 from zinit.train.sharding import is_sharded, is_zero3, place_fsdp2, place_zero3, use_fsdp2, use_zero3
 
 if TYPE_CHECKING:
