@@ -29,10 +29,10 @@ from zinit.config import ROLES, to_json
 from zinit.errors import ConfigError, DataError
 from zinit.runs.directory import write_json
 from zinit.runs.record import Record, Results
+from zinit.tasks import TASKS
 from zinit.train.events import Evaluated, Step, read_log
 
 Event = dict[str, Any]
-LOWER_IS_BETTER = ("loss", "perplexity")
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
 
 
@@ -285,7 +285,8 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
 def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """The settings with the best metric, by method and varied values; only where every trial is finished."""
     trials: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
-    tried, sign = combinations(experiment.select.vary), -1.0 if experiment.metric in LOWER_IS_BETTER else 1.0
+    lower = TASKS.get(str(experiment.task)).direction(experiment.metric) == "lower"
+    tried, sign = combinations(experiment.select.vary), -1.0 if lower else 1.0
     for index, cell in enumerate(experiment.selection_cells()):
         found = finished.get(cell.id, {})
         if not found:
