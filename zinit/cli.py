@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -395,6 +396,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _clean(warnings.formatwarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, for who writes code against them
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, which transformers loads, sets it off
     if not sys.stderr.isatty():  # bars of downloads are for people
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,15 @@ def test_a_run_says_nothing_of_libraries(zinit: Zinit, model: Path, data: Path, 
     assert said
     assert all(line.startswith(own) for line in said), said
     assert "%|" not in done.out + done.err
+
+
+def test_warnings_for_who_writes_code_are_not_shown_to_who_runs_a_command(zinit: Zinit) -> None:
+    logging.getLogger("torch.utils._pytree").setLevel(logging.NOTSET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zinit("--version")
+        warnings.warn("of a library", FutureWarning, stacklevel=1)
+    assert not logging.getLogger("torch.utils._pytree").isEnabledFor(logging.WARNING)
 
 
 def test_a_preset_of_a_large_model_is_scaled_and_said(zinit: Zinit, tmp_path: Path) -> None:
