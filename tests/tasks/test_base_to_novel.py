@@ -253,6 +253,7 @@ def test_a_run_from_end_to_end(saved: Path, tmp_path: Path) -> None:
     assert steps[-1] < steps[0]
     assert len(results["samples"]) == 8
     assert all("adapted" in sample for sample in results["samples"])
+    assert all(sample["image"].startswith("data:image/jpeg;base64,") for sample in results["samples"])
     again = evaluate_run(tmp_path / "run")
     assert again["metrics"]["adapted"] == pytest.approx(adapted)
     whole = evaluate_run(tmp_path / "run", data=str(data))

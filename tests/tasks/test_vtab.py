@@ -115,6 +115,7 @@ def test_evaluation_and_features(tmp_path: Path) -> None:
     assert {sample["output"] for sample in evaluation.samples} == {"1"}
     assert {sample["expected"] for sample in evaluation.samples} == {"0", "1", "2"}
     assert evaluation.samples[0]["prompt"] == "test/000000.png"
+    assert all(sample["image"].startswith("data:image/jpeg;base64,") for sample in evaluation.samples)
     assert found.evaluate(Accelerator(cpu=True), limit=2).metrics == {"accuracy": 0.5}
 
 
