@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GRACE = 20.0  # seconds that the other ranks have after one of them has failed
+GRACE = 30.0  # seconds that the other ranks have to end after one of them has failed, as torchrun gives them
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -116,6 +116,9 @@ def run_ranks(
     while any(rank.poll() is None for rank in ranks):
         if not failed and (failed := next((rank.poll() or 0 for rank in ranks if rank.poll()), 0)):
             end = min(end, time.monotonic() + GRACE)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.process.terminate()
         if time.monotonic() > end:
             for rank in ranks:
                 rank.process.kill()

@@ -107,11 +107,12 @@ def uncompiled(model: Any) -> Any:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward.
+    """Whether calling a module does more than its forward. Hooks that say ``only_takes_context`` do not count.
 
     ``_forward_hooks`` and ``_forward_pre_hooks`` (torch 1.0, the second since 1.1): torch has no question for it.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(getattr(hook, "only_takes_context", False) for hook in hooks)
 
 
 def apply_to_own_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

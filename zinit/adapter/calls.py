@@ -70,7 +70,12 @@ class ContextOfCall:
 
     Args:
         state: the model's.
+
+    Attributes:
+        only_takes_context: without a context the call is what it was, see `zinit.compat.has_forward_hooks`.
     """
+
+    only_takes_context = True
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
