@@ -153,9 +153,9 @@ def train(
         print_json({"output": str(folder), **results})
         return
     print_metrics(results, title=f"{settings.backbone} / {settings.task}")
-    view.console.print(f"\nEverything is in {folder}; look at {folder}/report.html")
+    view.console.print(f"\nEverything is in {folder}; look at {folder}/report.html", soft_wrap=True)
     if TASKS.get(settings.task).generates and (folder / "adapter.json").exists():
-        view.console.print(f"Talk to it: zinit chat {shlex.quote(str(folder))}")
+        view.console.print(f"Talk to it: zinit chat {shlex.quote(str(folder))}", soft_wrap=True)
 
 
 @app.command()
