@@ -15,6 +15,8 @@ import zinit
 from tests.contract.cases import SMALL_TEXT, SMALL_VISION, Case, causal_lm, encoder, last_hidden, randomized, text_batch
 from tests.contract.checks import OPEN, run
 from tests.contract.test_generation import nothing_is_kept
+from zinit import compat
+from zinit.adapter.recompute import BlockCalls
 from zinit.errors import ConfigError
 
 
@@ -131,3 +133,23 @@ def test_a_context_that_ended_before_the_backward_pass_is_noticed(case: Case, re
     output = checkpoint(whole, start, use_reentrant=reentrant)
     output.square().sum().backward()  # pyright: ignore
     assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
+class Gone:
+    """A reference to memory that is in use for something else by now."""
+
+    def expired(self) -> bool:
+        return True
+
+
+def test_an_address_that_is_used_again_is_no_call_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = causal_lm("Llama").train()
+    handle = zinit.attach(model, OPEN, seed=0)
+    calls, block, states = BlockCalls(handle.state), model.model.layers[2], torch.randn(1, 4, 32)
+    with handle.context(torch.randn(1, 1, 32)):
+        calls.before(block, (states,), {})
+    calls.seen = {call: (Gone(), scope) for call, (_, scope) in calls.seen.items()}
+    assert len(calls.seen) == 1
+    monkeypatch.setattr(compat, "is_in_backward", lambda: True)
+    with pytest.raises(ConfigError, match="computed again in the backward pass"):
+        calls.before(block, (states,), {})
