@@ -21,6 +21,7 @@ from zinit.validation import (
     CommaSeparated,
     CommaSeparatedNumbers,
     Name,
+    Names,
     NonNegativeFloat,
     NonNegativeInt,
     Number,
@@ -283,7 +284,7 @@ class PrefixConfig(JsonConfig):
             raise ConfigError("prompt='context' learns no prompts, so prompts='hyper' has nothing to make.")
 
 
-LinearNames = Annotated[tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")]
+LinearNames = Annotated[Names, MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,23 +300,20 @@ class TuningConfig(JsonConfig):
         scale: where s multiplies: the ``"output"``, b included (the paper), the ``"input"`` (the 65B chat code), or
             ``"none"``.
         norms: learn the norms' weights; ``"blocks"`` leaves out those that stand beside the blocks.
-        lora_rank: r of a low-rank addition ``l2 (l1 x)`` to each layer, unscaled and outside of s; 0 adds none.
+        lora_rank: r of a low-rank addition ``l2 (l1 x)`` to a layer's output, without a factor of its own. A scale on
+            the input acts on its x too; one on the output does not reach it. 0 adds none.
         lora_linears: which layers get it; None is ``linears``.
         prompts_through: prompts pass projections with ``"bias-scale"`` or those of the ``"base"``.
     """
 
     called: ClassVar[str] = "tuning"
 
-    linears: Annotated[
-        tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")
-    ] = ("all",)
+    linears: LinearNames = ("all",)
     bias: bool = True
     scale: Literal["output", "input", "none"] = "output"
     norms: Annotated[bool | Literal["blocks"], Words("true, false or 'blocks'")] = True
     lora_rank: SizeOrZero = 0
-    lora_linears: Annotated[tuple[Name, ...], MinLen(1), Words("a list of names such as ['all'], or null")] | None = (
-        None
-    )
+    lora_linears: LinearNames | None = None
     prompts_through: Literal["bias-scale", "base"] = "bias-scale"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One small lazy registry, used for backbones, tasks, methods, metrics and adapter formats."""
+"""One small lazy registry, used for backbones, tasks, methods, metrics, formats, encoders and context sources."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ RELEASED = zinit.TuningConfig(
     linears=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), scale="none", lora_rank=4, lora_linears=("all",)
 )
 READ_WEIGHTS = ("beit",)  # timm's multiplies by the weights of qkv without calling it
-TUNINGS = {"paper": PAPER, "chat": CHAT, "released": RELEASED, "head": zinit.TuningConfig(linears=("all", "head"))}
+TUNINGS = {
+    "paper": PAPER,
+    "chat": CHAT,
+    "chat-lora": replace(CHAT, lora_rank=2),
+    "released": RELEASED,
+    "head": zinit.TuningConfig(linears=("all", "head")),
+}
 
 
 def adapter(tuning: zinit.TuningConfig, prefix: zinit.PrefixConfig = PREFIX) -> zinit.AdapterConfig:
@@ -49,7 +56,7 @@ def folded(host: nn.Module, handle: zinit.Handle, *, lora: bool) -> dict[str, Te
     """The host's tensors with the tuning in them: W' = diag(s) W + l2 l1, b' = s (b_host + b), norms replaced."""
     own = {name.removeprefix("tuning."): p for name, p in handle.named_parameters() if name.startswith("tuning.")}
     tensors: dict[str, Tensor] = dict(host.named_parameters())
-    on_input = isinstance(handle.config, zinit.AdapterConfig) and handle.config.tuning == CHAT
+    on_input = isinstance(handle.config, zinit.AdapterConfig) and handle.config.tuning in (CHAT, TUNINGS["chat-lora"])
     for path in {name.rpartition(".")[0] for name in own}:
         weight = tensors[f"{path}.weight"]
         if weight.dim() == 1:
@@ -57,10 +64,11 @@ def folded(host: nn.Module, handle: zinit.Handle, *, lora: bool) -> dict[str, Te
             continue
         bias = tensors.get(f"{path}.bias", torch.zeros(weight.shape[0])) + own.get(f"{path}.bias", torch.zeros(1))
         if (scale := own.get(f"{path}.scale")) is not None:
-            weight = weight * scale if on_input else scale[:, None] * weight
+            weight = weight if on_input else scale[:, None] * weight
             bias = bias if on_input else scale * bias
         if lora and f"{path}.lora_up" in own:
             weight = weight + own[f"{path}.lora_up"] @ own[f"{path}.lora_down"]
+        weight = weight * scale if on_input and scale is not None else weight
         tensors[f"{path}.weight"], tensors[f"{path}.bias"] = weight, bias
     return tensors
 
@@ -147,10 +155,11 @@ def test_the_start_is_the_base_bit_for_bit(case: Case, tuning: zinit.TuningConfi
         base.append(run(case, model, padding))
     config = adapter(tuning, zinit.PrefixConfig(length=5, layers=2))
     if case.name in READ_WEIGHTS:
-        with pytest.raises(ConfigError, match="without calling them"):
+        outside = r"without calling them.*outside of attention: linears=\['fc1', 'fc2'\]"
+        with pytest.raises(ConfigError, match=outside):
             zinit.attach(model, config)
         assert_same(snapshot(model), before)
-        return
+        config = adapter(replace(tuning, linears=("fc1", "fc2")), zinit.PrefixConfig(length=5, layers=2))
     handle = zinit.attach(model, config)
     for (implementation, padding), expected in zip(settings, base, strict=True):
         set_implementation(model, implementation)

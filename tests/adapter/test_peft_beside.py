@@ -45,8 +45,8 @@ def test_a_prefix_that_peft_froze_is_named_at_the_first_training_step_and_once()
 
 def test_nothing_is_said_without_cause() -> None:
     model: Any = causal_lm("Llama")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(PEFT|does not train)")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         handle = zinit.attach(model)
         model.train()
         model(**batch("none"))
@@ -58,3 +58,4 @@ def test_nothing_is_said_without_cause() -> None:
             p.requires_grad_(False)
         handle.model.train()
         handle.model(**batch("none"))
+    assert not [str(w.message) for w in said if "PEFT" in str(w.message) or "does not train" in str(w.message)]

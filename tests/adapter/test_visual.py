@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 import zinit
 from tests.contract.cases import causal_lm, text_batch
 from tests.encoders.test_encoders import image, saved, tower
-from zinit.adapter.encoding import Features, encode, load_encoder
+from zinit.adapter.encoding import Features, encode, load_feature_encoder
 from zinit.errors import CheckpointError, ConfigError
 
 LATE = zinit.PrefixConfig(length=3, layers=2, gate_init=0.7, prompt="table+context")
@@ -98,7 +101,7 @@ def test_everything_that_makes_the_context_learns(name: str, folder: Path) -> No
 
 def test_a_projected_image_is_the_bottleneck_of_its_layers(folder: Path) -> None:
     _, handle = adapted("projected-image", folder)
-    features = encode(load_encoder(folder), [image(1), None], layers=2)
+    features = encode(load_feature_encoder(folder), [image(1), None], layers=2)
     own = {name.removeprefix("shared.context."): p for name, p in handle.named_parameters() if "shared" in name}
     joined = torch.cat(features.layers, -1)
     normed = (joined - joined.mean(-1, keepdim=True)) / (joined.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -139,11 +142,39 @@ def test_saved_beside_the_language_half_and_loaded_with_its_encoder(tmp_path: Pa
         zinit.load(causal_lm("Llama"), tmp_path / "adapter", encoder=other)
 
 
+def test_sizes_in_a_file_are_compared_before_anything_is_allocated(tmp_path: Path, folder: Path) -> None:
+    _, handle = adapted("visual-tokens", folder)
+    handle.save(tmp_path)
+    description = json.loads((tmp_path / "adapter.json").read_text())
+    description["config"]["context_options"] |= {"hidden": 65_536, "blocks": 64}  # 13 TB
+    (tmp_path / "adapter.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"shared.context"):
+        zinit.load(causal_lm("Llama"), tmp_path)
+
+
+def test_from_the_hub_come_all_the_files_that_there_are(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, handle = adapted("visual-tokens", folder)
+    handle.save(tmp_path / "there")
+
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        (tmp_path / "here").mkdir()
+        for file in (tmp_path / "there").iterdir():
+            if file.name in allow_patterns:
+                shutil.copy(file, tmp_path / "here")
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    again = zinit.load(causal_lm("Llama"), "me/my-adapter")
+    assert all(torch.equal(own, again.state_dict()[name]) for name, own in handle.state_dict().items())
+
+
 def test_features_may_be_given_instead_of_images(folder: Path) -> None:
     model, handle = adapted("visual-tokens", folder)
     with handle.given(image=IMAGES):
         expected = logits(model)
-    features = encode(load_encoder(folder), IMAGES)
+    features = encode(load_feature_encoder(folder), IMAGES)
     with handle.given(features=features):
         assert torch.equal(logits(model), expected)
     mute = Features(features.tokens, features.pooled, (), features.mask, torch.zeros(3, dtype=torch.bool))
@@ -180,6 +211,8 @@ def test_sizes_at_7b() -> None:
         ({"context_options": {"feature_width": 7}}, "gives feature_width=12, but .* was made for 7"),
         ({"context_options": {"blokcs": 2}}, "has no setting 'blokcs'. Did you mean 'blocks'"),
         ({"context_options": {"heads": 3, "hidden": 8}}, "cannot be made of"),
+        ({"context_options": {"blocks": 10**9}}, "blocks of .* must be above 0 and at most 65,536; got 1000000000"),
+        ({"context_options": {"hidden": 0}}, "hidden of .* must be above 0"),
     ],
 )
 def test_wrong_settings_are_one_message(wrong: dict[str, Any], message: str, folder: Path) -> None:

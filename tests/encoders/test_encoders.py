@@ -13,9 +13,11 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from zinit.adapter.encoding import Encoder, encode, load_encoder, same_encoder
+from zinit.adapter import encoding
+from zinit.adapter.encoding import Encoder, EncoderLibrary, encode, load_feature_encoder, same_encoder
 from zinit.adapter.registries import ENCODERS
 from zinit.errors import BackboneError, CheckpointError, ConfigError
+from zinit.registry import Registry
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
          "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -62,7 +64,7 @@ KINDS = ("clip", "siglip", "dinov2", "vit", "timm")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_pass_the_last_norm(kind: str) -> None:
     model, pixels = tower(kind), torch.randn(2, 3, 8, 8)
-    encoder = load_encoder(model)
+    encoder = load_feature_encoder(model)
     features = encoder(pixels, 3)
     torch.testing.assert_close(features.tokens, tokens_by_hand(model, pixels, kind))
     assert features.tokens.shape == (2, 4 if kind == "siglip" else 5, encoder.width)
@@ -75,14 +77,14 @@ def test_tokens_pass_the_last_norm(kind: str) -> None:
 def test_layers_are_class_tokens_of_equally_spaced_layers_the_last_included(kind: str) -> None:
     model, pixels = tower(kind), torch.randn(2, 3, 8, 8)
     states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
-    features = load_encoder(model)(pixels, 2)
+    features = load_feature_encoder(model)(pixels, 2)
     for vector, number in zip(features.layers, (2, 4), strict=True):
         torch.testing.assert_close(vector, states[number][:, 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_encoder_is_frozen_and_stays_in_evaluation_mode(kind: str) -> None:
-    encoder = load_encoder(tower(kind)).train()
+    encoder = load_feature_encoder(tower(kind)).train()
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not any(module.training for module in encoder.modules())
     assert not encoder(torch.randn(1, 3, 8, 8)).tokens.requires_grad
@@ -96,7 +98,7 @@ def saved(folder: Path, seed: int = 0) -> Path:
 
 
 def test_images_pass_the_models_own_processor(tmp_path: Path) -> None:
-    encoder = load_encoder(saved(tmp_path))
+    encoder = load_feature_encoder(saved(tmp_path))
     expected = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=[image(1)], return_tensors="pt")
     torch.testing.assert_close(encoder.prepare([image(1)]), expected["pixel_values"])
     path = tmp_path / "one.png"
@@ -105,7 +107,7 @@ def test_images_pass_the_models_own_processor(tmp_path: Path) -> None:
 
 
 def test_bgr_reverses_the_channels_before_they_are_normalised(tmp_path: Path) -> None:
-    plain, reverse = load_encoder(saved(tmp_path)), load_encoder(tmp_path, bgr=True)
+    plain, reverse = load_feature_encoder(saved(tmp_path)), load_feature_encoder(tmp_path, bgr=True)
     turned = Image.fromarray(np.asarray(image(1))[:, :, ::-1])
     torch.testing.assert_close(reverse.prepare([image(1)]), plain.prepare([turned]))
     assert not torch.allclose(reverse.prepare([image(1)]), plain.prepare([image(1)]))
@@ -113,7 +115,7 @@ def test_bgr_reverses_the_channels_before_they_are_normalised(tmp_path: Path) ->
 
 def test_without_a_processor_pixels_are_asked_for(tmp_path: Path) -> None:
     tower("clip").save_pretrained(tmp_path)
-    encoder = load_encoder(tmp_path)
+    encoder = load_feature_encoder(tmp_path)
     with pytest.raises(ConfigError, match=r"no preprocessor_config.json.*give pixels \(batch, 3, height, width\)"):
         encoder.prepare([image(1)])
     assert encode(encoder, torch.randn(2, 3, 8, 8)).present is None
@@ -121,7 +123,7 @@ def test_without_a_processor_pixels_are_asked_for(tmp_path: Path) -> None:
 
 def test_each_samples_images(tmp_path: Path) -> None:
     """One image, none, two: tokens one after the other, vectors as means, and the encoder runs once."""
-    encoder = load_encoder(saved(tmp_path))
+    encoder = load_feature_encoder(saved(tmp_path))
     calls: list[int] = []
     encoder.tower.register_forward_hook(lambda module, args, output: calls.append(1))  # pyright: ignore
     features = encode(encoder, [image(1), None, [image(2), image(3)]], layers=1)
@@ -140,26 +142,53 @@ def test_each_samples_images(tmp_path: Path) -> None:
 
 
 def test_another_encoder_is_told_apart(tmp_path: Path) -> None:
-    first, second = load_encoder(saved(tmp_path / "one")), load_encoder(saved(tmp_path / "two", seed=1))
-    assert same_encoder(tmp_path / "one", first.identity).identity == first.identity
+    first, second = load_feature_encoder(saved(tmp_path / "one")), load_feature_encoder(saved(tmp_path / "two", seed=1))
+    assert same_encoder(tmp_path / "one", first.identity, beside=nn.Linear(1, 1)).identity == first.identity
     with pytest.raises(CheckpointError, match=r"trained with another encoder than .*two: weights: .* begins"):
-        same_encoder(second, first.identity)
-    assert (text := load_encoder(tmp_path / "one", bgr=True).difference(first.identity)) is not None
+        same_encoder(second, first.identity, beside=nn.Linear(1, 1))
+    assert (text := load_feature_encoder(tmp_path / "one", bgr=True).difference(first.identity)) is not None
     assert text == "bgr is True, expected False"
 
 
 def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="there is no model folder"):
-        load_encoder(tmp_path / "none")
+        load_feature_encoder(tmp_path / "none")
     with pytest.raises(ConfigError, match="no image model of transformers or timm"):
-        load_encoder(nn.Linear(2, 2))
+        load_feature_encoder(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no sequence of image tokens"):
-        load_encoder(timm.create_model("resnet10t", num_classes=0))
+        load_feature_encoder(timm.create_model("resnet10t", num_classes=0))
+    text = transformers.BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    for config in (text, transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])):
+        with pytest.raises(ConfigError, match="does not turn images into a sequence"):
+            load_feature_encoder(transformers.AutoModel.from_config(config))
     with pytest.raises(ConfigError, match="has 4 layers, and 5 are asked for"):
-        load_encoder(tower("vit"))(torch.randn(1, 3, 8, 8), 5)
+        load_feature_encoder(tower("vit"))(torch.randn(1, 3, 8, 8), 5)
+
+
+class Mine(EncoderLibrary):
+    """Somebody's own library, which claims names that begin with "mine-"."""
+
+    def knows(self, source: str) -> bool:
+        return source.startswith("mine-")
+
+    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
+        return None
+
+    def load(self, source: str | Path, **options: Any) -> Encoder:
+        return load_feature_encoder(tower("vit"))
+
+
+MINE = Mine()
+
+
+def test_a_library_that_is_registered_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry("encoder library", {name: ENCODERS.where(name) for name in ENCODERS})
+    registry.register("zz", "tests.encoders.test_encoders:MINE")
+    monkeypatch.setattr(encoding, "ENCODERS", registry)
+    assert load_feature_encoder("mine-small").depth == 4
 
 
 def test_every_library_of_the_registry_wraps_and_loads() -> None:
     assert {"timm", "transformers"} <= set(ENCODERS)
     assert all(hasattr(ENCODERS.get(name), method) for name in ENCODERS for method in ("knows", "load"))
-    assert isinstance(load_encoder(load_encoder(tower("vit"))), Encoder)
+    assert isinstance(load_feature_encoder(load_feature_encoder(tower("vit"))), Encoder)

@@ -28,15 +28,13 @@ from PIL import Image
 import zinit
 from tests.fuzz import mutate
 from tests.golden.formats import (
+    TENSORS,
     K,
-    litgpt_file,
-    litgpt_tensors,
     llama,
-    official_file,
-    official_tensors,
     peft_folder,
     trained,
 )
+from zinit.adapter.registries import FORMATS
 from zinit.bench.plan import Benchmark
 from zinit.bench.summary import Row
 from zinit.bench.write import as_csv, as_markdown
@@ -314,47 +312,48 @@ def _tensors(rng: Random, data: bytes) -> bytes:
 def foreign(rng: Random, folder: Path) -> Call:
     """A file in another implementation's format."""
     torch.manual_seed(rng.randrange(2**31))
-    format = rng.choice(("official-v1", "litgpt-legacy", "litgpt", "peft"))
+    format, options = rng.choice((*TENSORS, "peft")), {}
     if format == "peft":
         path = peft_folder(folder / "peft")
         file = path / rng.choice(("adapter_config.json", "adapter_model.safetensors"))
+        change = mutate.json_content if file.suffix == ".json" else mutate.content
+        file.write_bytes(change(rng, json.loads(file.read_bytes()) if file.suffix == ".json" else file.read_bytes()))
     else:
-        path = file = official_file(folder) if format == "official-v1" else litgpt_file(folder, litgpt_tensors())
-    data = file.read_bytes()
-    if format == "official-v1" and rng.random() < 0.4:
-        file.write_bytes(odd_tensors(rng))
-    elif file.suffix == ".json":
-        file.write_bytes(mutate.json_content(rng, json.loads(data)))
-    else:
-        file.write_bytes(mutate.content(rng, data))
-    chosen = format if rng.random() < 0.9 else rng.choice(("official-v1", "litgpt", "peft", "x"))
-    return unchanged(lambda model: zinit.import_adapter(model, path, format=chosen, length=K))
+        make, options = TENSORS[format]
+        path, is_whole = folder / "adapter.pth", rng.random() < 0.7
+        torch.save({"model": odd_tensors(rng, make()) if is_whole else make()}, path)
+        path.write_bytes(path.read_bytes() if is_whole else mutate.content(rng, path.read_bytes()))
+    if rng.random() < 0.1:
+        format, options = rng.choice((*FORMATS, "x")), {}
+    return unchanged(lambda model: zinit.import_adapter(model, path, format=format, length=K, **options))
 
 
-def odd_tensors(rng: Random) -> bytes:
-    """An official adapter one of whose tensors is not what it claims to be."""
-    tensors: dict[str, Any] = official_tensors()
+def odd_tensors(rng: Random, tensors: dict[str, Any]) -> dict[str, Any]:
+    """An adapter one of whose tensors is missing, has another name, or is not what it claims to be."""
     name = rng.choice(list(tensors))
-    plain = tensors[name]
-    tensors[name] = rng.choice(
-        [
-            torch.zeros(1).expand(2**40),
-            torch.zeros(1, 1).expand(2**40, plain.shape[-1]),
-            torch.zeros(1).expand(plain.shape),
-            torch.tensor(1.0),
-            plain.to_sparse(),
-            plain.to("meta"),
-            plain.bool(),
-            plain.to(torch.complex64),
-            plain.to(torch.float8_e4m3fn),
-            plain * torch.inf,
-            torch.empty(0),
-            torch.empty((2**20,) * 3, device="meta"),
-        ]
-    )
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return buffer.getvalue()
+    plain = tensors.pop(name)
+    odd = [
+        None,
+        torch.zeros(1).expand(2**40),
+        torch.zeros(1, 1).expand(2**40, plain.shape[-1]),
+        torch.zeros(1).expand(plain.shape),
+        torch.tensor(1.0),
+        torch.zeros(*plain.shape, 3),
+        torch.zeros([size + 1 for size in plain.shape]),
+        plain.flatten(),
+        plain.to_sparse(),
+        plain.to("meta"),
+        plain.bool(),
+        plain.to(torch.complex64),
+        plain.to(torch.float8_e4m3fn),
+        plain * torch.inf,
+        torch.empty(0),
+        torch.empty((2**20,) * 3, device="meta"),
+    ]
+    made = rng.choice(odd)
+    if made is not None:
+        tensors[name if rng.random() < 0.9 else name.replace("1", "77")] = made
+    return tensors
 
 
 def run(rng: Random, folder: Path) -> Call:

@@ -105,3 +105,76 @@ def litgpt_tensors(gate_shape=(1, 1, H, 1)) -> dict[str, Tensor]:
 def litgpt_file(folder: Path, tensors: dict[str, Tensor]) -> Path:
     torch.save({"model": tensors}, folder / "lit_model.pth.adapter")
     return folder / "lit_model.pth.adapter"
+
+
+def tuned_tensors(linears: dict[str, tuple[int, int]], bias: str, scale: str | None) -> dict[str, Tensor]:
+    """Biases, and scales of the output or the input, of linear layers {name with {}: (in, out)} of every layer."""
+    made = {}
+    for layer in range(N):
+        for name, (into, out) in linears.items():
+            made[bias.format(name.format(layer))] = torch.randn(out)
+            if scale is not None:  # the official one is of the input
+                made[scale.format(name.format(layer))] = torch.rand(into if scale == "{}_scale" else out)
+    return made
+
+
+MLP = 48
+META = {f"layers.{{}}.attention.w{name}": (C, C) for name in "qkvo"} | {
+    "layers.{}.feed_forward.w1": (C, MLP), "layers.{}.feed_forward.w3": (C, MLP), "layers.{}.feed_forward.w2": (MLP, C),
+}  # fmt: skip
+
+
+def norms(*names: str) -> dict[str, Tensor]:
+    return {name.format(layer): torch.rand(C) for layer in range(N) for name in names}
+
+
+def chat_tensors() -> dict[str, Tensor]:
+    own = norms("layers.{}.attention_norm.weight", "layers.{}.ffn_norm.weight") | {"norm.weight": torch.rand(C)}
+    return official_tensors() | own | tuned_tensors(META, "{}_bias", "{}_scale")
+
+
+def multimodal_tensors(width: int = 8, features: int = 6) -> dict[str, Tensor]:
+    """V2 with images, LoRA and two heads a block."""
+    biased = {name: sizes for name, sizes in META.items() if not name.endswith(("wk", "wv"))}
+    language = official_tensors() | tuned_tensors(biased, "{}.bias", None) | {"norm.weight": torch.rand(C)}
+    prompts = {"adapter_query.weight": language.pop("adapter_query.weight")}
+    language |= norms("layers.{}.attention_norm.weight", "layers.{}.ffn_norm.weight")
+    for name, (into, out) in META.items():
+        for layer in range(N):
+            above, _, own = name.format(layer).rpartition(".")
+            language |= {
+                f"{above}.lora_{own}_l1.weight": torch.randn(2, into),
+                f"{above}.lora_{own}_l2.weight": torch.randn(out, 2),
+            }
+    language |= {f"layers.{layer}.attention.new_gate": torch.ones(1, 1, 1, 1) for layer in range(N)}
+    made = prompts | {"visual_query.weight": torch.randn(K, width)}
+    inside = {"attn.qkv": (width, 3 * width), "attn.proj": (width, width), "mlp.fc1": (width, 4 * width),
+              "mlp.fc2": (4 * width, width)}  # fmt: skip
+    outside = {"clip_proj": (features, width), "visual_proj": (width, C)}
+    for name, (into, out) in ({f"visual_blocks.0.{name}": sizes for name, sizes in inside.items()} | outside).items():
+        made |= {f"{name}.weight": torch.randn(out, into), f"{name}.bias": torch.randn(out)}
+    normed = dict.fromkeys(("visual_blocks.0.norm1", "visual_blocks.0.norm2", "clip_proj_norm"), width)
+    for name, size in {**normed, "visual_proj_norm": C}.items():
+        made |= {f"{name}.weight": torch.rand(size), f"{name}.bias": torch.rand(size)}
+    return made | {f"llama.{name}": tensor for name, tensor in language.items()}
+
+
+def litgpt_v2_tensors(fused: str = "attn.qkv") -> dict[str, Tensor]:
+    linears = {f"transformer.h.{{}}.{name}": sizes for name, sizes in {
+        fused: (C, 3 * C), "attn.proj": (C, C), "mlp.fc_1": (C, MLP), "mlp.fc_2": (C, MLP), "mlp.proj": (MLP, C),
+    }.items()}  # fmt: skip
+    head = {"lm_head.adapter_bias": torch.randn(40), "lm_head.adapter_scale": torch.rand(40)}
+    own = norms("transformer.h.{}.norm_1.weight", "transformer.h.{}.norm_2.weight")
+    own |= {"transformer.ln_f.weight": torch.rand(C)}
+    return litgpt_tensors() | head | own | tuned_tensors(linears, "{}.adapter_bias", "{}.adapter_scale")
+
+
+TENSORS = {  # of every format that is one pickled dictionary of tensors; and the options it is imported with
+    "official-v1": (official_tensors, {}),
+    "official-v2": (multimodal_tensors, {"heads": 2}),
+    "official-v2-chat": (chat_tensors, {}),
+    "litgpt": (litgpt_tensors, {}),
+    "litgpt-legacy": (litgpt_tensors, {}),
+    "litgpt-v2": (litgpt_v2_tensors, {}),
+    "litgpt-v2-legacy": (lambda: litgpt_v2_tensors("attn.attn"), {}),
+}

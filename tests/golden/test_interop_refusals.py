@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import zinit
 from tests.golden.formats import (
+    TENSORS,
     C,
     H,
     K,
@@ -51,7 +52,7 @@ def refuses(path: Path, reason: str, model=None, **how) -> None:
     assert torch.equal(logits(model), answer)
 
 
-@pytest.mark.parametrize("format", ["official-v1", "peft", "litgpt", "litgpt-legacy"])
+@pytest.mark.parametrize("format", [*TENSORS, "peft"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, format, zipped):
     trap = tmp_path / "trap"
@@ -176,7 +177,12 @@ def test_tensors_without_an_axis(tmp_path):
 
 def test_what_lies_beside_an_adapter_is_not_looked_at(tmp_path):
     """A full training checkpoint holds the model's own buffers."""
-    zinit.import_adapter(llama(), official_file(tmp_path, mask=torch.ones(1).expand(9) > 0), length=K)
+    tensors = official_tensors()
+    plain = zinit.import_adapter(llama(), official_file(tmp_path, **tensors), length=K).state_dict()
+    beside = official_file(tmp_path, **tensors, mask=torch.ones(1).expand(9) > 0)
+    found = zinit.import_adapter(llama(), beside, length=K).state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_official_adapters_are_not_for_models_that_share_keys_and_values(tmp_path):

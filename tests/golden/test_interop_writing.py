@@ -22,6 +22,7 @@ import zinit
 from tests.golden.formats import (
     IDS,
     SHAPE,
+    TENSORS,
     C,
     H,
     K,
@@ -37,7 +38,7 @@ from tests.golden.formats import (
     state,
     trained,
 )
-from zinit.adapter.formats import FORMATS
+from zinit.adapter.registries import FORMATS
 from zinit.interop.convert import convert
 
 # What is written
@@ -272,7 +273,22 @@ def test_the_function_attach_is_not_hidden_by_its_module():
 
 
 def test_every_format_is_one_that_convert_knows():
-    read = {"official-v2", "official-v2-chat", "litgpt", "litgpt-legacy", "litgpt-v2", "litgpt-v2-legacy"}
-    assert set(FORMATS) == {"official-v1", "peft", *read}
-    assert {name for name in FORMATS if FORMATS.get(name).write is None} == read
+    assert set(FORMATS) == {*TENSORS, "peft"}
+    assert {name for name in FORMATS if FORMATS.get(name).write} == {"official-v1", "peft"}
     assert all(FORMATS.get(name).title for name in FORMATS)
+
+
+@pytest.mark.filterwarnings("ignore:.*wrong rows")
+@pytest.mark.parametrize("format", TENSORS)
+def test_every_format_takes_all_that_its_file_holds(tmp_path, format):
+    """Each tensor of the file moves something that the adapter learns: none is left aside in silence."""
+    make, options = TENSORS[format]
+    tensors = make()
+    torch.save({"model": tensors}, tmp_path / "adapter.pth")
+    whole = zinit.import_adapter(llama(), tmp_path / "adapter.pth", format=format, length=K, **options).state_dict()
+    for name, tensor in tensors.items():
+        torch.save({"model": {**tensors, name: tensor + 0.5}}, tmp_path / "moved.pth")
+        if name.endswith("gate") and "layers.0." in name:  # below the adapted layers
+            continue
+        moved = zinit.import_adapter(llama(), tmp_path / "moved.pth", format=format, length=K, **options).state_dict()
+        assert any(not torch.equal(moved[own], whole[own]) for own in whole), name

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zinit.adapter.build import build_modules, install, slot_key
-from zinit.adapter.encoding import Encoder, load_encoder, same_encoder
+from zinit.adapter.encoding import Encoder, load_feature_encoder, same_encoder
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.handle import Handle
 from zinit.adapter.sources import with_encoder
@@ -68,7 +68,7 @@ def attach(
     """
     model = uncompiled(model)  # a compiled model: its graph is remade at the next call
     given = config or PrefixConfig()
-    tower = None if encoder is None else load_encoder(encoder)
+    tower = None if encoder is None else load_feature_encoder(encoder, beside=model)
     if tower is not None:
         given = with_encoder(AdapterConfig.of(given), tower)
     whole = AdapterConfig.of(given)
@@ -172,7 +172,7 @@ def load(
     file = AdapterFile.read(source, revision=revision)
     model = uncompiled(model)
     file.check_model(model, weights=check_weights)
-    tower = None if encoder is None else same_encoder(encoder, file.encoder or {})
+    tower = None if encoder is None else same_encoder(encoder, file.encoder or {}, beside=model)
     handle = attach(model, file.config, name=name, backbone=file.backbone, seed=0)
     handle.load_state_dict(file.tensors)
     handle.encoder, handle.encoder_identity = tower, file.encoder

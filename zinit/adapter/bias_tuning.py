@@ -186,11 +186,7 @@ def _build(
 ) -> BiasTuning:
     affine = linears_of(model, sites, config.linears) if config.bias or config.scale != "none" else {}
     lora = linears_of(model, sites, config.lora_linears or config.linears) if config.lora_rank else {}
-    if unread := next((site.name for site in sites if site.query_value is None), None):
-        raise ConfigError(
-            f"{unread} multiplies by its projections' weights without calling them, so they cannot be tuned. Leave the "
-            f"tuning out, or choose other layers: linears=['proj']."
-        )
+    _check_called(sites, [*affine, *lora])
     modules: dict[str, TunedLinear | TunedNorm] = {}
     for path, linear in (affine | lora).items():
         widths = widths_of(linear)
@@ -205,3 +201,15 @@ def _build(
         )
     norms = norms_of(model, sites, outside=config.norms is True) if config.norms else {}
     return BiasTuning(config, modules | {path: TunedNorm(norm, device) for path, norm in norms.items()})
+
+
+def _check_called(sites: Sequence[AttentionSite], paths: Sequence[str]) -> None:
+    """A layer whose weights its module reads without calling it would be tuned in vain."""
+    for site in sites:
+        inside = {path.rpartition(".")[2] for path in paths if path.startswith(f"{site.name}.")}
+        if site.query_value is None and inside:
+            others = [name for name in dict.fromkeys(path.rpartition(".")[2] for path in paths) if name not in inside]
+            raise ConfigError(
+                f"{site.name} multiplies by its projections' weights without calling them, so they cannot be tuned. "
+                f"Choose layers outside of attention: linears={others}."
+            )

@@ -89,9 +89,10 @@ def build_modules(
     chosen = {name: select_sites(model, list(sites), part) for name, part in config.parts.items()}
     number = {site.name: index for index, site in enumerate(sites)}
     widths = {site.name: site.width for name, own in chosen.items() if _shares(config.parts[name]) for site in own}
-    shared = make_shared(config, layers=len(sites), widths=widths, generator=generator)
+    where = torch.device(_device_of(sites[0].module) if device is None else device)
+    shared = make_shared(config, layers=len(sites), widths=widths, generator=generator, device=where)
     for module in shared.values():
-        module.to(_device_of(sites[0].module) if device is None else device)
+        module.to(where)
     declared = any(part.prompt != "table" for part in config.parts.values())
 
     def source(part: PrefixConfig, site: AttentionSite) -> PromptSource | None:
@@ -101,8 +102,8 @@ def build_modules(
         return SharedPrompts(hyper, number[site.name])
 
     def prefix(part: PrefixConfig, site: AttentionSite) -> ZeroGatedPrefix:
-        where = _device_of(site.module) if device is None else device
-        return ZeroGatedPrefix(part, **site.shape(), device=where, generator=generator, prompts=source(part, site))
+        beside = _device_of(site.module) if device is None else device
+        return ZeroGatedPrefix(part, **site.shape(), device=beside, generator=generator, prompts=source(part, site))
 
     parts = {
         name: Part(

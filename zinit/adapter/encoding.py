@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from zinit.adapter.registries import ENCODERS
 from zinit.errors import CheckpointError, ConfigError
 
+FALLBACK = "transformers"  # the library that is asked last: a Hub id does not say what it is
+
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -90,6 +92,14 @@ class EncoderLibrary(ABC):
         """Whether a folder, name or Hub id is one of its models."""
 
     @abstractmethod
+    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
+        """An encoder around a model of the library; None if it is none.
+
+        Raises:
+            ConfigError: if it gives no sequence of tokens.
+        """
+
+    @abstractmethod
     def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
         """An encoder.
 
@@ -103,10 +113,20 @@ class EncoderLibrary(ABC):
         """
 
 
-def load_encoder(
-    source: str | Path | Encoder | nn.Module, *, revision: str | None = None, bgr: bool = False
+def load_feature_encoder(
+    source: str | Path | Encoder | nn.Module,
+    *,
+    beside: nn.Module | None = None,
+    revision: str | None = None,
+    bgr: bool = False,
 ) -> Encoder:
     """An encoder from a folder, name or Hub id, or around a module of transformers' or timm's.
+
+    Args:
+        source: what it is made of. A module stays where it is.
+        beside: the model whose device a loaded one goes to.
+        revision: on the Hub.
+        bgr: see `EncoderLibrary.load`.
 
     Raises:
         BackboneError: if there is no such model.
@@ -114,26 +134,27 @@ def load_encoder(
     """
     if isinstance(source, Encoder):
         return source
+    libraries: list[EncoderLibrary] = [ENCODERS.get(name) for name in sorted(ENCODERS, key=FALLBACK.__eq__)]
     if isinstance(source, nn.Module):
-        for name in ENCODERS:
-            wrap = getattr(ENCODERS.get(name), "wrap", None)
-            if wrap is not None and (encoder := wrap(source, bgr=bgr)) is not None:
+        for library in libraries:
+            if (encoder := library.wrap(source, bgr=bgr)) is not None:
                 return encoder
         raise ConfigError(f"{type(source).__name__} is no image model of transformers or timm; pass an `Encoder`.")
-    for name in ENCODERS:
-        library: EncoderLibrary = ENCODERS.get(name)
-        if library.knows(str(source)):
-            return library.load(source, revision=revision, bgr=bgr)
-    raise ConfigError(f"{source} is no encoder that zinit knows.")
+    library = next(library for library in libraries if library.knows(str(source)))
+    encoder = library.load(source, revision=revision, bgr=bgr)
+    device = None if beside is None else next(beside.parameters()).device
+    return encoder if device is None or device.type == "meta" else encoder.to(device)
 
 
-def same_encoder(source: str | Path | Encoder | nn.Module, identity: Mapping[str, Any]) -> Encoder:
+def same_encoder(
+    source: str | Path | Encoder | nn.Module, identity: Mapping[str, Any], *, beside: nn.Module
+) -> Encoder:
     """The encoder that an adapter was trained with, from wherever it is now.
 
     Raises:
         CheckpointError: if it is another one; the message names what differs.
     """
-    encoder = load_encoder(source, bgr=bool(identity.get("bgr", False)))
+    encoder = load_feature_encoder(source, beside=beside, bgr=bool(identity.get("bgr", False)))
     if identity and (text := encoder.difference(identity)):
         raise CheckpointError(
             f"this adapter was trained with another encoder than {encoder.identity.get('source') or source}: {text}. "

@@ -196,7 +196,7 @@ def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
             f"{path} is damaged: it is not the file that {DESCRIPTION} beside it describes "
-            f"({len(data):,} bytes). Copy both files again, or resume the run that made them."
+            f"({len(data):,} bytes). Copy the folder again, or resume the run that made them."
         )
     with parsing(f"{path} is no safetensors file that can be read", CheckpointError, "Save it again."):
         tensors = load(data)
@@ -211,7 +211,7 @@ def _download(repository: str, revision: str | None) -> Path:
     if looks_local:
         raise CheckpointError(f"there is no adapter folder {repository}.")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[TENSORS, DESCRIPTION]))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*FILES, DESCRIPTION]))
     except Exception as error:
         raise CheckpointError(
             f"there is no adapter folder {repository}, and the Hub did not give one: {first_line(error)}"

@@ -15,8 +15,8 @@ from zinit.adapter.build import AdapterModules, slot_key, uninstall
 from zinit.adapter.encoding import Encoder, encode, same_encoder, to_device
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.fingerprint import fingerprint
-from zinit.adapter.formats import FORMATS
 from zinit.adapter.parts import Part
+from zinit.adapter.registries import FORMATS
 from zinit.adapter.routing import routed
 from zinit.adapter.scopes import Change, SwitchOn
 from zinit.adapter.state import ATTRIBUTE, AdapterState
@@ -295,8 +295,7 @@ class Handle:
                     f"the adapter {self.name!r} has no encoder for images: pass encoder=... to zinit.attach or "
                     f"zinit.load, or give features=...."
                 )
-            self.encoder = same_encoder(identity["source"], identity)
-            self.encoder.to(next(self.parameters()).device)
+            self.encoder = same_encoder(identity["source"], identity, beside=self.model)
         return self.encoder
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Encoders and context sources by name: a new one is one file, and one line here. Formats: `zinit.adapter.formats`."""
+"""Encoders, context sources and formats of other implementations, by name: a new one is one file, and one line here."""
 
 from zinit.registry import Entry, Registry
 
@@ -25,4 +25,25 @@ SOURCES = Registry(
         ),
     },
     group="zinit.sources",
+)
+
+FORMATS = Registry(
+    "adapter format",
+    {
+        "official-v1": Entry(
+            "zinit.interop.official:OFFICIAL_V1", "OpenGVLab/LLaMA-Adapter, V1 text: read and written."
+        ),
+        "official-v2": Entry(
+            "zinit.interop.official_v2:MULTIMODAL",
+            "OpenGVLab/LLaMA-Adapter, V2 with images, its BIAS and LORA files: read.",
+        ),
+        "official-v2-chat": Entry(
+            "zinit.interop.official_v2:CHAT", "OpenGVLab/LLaMA-Adapter, V2 chat: biases, input scales, norms: read."
+        ),
+        "peft": Entry("zinit.interop.peft:PEFT", "Hugging Face PEFT, AdaptionPrompt: read and written."),
+        "litgpt": Entry("zinit.interop.litgpt:LITGPT", "LitGPT 0.5.5 and later, adapter: read."),
+        "litgpt-legacy": Entry("zinit.interop.litgpt:LITGPT_LEGACY", "LitGPT before 0.5.5, adapter: read."),
+        "litgpt-v2": Entry("zinit.interop.litgpt_v2:LITGPT_V2", "LitGPT 0.5.5 and later, adapter_v2: read."),
+        "litgpt-v2-legacy": Entry("zinit.interop.litgpt_v2:LITGPT_V2_LEGACY", "LitGPT before 0.5.5, adapter_v2: read."),
+    },
 )

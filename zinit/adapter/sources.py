@@ -23,6 +23,8 @@ from zinit.errors import ConfigError, first_line
 from zinit.prefix import Context
 from zinit.registry import did_you_mean
 
+LARGEST = 65_536  # of a size in the options of a context source
+
 
 class HyperPrompts(nn.Module):
     """Makes the prompts of every layer of one small network (arXiv 2502.03029): e_l -> Linear -> ReLU -> Linear.
@@ -127,7 +129,12 @@ def _seeded(generator: torch.Generator | None) -> Iterator[None]:
 
 
 def make_shared(
-    config: AdapterConfig, *, layers: int, widths: Mapping[str, int], generator: torch.Generator | None
+    config: AdapterConfig,
+    *,
+    layers: int,
+    widths: Mapping[str, int],
+    generator: torch.Generator | None,
+    device: torch.device,
 ) -> dict[str, nn.Module]:
     """What an adapter's layers share, by role: "hyper", "context", as far as the config asks for it.
 
@@ -136,6 +143,7 @@ def make_shared(
         layers: attention modules of the model.
         widths: {site: C} of the sites that ask for something shared.
         generator: for the random start.
+        device: where the modules will be.
 
     Raises:
         ConfigError: if layers that share are of different width, or parts that share of different length.
@@ -161,12 +169,12 @@ def make_shared(
                 f"context={config.context!r} makes the prompts of the parts with prompt='context' or 'table+context', "
                 f"which must be of one length; got {sorted(taking) or 'no such part'}."
             )
-        made["context"] = _make_source(config.context, config.context_options, width, taking.pop(), generator)
+        made["context"] = _make_source(config.context, config.context_options, width, taking.pop(), generator, device)
     return made
 
 
 def _make_source(
-    name: str, options: dict[str, Any], width: int, length: int, generator: torch.Generator | None
+    name: str, options: dict[str, Any], width: int, length: int, generator: torch.Generator | None, device: torch.device
 ) -> ContextSource:
     source = SOURCES.get(name)
     known = list(inspect.signature(source).parameters.values())
@@ -175,13 +183,19 @@ def _make_source(
     for option in options:
         if option not in names:
             raise ConfigError(f"the context source {name!r} has no setting {option!r}.{did_you_mean(option, names)}")
+        if isinstance(options[option], int | float) and not 0 < options[option] <= LARGEST:
+            raise ConfigError(
+                f"{option} of the context source {name!r} must be above 0 and at most {LARGEST:,}; got "
+                f"{options[option]!r}."
+            )
     if needed:
         raise ConfigError(
             f"the context source {name!r} needs {', '.join(needed)}: name the encoder (encoder=...), or give them in "
             f"context_options."
         )
     try:
-        with _seeded(generator):
+        # On the meta device nothing is allocated: sizes out of a file are compared with its tensors first.
+        with _seeded(generator), torch.device(device if device.type == "meta" else "cpu"):
             return source(width=width, length=length, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"the context source {name!r} cannot be made of {options}: {first_line(error)}") from error

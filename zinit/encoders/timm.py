@@ -32,12 +32,13 @@ class TimmEncoder(ImageEncoder):
     def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
         """Tokens leave the last norm; a layer's vector is its class token, or the mean of its tokens."""
         tower: Any = self.tower
+        has_class = getattr(tower, "cls_token", None) is not None
         numbers = [number - 1 for number in layers]
         tokens, found = tower.forward_intermediates(
             pixels, indices=numbers or 1, return_prefix_tokens=True, output_fmt="NLC"
         )
         pooled = tower.forward_head(tokens, pre_logits=True)
-        vectors = tuple(prefix[:, 0] if prefix.shape[1] else words.mean(1) for words, prefix in found)
+        vectors = tuple(prefix[:, 0] if has_class else words.mean(1) for words, prefix in found)
         return Features(tokens, pooled, vectors if layers else ())
 
 

@@ -22,14 +22,22 @@ TOWERS = {
     "siglip": "SiglipVisionModel",
     "siglip2": "Siglip2VisionModel",
 }
+CLASS_TOKENS = ("cls_token", "class_embedding")  # what transformers calls the parameter
 
 
 class TransformersEncoder(ImageEncoder):
     """See `zinit.encoders.base.ImageEncoder`."""
 
     def __init__(self, tower: nn.Module, prepare: Prepare | None, *, source: str = "", bgr: bool = False) -> None:
-        super().__init__(tower, prepare, source=source, bgr=bgr)
         config: Any = tower.config
+        if not hasattr(config, "num_hidden_layers") or getattr(tower, "main_input_name", "") != "pixel_values":
+            raise ConfigError(
+                f"{source or 'the encoder'} is a {type(tower).__name__}, which does not turn images into a sequence of "
+                f"tokens. Take the image tower of CLIP, SigLIP, DINOv2 or the like."
+            )
+        super().__init__(tower, prepare, source=source, bgr=bgr)
+        own = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+        self.has_class_token = not own.isdisjoint(CLASS_TOKENS)
         self.depth, self.layer_width = config.num_hidden_layers, config.hidden_size
         projection: Any = getattr(tower, "visual_projection", None)
         self.width = self.layer_width if projection is None else projection.out_features
@@ -48,10 +56,9 @@ class TransformersEncoder(ImageEncoder):
 
     def _vector(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, D): the class token, or the mean where the model has none."""
-        config: Any = self.tower.config
-        has_class = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.tower.named_parameters())
-        if has_class:
+        if self.has_class_token:
             return tokens[:, 0]
+        config: Any = self.tower.config
         return tokens[:, getattr(config, "num_register_tokens", 0) :].mean(1)
 
 
@@ -64,7 +71,7 @@ class TransformersEncoders(EncoderLibrary):
     """The library."""
 
     def knows(self, source: str) -> bool:
-        """Whatever no other library claims."""
+        """Whatever no other library claims, see `zinit.adapter.encoding.FALLBACK`."""
         return True
 
     def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
@@ -84,8 +91,6 @@ class TransformersEncoders(EncoderLibrary):
             tower = model_class.from_pretrained(source, revision=revision, trust_remote_code=False, dtype=torch.float32)
         except Exception as error:  # transformers raises many classes; all mean that it cannot load this
             raise BackboneError(f"{source} cannot be loaded as an image encoder: {reason(source, error)}") from error
-        if not hasattr(tower.config, "num_hidden_layers") or tower.main_input_name != "pixel_values":
-            raise ConfigError(f"{source} is a {type(tower).__name__}, which is no encoder of images into tokens.")
         return TransformersEncoder(tower, _processor(source, revision), source=source, bgr=bgr)
 
 

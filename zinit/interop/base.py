@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
+from zinit.adapter.registries import FORMATS
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import CheckpointError, ConfigError
 from zinit.registry import did_you_mean

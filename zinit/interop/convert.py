@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from zinit.adapter.file import AdapterFile
-from zinit.adapter.formats import FORMATS
 from zinit.adapter.handle import Handle
+from zinit.adapter.registries import FORMATS
 from zinit.errors import ConfigError
 from zinit.interop.base import Gate
 from zinit.interop.importing import active_handle, attach_tensors, handles_on, import_adapter

@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from zinit.adapter.attach import attach
-from zinit.adapter.encoding import Encoder, load_encoder
-from zinit.adapter.formats import FORMATS
+from zinit.adapter.encoding import Encoder, load_feature_encoder
 from zinit.adapter.handle import Handle
+from zinit.adapter.registries import FORMATS
 from zinit.adapter.state import state_of
 from zinit.config import AdapterConfig, PrefixConfig
-from zinit.errors import ConfigError
+from zinit.errors import CheckpointError, ConfigError
+from zinit.files import parsing
 from zinit.interop.base import Format, Gate
 
 
@@ -59,8 +60,10 @@ def import_adapter(
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"gate must be 'tanh' or 'identity'; got {gate!r}.")
     chosen.check_reading(options, format=format)
-    config, tensors = chosen.read(Path(path), model, length=length, gate=gate, **options)
-    tower = None if encoder is None else load_encoder(encoder, bgr=chosen.bgr)
+    what = f"{path} does not hold what a file of {format!r} does"
+    with parsing(what, CheckpointError, "Is the format the right one?"):
+        config, tensors = chosen.read(Path(path), model, length=length, gate=gate, **options)
+    tower = None if encoder is None else load_feature_encoder(encoder, beside=model, bgr=chosen.bgr)
     return attach_tensors(model, config, tensors, name=name, encoder=tower)
 
 

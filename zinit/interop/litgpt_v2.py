@@ -20,26 +20,14 @@ from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import HEAD, linears_of
 from zinit.config import TuningConfig
 from zinit.errors import CheckpointError
+from zinit.interop import _llama as llama
 from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
 from zinit.interop._layers import sites_of
-from zinit.interop._llama import (
-    ATTENTION_NORM,
-    DOWN,
-    GATE,
-    KEY,
-    MLP_NORM,
-    OUT,
-    QUERY,
-    UP,
-    VALUE,
-    LlamaPaths,
-    tuned_adapter,
-)
 from zinit.interop.base import Format, Gate, Imported, ImportedAdapter
 from zinit.interop.litgpt import fused_rows, prompts_by_layer, warn_of_wrong_rows
 
-LAYERS = {"attn.proj": OUT, "mlp.fc_1": GATE, "mlp.fc_2": UP, "mlp.proj": DOWN}
-NORMS = {"norm_1.weight": ATTENTION_NORM, "norm_2.weight": MLP_NORM}
+LAYERS = {"attn.proj": llama.OUT, "mlp.fc_1": llama.GATE, "mlp.fc_2": llama.UP, "mlp.proj": llama.DOWN}
+NORMS = {"norm_1.weight": llama.ATTENTION_NORM, "norm_2.weight": llama.MLP_NORM}
 FUSED, FUSED_BEFORE = "attn.qkv", "attn.attn"
 KINDS = {"adapter_bias": "bias", "adapter_scale": "scale"}
 LAST_NORM = "transformer.ln_f.weight"
@@ -57,7 +45,7 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAd
     tensors, sites = _open(path, model, "litgpt-v2", FUSED)
     config, own = prompts_by_layer(tensors, sites, path)
     for site in select_sites(model, sites, config):
-        scale, bias = (_fused(tensors, site, sites, kind) for kind in ("adapter_scale", "adapter_bias"))
+        scale, bias = (_fused(tensors, site, sites, kind, path) for kind in ("adapter_scale", "adapter_bias"))
         prompt = own.pop(f"{site.name}.prompt.weight")
         own[f"{site.name}.key"], own[f"{site.name}.value"] = fused_rows(
             site, prompt, lambda blocks, scale=scale, bias=bias: scale * (blocks + bias)
@@ -82,10 +70,15 @@ def _open(path: Path, model: nn.Module, format: str, fused: str) -> tuple[dict[s
     return tensors, sites_of(model)
 
 
-def _fused(tensors: dict[str, Tensor], site: AttentionSite, sites: list[AttentionSite], kind: str) -> Tensor:
+def _fused(
+    tensors: dict[str, Tensor], site: AttentionSite, sites: list[AttentionSite], kind: str, path: Path
+) -> Tensor:
     """(H + 2G, 1, D): what acts on the blocks of a layer's fused projection."""
-    stored = tensors[f"transformer.h.{sites.index(site)}.{FUSED}.{kind}"]
-    return stored.float().view(-1, 1, site.head_dim)
+    name = f"transformer.h.{sites.index(site)}.{FUSED}.{kind}"
+    if name not in tensors:
+        raise CheckpointError(f"{path} has prompts but no {name}, which an adapter_v2 holds for every layer.")
+    parts = _split(tensors[name], site, path, legacy=False)
+    return torch.cat(parts).float().view(-1, 1, site.head_dim)
 
 
 def _tuned(
@@ -97,7 +90,7 @@ def _tuned(
     *,
     legacy: bool,
 ) -> ImportedAdapter:
-    paths = LlamaPaths(model, sites, path)
+    paths = llama.LlamaPaths(model, sites, path)
     head = next(iter(linears_of(model, sites, [HEAD])))
     tuned: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -107,7 +100,9 @@ def _tuned(
             tuned[f"{paths.block(int(found[1]), path)}.{NORMS[found[2]]}.weight"] = tensor
         elif found and kind in KINDS and own in (FUSED, FUSED_BEFORE):
             block, site = paths.block(int(found[1]), path), sites[int(found[1])]
-            for layer, part in zip((QUERY, KEY, VALUE), _split(tensor, site, path, legacy=legacy), strict=True):
+            for layer, part in zip(
+                (llama.QUERY, llama.KEY, llama.VALUE), _split(tensor, site, path, legacy=legacy), strict=True
+            ):
                 tuned[f"{block}.{layer}.{KINDS[kind]}"] = part
         elif found and kind in KINDS and own in LAYERS:
             tuned[f"{paths.block(int(found[1]), path)}.{LAYERS[own]}.{KINDS[kind]}"] = tensor
@@ -115,7 +110,7 @@ def _tuned(
             tuned[f"{head}.{KINDS[kind]}"] = tensor
         elif name == LAST_NORM:
             tuned[f"{paths.last_norm}.weight"] = tensor
-    return tuned_adapter(prefix, TuningConfig(linears=("all", HEAD)), tuned)
+    return llama.tuned_adapter(prefix, TuningConfig(linears=("all", HEAD)), tuned)
 
 
 def _split(fused: Tensor, site: AttentionSite, path: Path, *, legacy: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,30 +24,17 @@ from torch import Tensor, nn
 from zinit.backbones.base import AttentionSite
 from zinit.config import PrefixConfig, TuningConfig
 from zinit.errors import CheckpointError
+from zinit.interop import _llama as llama
 from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
 from zinit.interop._layers import sites_of
-from zinit.interop._llama import (
-    ATTENTION_NORM,
-    DOWN,
-    GATE,
-    KEY,
-    MLP_NORM,
-    OUT,
-    QUERY,
-    UP,
-    VALUE,
-    LlamaPaths,
-    half_split,
-    tuned_adapter,
-)
 from zinit.interop.base import Format, Gate, ImportedAdapter
 from zinit.interop.official import TABLE, prompts_by_layer
 
 LAYERS = {
-    "attention.wq": QUERY, "attention.wk": KEY, "attention.wv": VALUE, "attention.wo": OUT,
-    "feed_forward.w1": GATE, "feed_forward.w2": DOWN, "feed_forward.w3": UP,
+    "attention.wq": llama.QUERY, "attention.wk": llama.KEY, "attention.wv": llama.VALUE, "attention.wo": llama.OUT,
+    "feed_forward.w1": llama.GATE, "feed_forward.w2": llama.DOWN, "feed_forward.w3": llama.UP,
 }  # fmt: skip
-NORMS = {"attention_norm.weight": ATTENTION_NORM, "ffn_norm.weight": MLP_NORM}
+NORMS = {"attention_norm.weight": llama.ATTENTION_NORM, "ffn_norm.weight": llama.MLP_NORM}
 _TUNED = re.compile(r"layers\.(\d{1,6})\.(\w+\.w[qkvo123])_(bias|scale)")
 _NORM = re.compile(r"layers\.(\d{1,6})\.(attention_norm\.weight|ffn_norm\.weight)")
 LAST_NORM = "norm.weight"
@@ -62,15 +49,15 @@ def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Impor
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
     tensors = adapter_tensors(tensors, path, "official-v2-chat")
     sites = sites_of(model)
-    paths = LlamaPaths(model, sites, path)
+    paths = llama.LlamaPaths(model, sites, path)
     tuned: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if found := _TUNED.fullmatch(name):
             layer = LAYERS.get(found[2])
             if layer is None:
                 raise CheckpointError(f"{path} tunes {found[2]!r}, which is no linear layer of a LLaMA.")
-            if layer in (QUERY, KEY) and found[3] == "bias":
-                tensor = half_split(tensor, sites[0].head_dim)
+            if layer in (llama.QUERY, llama.KEY) and found[3] == "bias":
+                tensor = llama.half_split(tensor, sites[0].head_dim)
             tuned[f"{paths.block(int(found[1]), path)}.{layer}.{found[3]}"] = tensor
         elif found := _NORM.fullmatch(name):
             tuned[f"{paths.block(int(found[1]), path)}.{NORMS[found[2]]}.weight"] = tensor
@@ -82,7 +69,7 @@ def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Impor
         norms=True if LAST_NORM in tensors else "blocks",
     )
     prefix = prompts_by_layer(tensors, sites, path, length=length, gate="tanh") if TABLE in tensors else None
-    return tuned_adapter(prefix, config, tuned)
+    return llama.tuned_adapter(prefix, config, tuned)
 
 
 BRIDGE = {
@@ -117,17 +104,19 @@ def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, he
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}, which a V2 adapter with images holds.")
     sites = sites_of(model)
-    paths, queries = LlamaPaths(model, sites, path), tensors[QUERIES]
+    paths, queries = llama.LlamaPaths(model, sites, path), tensors[QUERIES]
     if queries.dim() != 2:
         raise CheckpointError(f"{path} has visual queries of shape {tuple(queries.shape)}. Expected (K, width).")
     prefix, own = prompts_by_layer(tensors, sites, path, length=queries.shape[0], gate="tanh")
     prefix = _with_factors(dataclasses.replace(prefix, prompt="table+context"), own, tensors, sites)
     bridge = _bridge(tensors)
     tuned, config = _released_tuning(tensors, paths, sites, path)
-    adapter, named = tuned_adapter((prefix, own), config, tuned)
-    blocks = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.fullmatch(name))), default=-1)
+    adapter, named = llama.tuned_adapter((prefix, own), config, tuned)
+    blocks = {int(found[1]) for name in tensors if (found := _BLOCK.fullmatch(name))}
+    if not blocks or blocks != set(range(len(blocks))):
+        raise CheckpointError(f"{path} has the visual blocks {sorted(blocks)}. Expected all from 0 on.")
     options = {
-        "feature_width": tensors["clip_proj.weight"].shape[1], "hidden": queries.shape[1], "blocks": blocks,
+        "feature_width": tensors["clip_proj.weight"].shape[1], "hidden": queries.shape[1], "blocks": len(blocks),
         "heads": heads,
     }  # fmt: skip
     adapter = dataclasses.replace(adapter, context="visual-tokens", context_options=options)
@@ -163,7 +152,7 @@ def _bridge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _released_tuning(
-    tensors: dict[str, Tensor], paths: LlamaPaths, sites: list[AttentionSite], path: Path
+    tensors: dict[str, Tensor], paths: llama.LlamaPaths, sites: list[AttentionSite], path: Path
 ) -> tuple[dict[str, Tensor], TuningConfig]:
     """Biases of all linear layers but keys' and values', norms, and LoRA where there is any."""
     tuned = {f"{paths.last_norm}.weight": tensors[LAST_NORM]}
@@ -176,13 +165,13 @@ def _released_tuning(
             if linear is None:
                 raise CheckpointError(f"{path} tunes {name!r}, which is of no linear layer of a LLaMA.")
             of_output = found[3] == "bias" or found[4] == "2"
-            if linear in (QUERY, KEY) and of_output:
-                tensor = half_split(tensor, sites[0].head_dim)
+            if linear in (llama.QUERY, llama.KEY) and of_output:
+                tensor = llama.half_split(tensor, sites[0].head_dim)
             kind = "bias" if found[3] == "bias" else ("lora_down", "lora_up")[int(found[4]) - 1]
             rank = tensor.shape[0] if kind == "lora_down" else rank
             tuned[f"{paths.block(int(found[1]), path)}.{linear}.{kind}"] = tensor
     return tuned, TuningConfig(
-        linears=tuple(name.rpartition(".")[2] for name in (QUERY, OUT, GATE, UP, DOWN)),
+        linears=tuple(name.rpartition(".")[2] for name in (llama.QUERY, llama.OUT, llama.GATE, llama.UP, llama.DOWN)),
         scale="none",
         lora_rank=rank,
         lora_linears=("all",) if rank else None,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zinit.adapter.formats import FORMATS
-from zinit.adapter.registries import ENCODERS, SOURCES
+from zinit.adapter.registries import ENCODERS, FORMATS, SOURCES
 from zinit.backbones import BACKBONES
 from zinit.bench.plan import list_bench_presets
 from zinit.errors import ConfigError
