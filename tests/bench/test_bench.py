@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from zinit.bench.runner import Runner, _failure, final_cells, read_cells
 from zinit.bench.summary import summarise
 from zinit.bench.write import write_summary
 from zinit.errors import ConfigError, DataError
+from zinit.files import claim
 from zinit.ui import benchmark as ui
 from zinit.ui.benchmark import Finished
 
@@ -340,8 +342,17 @@ def test_folders_that_are_not_for_it(tmp_path: Path, journal: Path) -> None:
         Runner(plan, tmp_path, launcher=FAKE)
     Runner(plan, tmp_path / "out", budget=0, launcher=FAKE).run()
     one = Runner(plan, tmp_path / "out", budget=0, launcher=FAKE)
-    with one._alone(), pytest.raises(ConfigError, match="another benchmark is running"):
+    with claim(one.output, tell=print), pytest.raises(ConfigError, match="is in use by process"):
         Runner(plan, tmp_path / "out", launcher=FAKE).run()
+    killed = tmp_path / "killed"  # before its first file was whole
+    killed.mkdir()
+    (killed / ".bench.json.abcd1234.partial").write_text("{")
+    (killed / ".claim.json").write_text(json.dumps({"host": socket.gethostname(), "process": 1, "since": "then"}))
+    events: list[Any] = []
+    Runner(plan, killed, budget=0, launcher=FAKE, on_event=events.append).run()
+    assert events[0]["event"] == "notice"
+    assert "was killed; this process goes on with it" in events[0]["text"]
+    assert sorted(path.name for path in killed.iterdir()) == ["bench.json", "cells"]
     (tmp_path / "out" / "cells" / "x.json").write_text("{")
     with pytest.raises(DataError, match=r"x\.json is damaged"):
         read_cells(tmp_path / "out")

@@ -17,8 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
 from zinit.config import ROLES, to_json
 from zinit.errors import ConfigError, DataError
+from zinit.files import claim, is_ours
 from zinit.runs.directory import write_json
 from zinit.runs.record import Record, Results
 from zinit.tasks import TASKS
@@ -69,16 +69,15 @@ class Runner:
         self.stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
-        if output.exists() and (
-            not output.is_dir() or (any(output.iterdir()) and not (output / "bench.json").exists())
-        ):
+        foreign = output.is_dir() and not all(is_ours(path.name) for path in output.iterdir())
+        if (output.exists() and not output.is_dir()) or (foreign and not (output / "bench.json").exists()):
             raise ConfigError(f"the output {output} holds something that is no benchmark. Name another folder.")
 
     def run(self) -> None:
         """Runs what is not finished. Returns when all is done, the budget is spent, or a signal asked to stop."""
-        (self.output / "cells").mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with claim(self.output, tell=lambda text: self.on_event({"event": "notice", "text": text})):
             write_json(self.output / "bench.json", {"benchmark": self.benchmark.to_dict(), "jobs": self.jobs})
+            (self.output / "cells").mkdir(exist_ok=True)
             selection = [cell for experiment in self.benchmark.experiments for cell in experiment.selection_cells()]
             self._finish(selection)
             if not self.stopping.is_set():
@@ -166,21 +165,6 @@ class Runner:
         if document["status"] != "failed":
             write_json(self._path(cell), document)
         self.on_event({"event": "cell", **document})
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One benchmark at a time in a folder."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks here
-            yield
-            return
-        with (self.output / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(f"another benchmark is running in {self.output}. Wait for it, or stop it.") from error
-            yield
 
 
 def _failure(status: int, out: bytes, err: bytes, run: Path) -> dict[str, Any]:

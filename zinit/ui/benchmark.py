@@ -173,6 +173,8 @@ class _View:
                 self._cell(event)
             elif event["event"] == "budget":
                 self.finished.left_out += 1
+            elif event["event"] == "notice":
+                self.progress.print(event["text"])
 
     def _plan(self, event: Event) -> None:
         done = event["cells"] - event["todo"]
