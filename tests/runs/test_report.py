@@ -2,152 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
-from zinit.data.images import THUMBNAIL_START, thumbnail
+from tests.runs.pages import METRICS, RUN, gates, log_of, page_of, step
+from zinit.data.images import thumbnail
 from zinit.errors import DataError
 from zinit.runs import plots, report
-from zinit.runs.command import command_of
 from zinit.runs.report import write_report
-from zinit.runs.settings import resolve
-
-RUN = {
-    "backbone": "llama",
-    "task": "alpaca",
-    "model": "embedded demo",
-    "data": "embedded demo",
-    "demo": True,
-    "seed": 7,
-    "preset": None,
-    "prefix": {"length": 10, "layers": 2},
-    "train": {"learning_rate": 0.009, "scheduler": {"warmup": 2}},
-}
-METRICS = {
-    "metrics": {
-        "frozen": {"loss": 3.5, "perplexity": 33.12, "exact_match": 0.0},
-        "adapted": {"loss": 1.25, "perplexity": 3.49, "exact_match": 0.75},
-    },
-    "counts": {"train": 1000, "held_out": 200, "evaluated": 120, "truncated": 3, "skipped": 0},
-    "samples": [{"prompt": "Where?", "expected": "Oldport.", "frozen": "the the", "adapted": "Oldport."}],
-    "seconds": 12.5,
-    "steps": 20,
-    "seed": 7,
-}
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-def step(number: int, loss: float = 1.0) -> dict[str, Any]:
-    rates = {"examples_per_second": 160.0, "tokens_per_second": 9000.0}
-    return {
-        "event": "step",
-        "step": number,
-        "loss": loss,
-        "lr": 1e-3,
-        "grad_norm": 0.5,
-        "examples": 32,
-        "seconds": 0.2,
-    } | rates
-
-
-def gates(number: int, layers: int = 2, heads: int = 4, value: float = 0.1) -> dict[str, Any]:
-    sites = {f"model.layers.{layer + 2}.self_attn": [number * value] * heads for layer in range(layers)}
-    return {"event": "gates", "step": number, "gates": sites}
-
-
-def log_of(steps: int, every: int = 5, **shape: int) -> list[dict[str, Any]]:
-    lines = [{"event": "plan", "steps": steps, "done": 0}, gates(0, **shape)]
-    for number in range(1, steps + 1):
-        lines.append(step(number, 3.0 / number))
-        if number % every == 0 or number == steps:
-            lines += [gates(number, **shape), {"event": "eval", "step": number, "loss": 2.0, "exact_match": 0.5}]
-    return [*lines, {"event": "end", "step": steps}]
-
-
-def page_of(
-    folder: Path, log: list[dict[str, Any]] | str | None, run: Any = RUN, metrics: Any = METRICS
-) -> tuple[str, Page]:
-    text = log if isinstance(log, str) or log is None else "".join(json.dumps(line) + "\n" for line in log)
-    for name, content in (("run.json", run), ("metrics.json", metrics), ("log.jsonl", text)):
-        if content is not None:
-            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    before = {path.name for path in folder.iterdir()}
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    assert {path.name for path in folder.iterdir()} == before | {"report.html"}  # no temporary file
-    html = path.read_text("utf-8")
-    return html, Page(html)
-
-
-class Page(HTMLParser):
-    """Checks while it reads that every element is closed, ids are unique, and nothing is fetched or run."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: set[str] = set()
-        self.text: list[str] = []
-        self.images: list[np.ndarray] = []
-        self.curves: list[int] = []
-        self.pictures: list[Image.Image] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-        self.words = " ".join(" ".join(self.text).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "iframe", "object", "embed")
-        if tag == "img":
-            source = dict(attrs)["src"] or ""
-            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(source.removeprefix(THUMBNAIL_START)))))
-        for name, value in attrs:
-            assert not name.startswith("on"), name
-            if name == "id":
-                assert value not in self.ids
-                self.ids.add(value or "")
-            if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
-                assert value is not None
-                assert value.startswith(("#", "data:")), value
-                if value.startswith("data:image/png;base64,"):
-                    from matplotlib.image import imread
-
-                    self.images.append(imread(io.BytesIO(base64.b64decode(value.partition(",")[2])), "png"))
-            elif not name.startswith("xmlns"):
-                assert "://" not in (value or "")
-            assert all(found == "#" for found in re.findall(r"url\(['\"]?(.)", value or ""))
-            if name == "d":
-                self.curves.append((value or "").count("L"))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            assert "@import" not in data
-            assert "url(" not in data
-        else:
-            self.text.append(data)
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -325,25 +196,6 @@ def test_a_huge_run(tmp_path: Path) -> None:
     assert {image.shape[:2] for image in page.images} >= {(60, 64), (60 * 64, report.COLUMNS)}
 
 
-def test_long_curves_keep_their_spikes() -> None:
-    x, y = np.arange(50_000.0), np.ones(50_000)
-    y[31_415], y[27_182], y[100:300] = 9.0, -9.0, math.nan
-    thin_x, thin_y = plots.thin(x, y)
-    assert len(thin_x) <= plots.POINTS
-    assert (thin_x[0], thin_x[-1]) == (0, 49_999)
-    assert (thin_x[np.nanargmax(thin_y)], thin_x[np.nanargmin(thin_y)]) == (31_415, 27_182)
-    assert np.isnan(thin_y).any()
-
-
-def test_smoothing_starts_unbiased_and_passes_over_gaps() -> None:
-    smooth = plots.smooth(np.array([math.nan, 4.0, 4.0, math.inf, 4.0, 1.0]), 3)
-    assert np.isnan(smooth[[0, 3]]).all()
-    assert smooth[[1, 2, 4]].tolist() == [4, 4, 4]
-    assert smooth[5] == pytest.approx(
-        (0.5 * 1 + 0.4375 * 4) / 0.9375
-    )  # each value has half the weight of its successor
-
-
 def test_sites_are_named_by_what_tells_them_apart() -> None:
     assert report._short(["model.layers.2.self_attn", "model.layers.13.self_attn"]) == ["2", "13"]
     assert report._short(["text.0.attn", "vision.0.attn"]) == ["text", "vision"]
@@ -390,66 +242,7 @@ def test_plotting_is_imported_when_first_needed() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
-# --- what a figure shows ----------------------------------------------------------------------------------------------
-
-
-def figures_of(folder: Path, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """{label: figure} of a report, before they become SVG."""
-    found: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "svg", lambda figure, label: found.setdefault(label, figure) and "")
-    page_of(folder, log)
-    return found
-
-
-def gates_now(number: int, gates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    return [{"event": "gates", "step": number, "gates": gates}]
-
-
-@pytest.mark.parametrize("label", ["gates at step 3", "every gate by step"])
-def test_the_topmost_layer_is_on_top_and_beside_its_own_name(
-    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Layer n has gates of n tenths: the higher a row, the further its colour is from the page's."""
-    gates = {f"layers.{layer}.attn": [layer / 10] * 2 for layer in range(1, 6)}
-    figure = figures_of(tmp_path, gates_now(3, gates), monkeypatch)[label]
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba()).astype(float)
-    axes = figure.axes[0]
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    places = [axes.transData.transform((0, place + 0.3)) for place in axes.get_yticks()]
-    heights = [y for _, y in places]
-    strength = [np.abs(pixels[-1 - int(y), int(x), :3] - 255).max() for x, y in places]
-    assert names == ["1", "2", "3", "4", "5"]
-    assert heights == sorted(heights)
-    assert strength == sorted(strength)
-    assert len(set(strength)) == 5
-
-
-def test_the_mean_is_of_absolute_gates_and_of_the_heads_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = [*gates_now(0, {"a.0": [0.0, 0.0], "a.1": [0.0]}), *gates_now(5, {"a.0": [0.5, -0.3], "a.1": [-0.2]})]
-    figure = figures_of(tmp_path, log, monkeypatch)["mean gate of each layer by step"]
-    lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
-    assert lines["0"] == pytest.approx([0.0, 0.4])
-    assert lines["1"] == pytest.approx([0.0, 0.2])
-
-
-@pytest.mark.parametrize(
-    ("layers", "named", "title"), [(8, 8, "layer"), (16, 16, "layer"), (40, 14, "layer, 1 of 3 named")]
-)
-def test_every_curve_has_a_name_or_the_legend_says_how_many(
-    layers: int, named: int, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figure = figures_of(tmp_path, log_of(4, every=2, layers=layers), monkeypatch)["mean gate of each layer by step"]
-    legend = figure.axes[0].get_legend()
-    assert len(figure.axes[0].lines) == layers
-    assert len(legend.get_texts()) == named
-    assert legend.get_title().get_text() == title
-
-
-# --- samples and the command ------------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------------
 
 
 def test_a_sample_shows_the_instruction_and_not_its_template(tmp_path: Path) -> None:
@@ -484,47 +277,3 @@ def test_a_table_that_is_wider_than_the_page_shows_that_it_goes_on() -> None:
     assert wide[1].count(" local") == wide[1].count(" scroll") == 2, (
         "a cover that moves along, over a shadow that stays"
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options"),
-    [
-        ({"backbone": "llama"}, []),
-        ({"backbone": "llama", "seed": 3}, ["prefix.layers=0,2", "train.epochs=0.5", "train.clip_norm=none"]),
-        ({"backbone": "clip"}, ["prefix.towers=vision_model", "task.template=a {} or 'none'.", "train.steps=3"]),
-        ({"backbone": "vit"}, ["method=lora", "method.rank=3", "task.normalisation=none", "train.rates.gates=0.5"]),
-        (
-            {"backbone": "llama", "preset": "llama-7b"},
-            ["parts.late.length=4", "parts.same.length=10", "train.epochs=1"],
-        ),
-        (
-            {"backbone": "roberta", "task": "ner", "model": "a/b", "data": "c.txt"},
-            ["task.labels=O,B-1", "dtype=float32"],
-        ),
-        (
-            {"backbone": "roberta", "model": "a/b", "data": "it's here.json"},
-            ["task.version=1.1", 'task.held_out_data="true"'],
-        ),
-    ],
-)
-def test_the_command_makes_the_same_settings(arguments: dict[str, Any], options: list[str]) -> None:
-    config, preset = resolve(**arguments, options=options)
-    text = command_of(config, preset)
-    assert text is not None
-    words = shlex.split(text)
-    assert words[:2] == ["zinit", "train"]
-    flags: dict[str, Any] = {}
-    again: list[str] = []
-    for flag, value in zip(words[2::2], words[3::2], strict=True):
-        if flag == "-o":
-            again.append(value)
-        else:
-            flags[flag.removeprefix("--")] = int(value) if flag == "--seed" else value
-    assert resolve(**flags, options=again) == (config, preset)
-
-
-def test_the_page_shows_the_command_of_a_run_that_says_its_settings(tmp_path: Path) -> None:
-    config, preset = resolve(backbone="llama", options=["prefix.length=3"])
-    _, page = page_of(tmp_path, log_of(1), run=RUN | {"config": config.to_dict(), "preset": str(preset)})
-    assert "zinit train --backbone llama --task alpaca --preset alpaca/demo --seed 0 -o prefix.length=3" in page.words
-    assert "zinit train" not in page_of(tmp_path, log_of(1), run=RUN | {"config": {"backbone": 3}})[1].words
