@@ -4,7 +4,9 @@
     python -m benchmarks.old_new --old ../before --new . --works step generate train --pairs 60
 
 Each checkout has one living process, with one thread and pinned to the same core; the processes take rounds in turn,
-and the order within a pair alternates. Reported are the median over pairs of new / old and its bootstrap 95 % interval.
+and the order within a pair alternates. Where a process's memory lies is luck that lasts as long as it does, so pairs
+are spread over several lives. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives
+are drawn first, then pairs within them.
 Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
 can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it.
 """
@@ -78,7 +80,7 @@ class Worker:
 
 
 def rounds(workers: dict[str, Worker], work: str, pairs: int, warm_up: int) -> dict[str, list[dict[str, Any]]]:
-    """Seconds of both sides of every pair, ``{comparison: [{"under": ..., "over": ...}]}``."""
+    """Seconds of both sides of every pair in one life, ``{comparison: [{"under": ..., "over": ...}]}``."""
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in PAIRS}
     for number in range(warm_up + pairs):
         for name, (under, over) in PAIRS.items():
@@ -90,22 +92,29 @@ def rounds(workers: dict[str, Worker], work: str, pairs: int, warm_up: int) -> d
     return measured
 
 
-def interval(ratios: Sequence[float], seed: int = 0) -> list[float]:
-    """The bootstrap 95 % interval of the median."""
+def interval(lives: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
+    """The bootstrap 95 % interval of the median: lives are drawn, and pairs within each."""
     rng = random.Random(seed)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+
+    def resampled() -> list[float]:
+        return [ratio for life in rng.choices(lives, k=len(lives)) for ratio in rng.choices(life, k=len(life))]
+
+    medians = sorted(statistics.median(resampled()) for _ in range(RESAMPLES))
     return [medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]]
 
 
-def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Median ratio, its interval and the median seconds, by comparison and clock."""
+def summarize(lives: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Median ratio, its interval, the median of each life and the median seconds, by comparison and clock."""
     figures: dict[str, Any] = {}
-    for name, pairs in measured.items():
+    for name in lives[0]:
+        pairs = [pair for life in lives for pair in life[name]]
         for clock in pairs[0]["under"]:
-            ratios = [pair["over"][clock] / pair["under"][clock] for pair in pairs]
+            by_life = [[pair["over"][clock] / pair["under"][clock] for pair in life[name]] for life in lives]
+            ratios = [ratio for life in by_life for ratio in life]
             figures.setdefault(name, {})[clock] = {
                 "median_ratio": round(statistics.median(ratios), 4),
-                "interval_95": [round(bound, 4) for bound in interval(ratios)],
+                "interval_95": [round(bound, 4) for bound in interval(by_life)],
+                "median_by_life": [round(statistics.median(life), 4) for life in by_life],
                 "median_seconds": {
                     side: round(statistics.median(pair[side][clock] for pair in pairs), 5) for side in ("under", "over")
                 },
@@ -137,7 +146,8 @@ def parse() -> argparse.Namespace:
     options.add_argument("--new", type=Path, required=True, help="checkout to judge")
     options.add_argument("--works", nargs="+", choices=list(WORKS), default=["step", "generate"])
     options.add_argument("--pairs", type=int, default=40, help="of each comparison; 30 at least for a figure to report")
-    options.add_argument("--warm-up", type=int, default=3, help="pairs that are not counted")
+    options.add_argument("--lives", type=int, default=5, help="of the processes; the pairs are spread over them")
+    options.add_argument("--warm-up", type=int, default=3, help="pairs of a life that are not counted")
     options.add_argument("--cpu", type=int, default=0, help="core of all processes; -1: not pinned")
     options.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/old_new-cpu.json")
     for name, value in SHAPE.items():
@@ -149,15 +159,18 @@ def main() -> None:
     options = parse()
     shape = {name: getattr(options, name) for name in SHAPE}
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve(), "new again": options.new.resolve()}
-    workers = {name: Worker(checkout, options.cpu, shape) for name, checkout in checkouts.items()}
-    figures: dict[str, Any] = {}
-    try:
-        for work in options.works:
-            figures[work] = summarize(rounds(workers, work, options.pairs, options.warm_up))
-            show(work, figures[work])
-    finally:
-        for worker in workers.values():
-            worker.close()
+    measured: dict[str, list[dict[str, Any]]] = {work: [] for work in options.works}
+    for _ in range(options.lives):
+        workers = {name: Worker(checkout, options.cpu, shape) for name, checkout in checkouts.items()}
+        try:
+            for work in options.works:
+                measured[work].append(rounds(workers, work, -(-options.pairs // options.lives), options.warm_up))
+        finally:
+            for worker in workers.values():
+                worker.close()
+    figures = {work: summarize(lives) for work, lives in measured.items()}
+    for work, found in figures.items():
+        show(work, found)
     options.old, options.new = revision(options.old), revision(options.new)  # commits say more than folders
     options.device = "cpu"
     save("old_new", options, figures)
