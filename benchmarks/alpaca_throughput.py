@@ -32,9 +32,9 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaTokenize
 import zinit
 from benchmarks.common import interleaved, parser, prepare, random_llama, ratio, save
 from tests.stories import SHARED, SOURCE, save_stories
-from zinit.tasks.alpaca.examples import Example
 from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.base import Stream, TaskInputs
+from zinit.tasks.text import TextExample
 from zinit.train.config import TrainConfig
 from zinit.train.held_out import held_out_loss
 from zinit.train.loop import fit
@@ -68,12 +68,12 @@ def train_config(**settings: Any) -> TrainConfig:
     return TrainConfig(**{**OPTIMIZER, **constant, "evaluate_every": 0, "save_every": 0, **settings})
 
 
-def features(examples: list[Example]) -> list[dict[str, list[int]]]:
+def features(examples: list[TextExample]) -> list[dict[str, list[int]]]:
     """What the Trainer's collator pads: ids, and labels on the response only."""
     return [{"input_ids": e.ids, "labels": [-100] * e.prompt_length + e.ids[e.prompt_length :]} for e in examples]
 
 
-def run_trainer(model: nn.Module, tokenizer: Any, examples: list[Example], *, batch: int, epochs: int) -> None:
+def run_trainer(model: nn.Module, tokenizer: Any, examples: list[TextExample], *, batch: int, epochs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,

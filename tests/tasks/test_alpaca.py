@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from tests.tiny import byte_tokenizer, save_tiny_llama
 from zinit.demo import instructions, llama_path
 from zinit.errors import ConfigError, DataError
-from zinit.tasks.alpaca.task import IGNORED, Alpaca, AlpacaConfig
+from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.base import TaskInputs
 
+IGNORED = -100  # what torch calls a label without a loss
 START = "Below is an instruction that describes a task"
 
 

@@ -7,7 +7,7 @@ transformers and timm; they are found here by name and imported when first neede
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ FALLBACK = "transformers"  # the library that is asked last: a Hub id does not s
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an encoder makes of B images, or of the images of B samples.
+    """What an encoder makes of B images, or of the images of B samples; None is what nobody asked for.
 
     Attributes:
         tokens: (B, N, D), after the tower's last norm, and its projection if it has one.
@@ -33,11 +33,29 @@ class Features:
         present: (B,) boolean, which samples have an image; None is all.
     """
 
-    tokens: Tensor
-    pooled: Tensor
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
     layers: tuple[Tensor, ...] = ()
     mask: Tensor | None = None
     present: Tensor | None = None
+
+    def to(self, device: torch.device) -> Features:
+        """The same on a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Each tensor changed."""
+
+        def one(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Features(
+            tokens=one(self.tokens),
+            pooled=one(self.pooled),
+            layers=tuple(map(change, self.layers)),
+            mask=one(self.mask),
+            present=one(self.present),
+        )
 
 
 class Encoder(nn.Module, ABC):
@@ -185,44 +203,42 @@ def encode(encoder: Encoder, items: Sequence[Any] | Tensor, *, layers: int = 0) 
     if not images:
         raise ConfigError(f"none of the {len(groups)} samples has an image: call the model without one.")
     made = encoder(encoder.prepare(images).to(where.device, where.dtype), layers)
-    return _by_sample(made, [len(group) for group in groups])
+    return by_sample(made, [len(group) for group in groups])
 
 
-def to_device(features: Any, device: torch.device) -> Any:
-    """Features on a device; what is no `Features` stays as it is."""
-    if not isinstance(features, Features):
-        return features
+def by_sample(made: Features, counts: Sequence[int]) -> Features:
+    """A sample's tokens are those of its images, one after the other; its vectors are their mean.
 
-    def moved(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device)
-
-    return Features(
-        tokens=features.tokens.to(device),
-        pooled=features.pooled.to(device),
-        layers=tuple(vectors.to(device) for vectors in features.layers),
-        mask=moved(features.mask),
-        present=moved(features.present),
-    )
-
-
-def _by_sample(made: Features, counts: Sequence[int]) -> Features:
-    """A sample's tokens are those of its images, one after the other; its vectors are their mean."""
+    Args:
+        made: features of all images, sample by sample.
+        counts: how many images each sample has.
+    """
     if set(counts) == {1}:
         return made
-    longest, (_, length, width) = max(counts) * made.tokens.shape[1], made.tokens.shape
-    tokens = made.tokens.new_zeros(len(counts), longest, width)
-    mask = torch.zeros(len(counts), longest, dtype=torch.bool, device=tokens.device)
-    for row, own in enumerate(made.tokens.split(list(counts))):
-        tokens[row, : len(own) * length] = own.flatten(0, 1)
-        mask[row, : len(own) * length] = True
-    present = torch.tensor([count > 0 for count in counts], device=tokens.device)
+    tokens, mask = (None, None) if made.tokens is None else _in_rows(made.tokens, counts)
     return Features(
         tokens=tokens,
-        pooled=_means(made.pooled, counts),
+        pooled=None if made.pooled is None else _means(made.pooled, counts),
         layers=tuple(_means(vectors, counts) for vectors in made.layers),
         mask=mask,
-        present=present,
+        present=torch.tensor([count > 0 for count in counts], device=_device(made)),
     )
+
+
+def _device(made: Features) -> torch.device:
+    return next(x.device for x in (made.tokens, made.pooled, *made.layers) if x is not None)
+
+
+def _in_rows(made: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(images, N, D) to (samples, most images x N, D), and which of these tokens there are."""
+    _, length, width = made.shape
+    longest = max(1, *counts) * length
+    tokens = made.new_zeros(len(counts), longest, width)
+    mask = torch.zeros(len(counts), longest, dtype=torch.bool, device=made.device)
+    for row, own in enumerate(made.split(list(counts))):
+        tokens[row, : len(own) * length] = own.flatten(0, 1)
+        mask[row, : len(own) * length] = True
+    return tokens, mask
 
 
 def _means(vectors: Tensor, counts: Sequence[int]) -> Tensor:

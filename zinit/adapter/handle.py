@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zinit.adapter.build import AdapterModules, slot_key, uninstall
-from zinit.adapter.encoding import Encoder, encode, same_encoder, to_device
+from zinit.adapter.encoding import Encoder, Features, encode, same_encoder
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.parts import Part
@@ -282,12 +282,20 @@ class Handle:
         if (image is None) == (features is None):
             raise ConfigError("give either image=... or features=....")
         if image is not None:
-            features = encode(self._encoder(), image, layers=getattr(source, "layers", 0))
+            features = encode(self.get_encoder(), image, layers=getattr(source, "layers", 0))
         parameter = next(source.parameters(), None)
-        with self.context(source(features if parameter is None else to_device(features, parameter.device))):
+        if isinstance(features, Features) and parameter is not None:
+            features = features.to(parameter.device)
+        with self.context(source(features)):
             yield
 
-    def _encoder(self) -> Encoder:
+    def get_encoder(self) -> Encoder:
+        """What makes features of images for this adapter; it is loaded when it is first asked for.
+
+        Raises:
+            ConfigError: if there is none.
+            CheckpointError: if what lies there now is another one.
+        """
         if self.encoder is None:
             identity = self.encoder_identity or {}
             if not identity.get("source"):

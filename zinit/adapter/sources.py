@@ -83,9 +83,11 @@ class ContextSource(nn.Module, ABC):
     Made by ``TheSource(width=C, length=K, **context_options)``.
 
     Attributes:
+        takes: what of `zinit.adapter.encoding.Features` it reads: "tokens", "pooled", "layers".
         layers: of how many encoder layers it wants a vector.
     """
 
+    takes: tuple[str, ...] = ("tokens",)
     layers = 0
 
     @classmethod

@@ -28,6 +28,8 @@ class ProjectedImage(ContextSource):
         layers: how many encoder layers, equally spaced, the last included.
     """
 
+    takes = ("layers",)
+
     def __init__(self, *, width: int, length: int, feature_width: int, hidden: int = 64, layers: int = 4) -> None:
         super().__init__()
         self.layers = layers
@@ -87,6 +89,7 @@ class VisualTokens(ContextSource):
 
     def forward(self, features: Features) -> Context:
         """(B, K, C)."""
+        assert features.tokens is not None
         tokens = self.norm_in(self.proj_in(features.tokens.to(self.query.dtype)))
         x = torch.cat([self.query.expand(len(tokens), -1, -1), tokens], dim=1)
         hidden = self._absent(features, x)

@@ -276,6 +276,20 @@ class Images(Sequence[Tensor]):
         return (self[index] for index in range(len(self)))
 
 
+def content_digest(source: ImageSource) -> bytes:
+    """Tells an image from every other by its file's bytes, which are not decoded; one in memory by its pixels.
+
+    Raises:
+        DataError: if there is no such file.
+    """
+    if isinstance(source, Image.Image):
+        return image_digest(source)
+    if isinstance(source, Encoded):
+        return hashlib.sha256(source.read()).digest()
+    with parsing(f"{source} cannot be read", DataError), source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def image_digest(image: Image.Image) -> bytes:
     """Tells an RGB image from every other by its pixels."""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()

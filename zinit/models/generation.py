@@ -30,21 +30,22 @@ class OwnGenerationConfig(GenerationConfig):
         return kwargs if allow_custom_entries else super().update(defaults_only=defaults_only, **kwargs)
 
 
-def greedy(*, max_new_tokens: int, eos_token_id: int) -> GenerationConfig:
+def greedy(*, max_new_tokens: int, eos_token_id: int | list[int]) -> GenerationConfig:
     """Greedy answers, whatever lies beside the weights: for measurements.
 
     Args:
         max_new_tokens: longest answer.
-        eos_token_id: ends an answer, and pads.
+        eos_token_id: ends an answer, and pads; of several each ends one, and the first pads.
     """
+    ends = _numbers(eos_token_id)
     return OwnGenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
-        pad_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
+        pad_token_id=ends[0],
+        eos_token_id=ends if len(ends) > 1 else ends[0],
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from zinit.adapter.handle import Handle
+    from zinit.data.images import ImageSource
     from zinit.models.loading import Loading
 
 __all__ = [
@@ -242,6 +243,14 @@ class Task(nn.Module, ABC):
 
         A run keeps the values: an evaluation on other data reads no training examples.
         """
+        return {}
+
+    def image_sources(self) -> Mapping[bytes, ImageSource]:
+        """The images of its examples by their content digests: a run fills ``inputs.features`` with these."""
+        return {}
+
+    def controls(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """Further rows of the results by name, each a scope in which the adapted model is evaluated once more."""
         return {}
 
     def artifacts(self) -> dict[str, Any]:

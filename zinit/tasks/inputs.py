@@ -13,6 +13,7 @@ from zinit.models.several import LoadedModel
 
 if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
+    from zinit.encoders.cache import FeatureCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class TaskInputs(DataInputs):
         handle: the adapter on the model; None for methods that have none.
         examples: what `Task.read_data` returned; None reads them now.
         models: the further models that the task declared (`Task.further_models`), by name, frozen.
+        features: of images, as the adapter's context source takes them; None where the adapter takes no images.
     """
 
     model: nn.Module
@@ -65,3 +67,4 @@ class TaskInputs(DataInputs):
     handle: Handle | None = None
     examples: Any = None
     models: Mapping[str, LoadedModel] = field(default_factory=dict)
+    features: FeatureCache | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,31 +13,15 @@ from zinit.data.records import count_sources, most_unused, read_records, same_te
 from zinit.demo import instructions
 from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_texts, format_prompt
+from zinit.tasks.text import TextExample
 
 Record = dict[str, str]
 COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_prompt_too_long")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One encoded record.
-
-    Attributes:
-        ids: BOS, prompt, response, EOS (cut at max_length).
-        prompt_length: how many of the first ids carry no loss.
-        instruction: as the data has it, with the input below.
-        prompt: as text.
-        response: as text.
-    """
-
-    ids: list[int]
-    prompt_length: int
-    instruction: str
-    prompt: str
-    response: str
-
-
-def encode_records(tokenizer: Any, records: Sequence[Record], *, max_length: int) -> tuple[list[Example], Counter[str]]:
+def encode_records(
+    tokenizer: Any, records: Sequence[Record], *, max_length: int
+) -> tuple[list[TextExample], Counter[str]]:
     """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
 
     Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
@@ -56,7 +39,7 @@ def encode_records(tokenizer: Any, records: Sequence[Record], *, max_length: int
     responses = [record["output"] for record in records]
     encoded = encode_texts(tokenizer, [*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    examples: list[Example] = []
+    examples: list[TextExample] = []
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
     for i, (record, prompt, response) in enumerate(zip(records, prompts, responses, strict=True)):
         if not record["instruction"].strip():
@@ -76,8 +59,9 @@ def encode_records(tokenizer: Any, records: Sequence[Record], *, max_length: int
         counts["_truncated"] += len(ids) > max_length
         counts["_empty_response"] += not response.strip()
         asked = "\n\n".join(filter(None, (record["instruction"], record["input"])))
-        texts = {"instruction": asked, "prompt": prompt, "response": response}
-        examples.append(Example(ids=ids[:max_length], prompt_length=prompt_length, **texts))
+        ids = ids[:max_length]
+        answers = ((prompt_length, len(ids)),)
+        examples.append(TextExample(ids=ids, answers=answers, instruction=asked, prompt=prompt, response=response))
     counts[""] = len(examples)
     return examples, counts
 
