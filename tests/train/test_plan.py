@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,51 @@ def test_the_plan_is_what_it_always_was() -> None:
     assert p.examples(6) == [93, 21, 84, 38, 91, 12, 82]
     assert p.examples(20) == [63, 30, 80, 21, 38, 75, 36]
     assert all(isinstance(index, int) for index in p.examples(0))
+
+
+def mixed(*passes: tuple[int, float], **settings) -> Plan:
+    count = sum(number for number, _ in passes)
+    config = TrainConfig(**{"epochs": 4, "batch_size": 16, "warmup_epochs": 1, **settings})
+    return Plan(config, Stream(name="train", lengths=[5] * count, counts=[1] * count, passes=passes), seed=7)
+
+
+def epochs_of(p: Plan, count: int) -> list[list[int]]:
+    steps = p.steps_per_epoch
+    return [[i for s in range(steps) for i in p.examples(e * steps + s)] for e in range(count)]
+
+
+def test_sources_are_passed_over_as_often_as_their_weights_say() -> None:
+    p = mixed((10, 3), (40, 1), (8, 0.25))
+    epochs = epochs_of(p, 4)
+    for epoch in epochs:
+        times = [epoch.count(i) for i in range(58)]
+        assert times[:50] == [3] * 10 + [1] * 40
+        assert sum(times[50:]) == 2
+    assert sorted(i for epoch in epochs for i in epoch if i >= 50) == list(range(50, 58)), "all by the fourth epoch"
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert all(any(i < 10 for i in p.examples(step)) and any(i >= 10 for i in p.examples(step)) for step in range(12))
+    assert p.stream.taken == (30, 40, 2)
+
+
+def test_fractions_of_a_pass_go_on_where_the_last_epoch_ended() -> None:
+    seen: Counter[int] = Counter()
+    for epoch in epochs_of(mixed((7, 1.5), (0, 2.0), (5, 0.01)), 20):
+        seen.update(epoch)
+        assert sum(i < 7 for i in epoch) == 10, "round(10.5), to even"
+        assert max(seen[i] for i in range(7)) - min(seen[i] for i in range(7)) <= 1
+    assert [seen[i] for i in range(7, 12)] == [4] * 5, "at least one an epoch"
+
+
+def test_the_order_of_several_sources_depends_on_the_step_alone() -> None:
+    p = mixed((10, 1.3), (9, 0.7))
+    late = p.examples(23)
+    planning._order.cache_clear()
+    planning._mixed.cache_clear()
+    again = mixed((10, 1.3), (9, 0.7), micro_batch_size=3)
+    assert again.examples(23) == late
+    assert [again.examples(step) for step in range(24)][23] == late
+    with pytest.raises(ConfigError, match="do not add up to its 5 examples"):
+        Stream(name="train", lengths=[1] * 5, counts=[1] * 5, passes=((4, 1.0),))
 
 
 def test_no_step_is_planned_before_it_is_near(monkeypatch: pytest.MonkeyPatch) -> None:

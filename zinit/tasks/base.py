@@ -72,14 +72,24 @@ class Stream(Split):
     Attributes:
         group: the group it trains, one of `Task.groups`.
         ratio: examples per step, as a multiple of ``train.batch_size``; 0 takes no step on it.
+        passes: (examples, passes of an epoch over them) of its sources, one after the other; none is one pass over
+            all. A fraction of a pass goes on in the next epoch where this one ended.
     """
 
     group: str = MAIN
     ratio: float = 1.0
+    passes: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ratio) and self.ratio >= 0):
             raise ConfigError(f"the ratio of the stream {self.name!r} must be a number from 0 on; got {self.ratio}.")
+        if self.passes and sum(count for count, _ in self.passes) != len(self):
+            raise ConfigError(f"the sources of the stream {self.name!r} do not add up to its {len(self)} examples.")
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """Examples that an epoch takes of each source."""
+        return tuple(max(1, round(count * passes)) if count else 0 for count, passes in self.passes) or (len(self),)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WARMUP_PART = 2 / 5  # of the run, in the paper
 ORDERS_KEPT = 16  # epochs' orders in memory: two for each stream
-APART = 15_485_863  # a prime: streams of one length are in orders of their own
+APART, SOURCES_APART = 15_485_863, 7_368_787  # primes: streams and sources of one length are in orders of their own
 
 
 @functools.lru_cache(maxsize=ORDERS_KEPT)
@@ -28,6 +28,22 @@ def _order(seed: int, epoch: int, count: int) -> torch.Tensor:
     """The order of one epoch; as a tensor, which takes a quarter of a list's memory."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
+
+
+@functools.lru_cache(maxsize=ORDERS_KEPT)
+def _mixed(seed: int, epoch: int, stream: Stream) -> torch.Tensor:
+    """The order of one epoch of several sources. Each is gone through again and again, every pass in a new order."""
+    parts, start = [], 0
+    for number, ((count, _), taken) in enumerate(zip(stream.passes, stream.taken, strict=True), start=1):
+        first = epoch * taken
+        while first < (epoch + 1) * taken:
+            number_of_pass, place = divmod(first, count)
+            order = _order(seed + SOURCES_APART * number, number_of_pass, count)
+            parts.append(start + order[place : place + (epoch + 1) * taken - first])
+            first += len(parts[-1])
+        start += count
+    mixed = torch.cat(parts)
+    return mixed[_order(seed, epoch, len(mixed))]
 
 
 @dataclass(frozen=True)
@@ -51,13 +67,15 @@ class Draws:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller; every example comes once."""
-        return math.ceil(len(self.stream) / self.size)
+        """The last step of an epoch may be smaller. Every example comes once, or as the stream's passes say."""
+        return math.ceil(sum(self.stream.taken) / self.size)
 
     def examples(self, step: int) -> list[int]:
         """The examples of one step, over all processes, longest first (a too large batch fails at once)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        chosen = _order(self.seed, epoch, len(self.stream))[position * self.size : (position + 1) * self.size]
+        stream = self.stream
+        order = _mixed(self.seed, epoch, stream) if stream.passes else _order(self.seed, epoch, len(stream))
+        chosen = order[position * self.size : (position + 1) * self.size]
         return sorted(chosen.tolist(), key=lambda index: (-self.stream.lengths[index], index))
 
     def count(self, step: int) -> int:
