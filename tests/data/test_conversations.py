@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.shared import SHARED, needs_data
 from zinit.data.conversations import Conversation, Round, read_conversations
-from zinit.data.images import read_image
+from zinit.data.images import Encoded, read_image
 from zinit.errors import DataError
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -156,6 +156,7 @@ def test_images_inside_the_records(tmp_path: Path) -> None:
     )
     table.to_parquet(str(tmp_path / "talks.parquet"))
     (stored,) = read_conversations(str(tmp_path / "talks.parquet"), counts=Counter())
+    assert isinstance(stored.images[0], Encoded), "not decoded before it is needed"
     assert read_image(stored.images[0]).getpixel((0, 0)) == (0, 128, 0)
 
 

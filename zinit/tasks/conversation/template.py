@@ -6,7 +6,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,8 +16,11 @@ from zinit.tasks.alpaca.template import HEADER, REQUEST
 
 Piece = str | int  # a text, or one special token
 
-DAY = datetime(2024, 7, 26)  # what templates take for today: a text is the same tokens every day
-SETTINGS = {"enable_thinking": False, "date_string": DAY.strftime("%d %b %Y"), "strftime_now": DAY.strftime}
+# What chat templates take for today, so that a text is the same tokens every day.
+DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"}
+SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TODAY = "".join(f" | replace({format!r}, {value!r})" for format, value in DAY.items())
+SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ format{TODAY} }}}}{{%- endmacro -%}}"
 
 
 class Written(NamedTuple):
@@ -208,6 +210,8 @@ class Tokenizers(Template):
                 f"{type(tokenizer).__name__} has no chat template. Take one of {', '.join(TEXT_TEMPLATES)}: "
                 f"-o task.template=vicuna."
             )
+        template = tokenizer.get_chat_template()
+        self._template = SAME_DAY + template if "strftime_now" in template else template
         self._skeletons: dict[tuple[int, bool], Skeleton] = {}
         specials = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -276,10 +280,8 @@ class Tokenizers(Template):
                 "the tokenizer's chat template asks for an answer in other words than it writes one with. Take "
                 f"another template: -o task.template={' or '.join(TEXT_TEMPLATES)}."
             )
-        lost = {_mark(n) for n in range(0 if has_system else 1, 2 * rounds + 1)} - {
-            m.group() for m in MARKS.finditer(full)
-        }
-        if lost:
+        given = {_mark(number) for number in range(0 if has_system else 1, 2 * rounds + 1)}
+        if lost := given - {found.group() for found in MARKS.finditer(full)}:
             raise ConfigError(
                 f"the tokenizer's chat template leaves out {len(lost)} of {2 * rounds + has_system} texts of a "
                 f"conversation. Take another template: -o task.template={' or '.join(TEXT_TEMPLATES)}."
@@ -300,19 +302,21 @@ class Tokenizers(Template):
     def _render(self, rounds: int, has_system: bool, *, ask: bool = False) -> str:
         turns = [{"role": (ASSISTANT, USER)[n % 2], "content": _mark(n)} for n in range(1, 2 * rounds + (not ask))]
         if not has_system:
-            return self._apply(turns, ask)
+            return self._fill(turns, ask)
         try:
-            found = self._apply([{"role": SYSTEM, "content": SYSTEM_MARK}, *turns], ask)
+            found = self._fill([{"role": SYSTEM, "content": SYSTEM_MARK}, *turns], ask)
         except ConfigError:
             found = ""
         if SYSTEM_MARK in found:
             return found
         first, *rest = turns  # no place of its own
-        return self._apply([{**first, "content": f"{SYSTEM_MARK}\n\n{first['content']}"}, *rest], ask)
+        return self._fill([{**first, "content": f"{SYSTEM_MARK}\n\n{first['content']}"}, *rest], ask)
 
-    def _apply(self, turns: list[dict[str, str]], ask: bool) -> str:
+    def _fill(self, turns: list[dict[str, str]], ask: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **SETTINGS)
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self._template, tokenize=False, add_generation_prompt=ask, **SETTINGS
+            )
         except Exception as error:  # jinja's own kinds, and whatever a template raises
             raise ConfigError(
                 f"the tokenizer's chat template cannot be used: {first_line(error)} Take another template: "
