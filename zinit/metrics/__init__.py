@@ -7,8 +7,18 @@ from zinit.registry import Entry, Registry
 METRICS = Registry(
     "metric",
     {
+        "bleu": Entry("zinit.metrics.bleu:Bleu", "BLEU-1 to BLEU-4 of captions, over all images together."),
+        "caption_rouge_l": Entry(
+            "zinit.metrics.caption_rouge_l:CaptionRougeL", "ROUGE-L of captions, each against several references."
+        ),
+        "cider_d": Entry(
+            "zinit.metrics.cider_d:CiderD", "CIDEr-D of captions: agreement with people's, rare words counting most."
+        ),
         "exact_match": Entry(
             "zinit.metrics.exact_match:ExactMatch", "How often the predicted text is exactly the expected one."
+        ),
+        "meteor": Entry(
+            "zinit.metrics.meteor:Meteor", "METEOR of captions, by its authors' program; needs Java and zinit[meteor]."
         ),
         "rouge_l": Entry(
             "zinit.metrics.rouge_l:RougeL",

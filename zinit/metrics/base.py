@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -69,3 +70,26 @@ class TextMetric(evaluate.Metric):
             if None in pair:
                 raise ValueError(f"pair {index} holds null in place of a text")
         return {self.name: sum(self.score(*pair, **options) for pair in pairs) / len(pairs)}
+
+
+class SeveralReferences(TextMetric):
+    """Compares each predicted text with all that are expected in its place."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=(type(self).__doc__ or "").partition("\n")[0],
+            citation="",
+            inputs_description="predictions: one text per example. references: all expected texts of each example.",
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+        )
+
+    def _compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, float]:
+        for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+            if prediction is None or reference is None or None in reference:
+                raise ValueError(f"pair {index} holds null in place of a text")
+        return self._summary(predictions, references, **options)
+
+    @abstractmethod
+    def _summary(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        """The figures; a `ValueError` says what cannot be compared."""

@@ -8,12 +8,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-import datasets
-import evaluate
-
-from zinit.metrics.base import TextMetric
+from zinit.metrics.base import SeveralReferences
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -74,7 +70,7 @@ def best_threshold(
     return 100.0 * best / len(scores), threshold
 
 
-class Squad(TextMetric):
+class Squad(SeveralReferences):
     """Exact match and F1 of answers, in percent, each against the best of several references: SQuAD v1.1.
 
     Example:
@@ -85,15 +81,6 @@ class Squad(TextMetric):
     higher_is_better = True
     _empty_matches = False
 
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=(type(self).__doc__ or "").partition("\n")[0],
-            citation="",
-            inputs_description="predictions: one text per question. references: all expected texts of each question.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )
-
     def scores(self, prediction: str, reference: Sequence[str]) -> tuple[float, float]:
         """Exact match and F1 of one answer, 0 to 1.
 
@@ -103,12 +90,6 @@ class Squad(TextMetric):
         """
         best_f1 = max(f1(prediction, text, empty_matches=self._empty_matches) for text in reference)
         return max(exact_match(prediction, text) for text in reference), best_f1
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, float]:
-        for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-            if prediction is None or reference is None or None in reference:
-                raise ValueError(f"pair {index} holds null in place of a text")
-        return self._summary(predictions, references, **options)
 
     def _summary(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         for index, reference in enumerate(references):
