@@ -13,6 +13,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,28 @@ def read_with_orientation(source: ImageSource, *, max_pixels: int = MAX_PIXELS) 
     """See `read_image`; also whether the file's EXIF data ask for another orientation, which is not applied."""
     if isinstance(source, Image.Image):
         return _rgb(source), False
+    with _opened(source, max_pixels) as image:
+        image.load()
+        return _rgb(image), image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+
+
+def check_image(source: Path | Encoded, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Whether there is an image, by its header; the pixels are not decoded.
+
+    Args:
+        source: a file, or an encoded image.
+        max_pixels: more than this is refused.
+
+    Raises:
+        DataError: naming the file, if it is missing, no image, or too large.
+    """
+    with _opened(source, max_pixels):
+        return
+
+
+@contextmanager
+def _opened(source: Path | Encoded, max_pixels: int) -> Iterator[Image.Image]:
+    """An image, its header read and its size checked, while inside."""
     if isinstance(source, Path) and not is_file(source):
         raise DataError(
             f"there is no image {source}." if not os.path.exists(source) else f"{source} is no regular file."
@@ -93,8 +116,7 @@ def read_with_orientation(source: ImageSource, *, max_pixels: int = MAX_PIXELS) 
                     f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
                     f"Scale it down, or leave it out."
                 )
-            image.load()
-            return _rgb(image), image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+            yield image
 
 
 def _open(source: Path | Encoded) -> Image.Image:
