@@ -19,8 +19,8 @@ from zinit.metrics.ptb import ptb_tokens
 
 COCO = SHARED / "data" / "coco"
 CAPTIONS = ("bleu", "caption_rouge_l", "cider_d")
-# BLEU-1 to -4, ROUGE-L and CIDEr-D by COCO's scoring on Java's tokens. There "22 3/4" is one word for ROUGE-L and two for
-# the others; here it is two: 0.44989 becomes 0.44981.
+# BLEU-1 to -4, ROUGE-L and CIDEr-D by COCO's scoring on Java's tokens. There "22 3/4" is one word for ROUGE-L and two
+# for the others; here it is two: 0.44989 becomes 0.44981.
 FIVE = (0.64111, 0.44639, 0.29414, 0.18816, 0.44981, 0.97924)
 ONE = (0.31522, 0.18128, 0.11204, 0.07282, 0.27535, 0.69868)
 
