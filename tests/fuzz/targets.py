@@ -27,6 +27,7 @@ from PIL import Image
 
 import zinit
 from tests.fuzz import mutate
+from tests.fuzz.image_text import captions, problems
 from tests.golden.formats import (
     TENSORS,
     K,
@@ -391,6 +392,8 @@ TARGETS: dict[str, Target] = {
     "class-list": class_list,
     "sentences": sentences,
     "questions": questions,
+    "captions": captions,
+    "problems": problems,
     "adapter": adapter,
     "foreign": foreign,
     "run": run,

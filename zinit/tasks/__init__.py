@@ -18,6 +18,16 @@ TASKS = Registry(
             "CLIP's generalisation from base to novel classes, in CoOp's and CoCoOp's protocol.",
             facts={"Config": Address("zinit.tasks.base_to_novel.config:BaseToNovelConfig")},
         ),
+        "caption": Entry(
+            "zinit.tasks.caption.task:Caption",
+            "Captions of images, such as COCO's in Karpathy's split: BLEU, ROUGE-L and CIDEr-D.",
+            facts={"Config": Address("zinit.tasks.caption.config:CaptionConfig")},
+        ),
+        "science-qa": Entry(
+            "zinit.tasks.science_qa.task:ScienceQA",
+            "Multiple-choice questions of ScienceQA, some with an image, scored in its nine categories.",
+            facts={"Config": Address("zinit.tasks.science_qa.config:ScienceQAConfig")},
+        ),
         "vtab": Entry(
             "zinit.tasks.vtab.task:VTAB",
             "Image classification in VTAB-1k's protocol: 1,000 training images, linear head.",

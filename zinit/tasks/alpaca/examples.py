@@ -12,7 +12,7 @@ import torch
 from zinit.data.records import count_sources, most_unused, read_records, same_text
 from zinit.demo import instructions
 from zinit.errors import DataError
-from zinit.tasks.alpaca.template import encode_texts, format_prompt
+from zinit.tasks.alpaca.template import encode_pairs, format_prompt
 from zinit.tasks.text import TextExample
 
 Record = dict[str, str]
@@ -22,10 +22,7 @@ COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_promp
 def encode_records(
     tokenizer: Any, records: Sequence[Record], *, max_length: int
 ) -> tuple[list[TextExample], Counter[str]]:
-    """Token ids as the reference makes them: BOS + prompt and response encoded as one text + EOS.
-
-    Where a tokenizer would merge across the border the response is encoded by itself, so that a prompt is always
-    the same tokens in training and in generation.
+    """Encoded records; see `encode_pairs`.
 
     Args:
         tokenizer: of the model.
@@ -36,20 +33,14 @@ def encode_records(
         The examples, and counts under the names of `COUNTED`, and of what was skipped beside.
     """
     prompts = [format_prompt(record["instruction"], record["input"]) for record in records]
-    responses = [record["output"] for record in records]
-    encoded = encode_texts(tokenizer, [*prompts, *(p + r for p, r in zip(prompts, responses, strict=True))])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = encode_pairs(tokenizer, [(p, record["output"]) for p, record in zip(prompts, records, strict=True)])
     examples: list[TextExample] = []
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-    for i, (record, prompt, response) in enumerate(zip(records, prompts, responses, strict=True)):
+    for record, prompt, (ids, prompt_length) in zip(records, prompts, encoded, strict=True):
+        response = record["output"]
         if not record["instruction"].strip():
             counts["_skipped_blank_instruction"] += 1
             continue
-        start, both = encoded[i], encoded[len(records) + i]
-        if both[: len(start)] != start:
-            both = start + encode_texts(tokenizer, [response])[0]
-        ids = [*bos, *both, tokenizer.eos_token_id]
-        prompt_length = len(bos) + len(start)
         if prompt_length >= max_length:
             counts["_skipped_prompt_too_long"] += 1
             continue

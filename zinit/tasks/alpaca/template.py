@@ -38,3 +38,28 @@ def format_conversation(turns: Sequence[tuple[str, str]], instruction: str) -> s
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids without BOS and EOS. A "</s>" that somebody wrote in a text stays text."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Texts with their answers as the reference makes them: BOS + both encoded as one text + EOS.
+
+    Where a tokenizer would merge across the border the answer is encoded by itself, so that a prompt is always the same
+    tokens in training and in generation.
+
+    Args:
+        tokenizer: of the model.
+        pairs: of a prompt and the answer to it.
+
+    Returns:
+        For each pair its token ids, and how many of them are the prompt's.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = encode_texts(
+        tokenizer, [*(prompt for prompt, _ in pairs), *(prompt + answer for prompt, answer in pairs)]
+    )
+    found = []
+    for (_, answer), start, both in zip(pairs, encoded, encoded[len(pairs) :], strict=False):
+        if both[: len(start)] != start:
+            both = start + encode_texts(tokenizer, [answer])[0]
+        found.append(([*bos, *both, tokenizer.eos_token_id], len(bos) + len(start)))
+    return found

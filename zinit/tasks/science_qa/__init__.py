@@ -1,0 +1,1 @@
+"""Multiple-choice questions of ScienceQA, with and without images."""
