@@ -113,6 +113,17 @@ def test_splits_and_folders_can_be_chosen(model: LlamaForCausalLM, tmp_path: Pat
     check_counts(alone.data_report())
 
 
+def test_skipped_problems_are_counted_with_their_reasons(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    save(tmp_path, *document(12, p2={"answer": 9}, p8={"choices": []}))
+    counts = task(model, tmp_path, on_bad="skip").data_report()
+    check_counts(counts)
+    assert counts["skipped_unusable"] == 2
+    assert [("problem '2'" in reason, "problem '8'" in reason) for reason in counts["reasons"]] == [
+        (False, True),
+        (True, False),
+    ]
+
+
 def test_what_cannot_be_is_one_message(model: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = save(tmp_path)
     with pytest.raises(ConfigError, match=r"science-qa has no data of its own.*--data FOLDER"):

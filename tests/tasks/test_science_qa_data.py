@@ -192,7 +192,7 @@ def test_counts_in_are_counts_out_plus_skipped(tmp_path: Path) -> None:
         "p1": {"answer": 5},
         "p3": {"image": "gone.png"},
         "p7": {"choices": ["one"]},
-        "p8": {"task": "closed choice"},
+        "p8": {"task": "closed choice", "note": "x"},
         "p9": {"split": "nowhere"},
     }
     problems, splits = document(12, **changes)
@@ -215,7 +215,7 @@ def test_counts_in_are_counts_out_plus_skipped(tmp_path: Path) -> None:
         "ids_without_problem": 1,
         "train_ids_also_held_out": 1,
         "not_used": 1,
-        "unused_field_task": 1,
+        "unused_field_note": 1,
     }
     assert len(tested) + len(training) + 1 + 4 + 1 == 12
     expected = ("'9' is in no split", "'answer' is int 5", "gone.png", "1 choices", "no image that can", "names '99'")

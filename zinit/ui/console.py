@@ -17,7 +17,8 @@ from zinit.config import to_json
 from zinit.errors import printable
 from zinit.train.events import Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
 
-ODD = ("skipped", "truncated", "empty", "unused_field", "ignored", "also_held_out", "comments")  # counts worth a line
+# Counts worth a line.
+ODD = ("skipped", "truncated", "empty", "unused_field", "ignored", "also_held_out", "comments", "hint_cut", "left_out")
 QUIET_SECONDS = 20.0
 PATIENCE = 5.0  # seconds
 

@@ -21,7 +21,8 @@ LETTERS = "ABCDE"  # of the options
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
 TEXTS = ("question", "hint", "lecture", "solution", "subject")
 NEEDED = ("question", "choices", "answer", "subject", "grade")
-READ = (*TEXTS, "choices", "answer", "grade", "image", "split")
+DESCRIPTIVE = ("task", "topic", "category", "skill")  # fields that the protocol has no use for
+READ = (*TEXTS, "choices", "answer", "grade", "image", "split", *DESCRIPTIVE)
 NAMED = 8  # reasons that a report names
 
 
@@ -197,8 +198,7 @@ def read_problems(inputs: DataInputs, config: ScienceQAConfig) -> tuple[list[Pro
     options: dict[str, Any] = {"on_bad": config.on_bad, "images": config.images}
     held_out_folder = ProblemFolder.of(here if elsewhere is None else elsewhere, **options)
     held_out = held_out_folder.take(config.split)
-    training, counts, reasons = [], Counter[str](), held_out_folder.reasons
-    taken = [config.split]
+    training, counts, taken, folders = [], Counter[str](), [config.split], [held_out_folder]
     if inputs.train:
         folder = held_out_folder if elsewhere is None else ProblemFolder.of(here, **options)
         training = folder.take(config.train_split, without=[problem.id for problem in held_out])
@@ -207,11 +207,12 @@ def read_problems(inputs: DataInputs, config: ScienceQAConfig) -> tuple[list[Pro
         if folder is held_out_folder:
             taken.append(config.train_split)
         else:
-            counts, reasons = folder.report(config.train_split), reasons + folder.reasons
+            counts, folders = folder.report(config.train_split), [folder, held_out_folder]
     counts += held_out_folder.report(*taken)
     for part, problems in (("train", training), ("held_out", held_out)):
         if not config.images:
             counts[f"{part}_images_left_out"] = sum(problem.has_image for problem in problems)
+    reasons = [reason for folder in folders for reason in folder.reasons]
     return training, held_out, {**counts, **({"reasons": reasons} if reasons else {})}
 
 
