@@ -78,7 +78,11 @@ def options_of_all(
 def train(
     backbone: Annotated[str | None, typer.Option(help="llama, ... ; see 'zinit ls backbones'.")] = None,
     task: Annotated[str | None, typer.Option(help="Default: the backbone's own.")] = None,
+    method: Annotated[str | None, typer.Option(help="How the model is adapted; see 'zinit ls methods'.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the embedded demo.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Image model for methods with images: folder, name or Hub id.")
+    ] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="File, folder or Hub id; texts may come from several. Default: the demo's.")
     ] = None,
@@ -96,6 +100,7 @@ def train(
 
     Examples:
       zinit train --backbone llama
+      zinit train --backbone llama --method v1-multimodal
       zinit train --backbone llama --model DIR_OR_ID --data alpaca.json --preset alpaca/llama-7b
       zinit train --resume --output runs/my-run
     """
@@ -106,17 +111,19 @@ def train(
 
         if output is None:
             raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
-        given = {"--backbone": backbone, "--task": task, "--preset": preset, "--config": config}
+        given = {"--backbone": backbone, "--task": task, "--method": method, "--preset": preset, "--config": config}
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
         saved, record = read_run(output)
         preset_name: str | None = record.preset
-        settings = override(saved, model=model, data=data or None, seed=seed, options=option or ())
+        settings = override(saved, model=model, encoder=encoder, data=data or None, seed=seed, options=option or ())
     else:
         settings, preset_name = resolve(
             backbone=backbone,
             task=task,
+            method=method,
             model=model,
+            encoder=encoder,
             data=data,
             preset=preset,
             config_file=config,

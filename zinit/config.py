@@ -284,6 +284,7 @@ class PrefixConfig(JsonConfig):
             raise ConfigError("prompt='context' learns no prompts, so prompts='hyper' has nothing to make.")
 
 
+ONLY = "prefix"  # the name of an adapter's part where there is one
 LinearNames = Annotated[Names, MinLen(1), Words("a list of names such as ['all'] or ['q_proj', 'v_proj']")]
 
 
@@ -356,7 +357,12 @@ class AdapterConfig(JsonConfig):
     @classmethod
     def of(cls, config: PrefixConfig | AdapterConfig) -> AdapterConfig:
         """A single prefix as an adapter of one part."""
-        return AdapterConfig(parts={"prefix": config}) if isinstance(config, PrefixConfig) else config
+        return AdapterConfig(parts={ONLY: config}) if isinstance(config, PrefixConfig) else config
+
+    def simplest(self) -> PrefixConfig | AdapterConfig:
+        """The single prefix where that is all there is; the inverse of `of`."""
+        plain = list(self.parts) == [ONLY] and self.context is None and self.tuning is None
+        return self.parts[ONLY] if plain else self
 
 
 ROLES = ("gates", "prompts", "source", "tuning", "head")  # of what trains

@@ -19,11 +19,10 @@ from zinit.adapter.sources import HyperPrompts, SharedPrompts, make_shared
 from zinit.adapter.state import AdapterState
 from zinit.adapter.tuning import Tuning, build_tuning
 from zinit.backbones.base import AttentionSite, PrefixSlot
-from zinit.config import AdapterConfig, PrefixConfig
+from zinit.config import ONLY, AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.prefix import PromptSource, ZeroGatedPrefix
 
-ONLY = "prefix"  # the name of the part where there is one
 ROOT = "zinit"  # the model's child that holds what layers share
 
 

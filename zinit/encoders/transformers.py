@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
 from zinit.encoders.base import ImageEncoder, Prepare
 from zinit.errors import BackboneError, ConfigError
-from zinit.models.loading import model_source, reason
+from zinit.models.loading import check_complete, model_source, quiet, reason
 
 # Dual encoders, and towers stored apart: the class of the image tower with its projection.
 TOWERS = {
@@ -22,6 +22,7 @@ TOWERS = {
     "siglip": "SiglipVisionModel",
     "siglip2": "Siglip2VisionModel",
 }
+POOLER = "pooler"
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what transformers calls the parameter
 
 
@@ -88,10 +89,33 @@ class TransformersEncoders(EncoderLibrary):
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             model_class: Any = getattr(transformers, TOWERS.get(config.model_type, "AutoModel"))
-            tower = model_class.from_pretrained(source, revision=revision, trust_remote_code=False, dtype=torch.float32)
+            with quiet():
+                tower, report = model_class.from_pretrained(
+                    source,
+                    config=_vision_config(config),
+                    revision=revision,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
         except Exception as error:  # transformers raises many classes; all mean that it cannot load this
             raise BackboneError(f"{source} cannot be loaded as an image encoder: {reason(source, error)}") from error
+        missing = set(report["missing_keys"])
+        if missing and all(name.partition(".")[0] == POOLER for name in missing):  # few checkpoints have one
+            setattr(tower, POOLER, None)
+        else:
+            check_complete(tower, report, source)
         return TransformersEncoder(tower, _processor(source, revision), source=source, bgr=bgr)
+
+
+def _vision_config(config: Any) -> Any:
+    """Of the image tower; a dual encoder says the width of both projections in one place."""
+    own = getattr(config, "vision_config", None)
+    if own is None:
+        return config
+    if hasattr(config, "projection_dim"):
+        own.projection_dim = config.projection_dim
+    return own
 
 
 def _processor(source: str, revision: str | None) -> Prepare | None:

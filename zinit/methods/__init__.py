@@ -3,14 +3,31 @@
 Outside of zinit: `zinit.register_method`, or an entry point of the group ``zinit.methods``.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from zinit.registry import Address, Entry, Registry
 
+NO_DEMOS: Mapping[str, str] = MappingProxyType({})
+FLAGS = {"llama": "conversation/flags"}  # the preset of a method's own demo, by backbone
 
-def _entry(where: str, about: str, *, rates: str, settings: str = "NoSettings", trains_host: bool = False) -> Entry:
+
+def _entry(
+    where: str,
+    about: str,
+    *,
+    rates: str,
+    settings: str = "NoSettings",
+    defaults: str = "NONE",
+    demos: Mapping[str, str] = NO_DEMOS,
+    trains_host: bool = False,
+) -> Entry:
     facts = {
+        "defaults": Address(f"zinit.methods.defaults:{defaults}"),
         "Config": Address(f"zinit.methods.settings:{settings}"),
         "default_rates": Address(f"zinit.methods.rates:{rates}"),
-        "takes_parts": where.startswith("prefix:"),
+        "demos": demos,
+        "takes_parts": where.startswith(("prefix:", "multimodal:")),
         "trains_host": trains_host,
     }
     return Entry(f"zinit.methods.{where}", about, facts)
@@ -23,6 +40,27 @@ METHODS = Registry(
             "prefix:ZeroInit",
             "Zero-init attention: gated prompts in every layer, with the settings of [prefix].",
             rates="ZERO_INIT",
+        ),
+        "v1-multimodal": _entry(
+            "multimodal:V1Multimodal",
+            "LLaMA-Adapter with images: the image, projected to one token, is added to every prompt.",
+            rates="ZERO_INIT",
+            defaults="V1_MULTIMODAL",
+            demos=FLAGS,
+        ),
+        "v2": _entry(
+            "multimodal:V2",
+            "LLaMA-Adapter V2: visual tokens in the first layer, prompts in the others, bias tuning.",
+            rates="ZERO_INIT",
+            defaults="V2",
+            demos=FLAGS,
+        ),
+        "v2-late": _entry(
+            "multimodal:V2Late",
+            "LLaMA-Adapter V2 as released: visual tokens added to the prompts, biases and norms.",
+            rates="ZERO_INIT",
+            defaults="V2_LATE",
+            demos=FLAGS,
         ),
         "random-gate": _entry(
             "prefix:RandomGate",

@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from zinit.config import AdapterConfig, JsonConfig, PrefixConfig
+from zinit.methods.defaults import NONE as NO_DEFAULTS
+from zinit.methods.defaults import Tables
 from zinit.methods.rates import NONE, Rates
 from zinit.methods.settings import NoSettings
 
 if TYPE_CHECKING:
+    from zinit.adapter.encoding import Encoder
     from zinit.adapter.handle import Handle
     from zinit.backbones.base import AttentionSite
     from zinit.tasks.base import Task
@@ -44,19 +48,21 @@ class ApplyContext:
 
     Args:
         prefix: the run's prefix settings; methods without a prefix look at ``towers`` at most.
-        parts: settings of several prefixes, by name, which come instead; empty has the one.
+        adapter: the run's adapter, of that prefix or of several parts; for methods that attach one.
         backbone: registered name.
         seed: of everything random.
         saved: a finished run's folder, to load the prefix from. Other weights are loaded by the run.
         models: the further models of the task, by name: frozen unless the method says otherwise.
+        encoder: makes features of images for the adapter's context source; None where there is none.
     """
 
     prefix: PrefixConfig
     backbone: str
     seed: int
     saved: Path | None = None
-    parts: Mapping[str, PrefixConfig] = field(default_factory=dict)
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig.of(PrefixConfig()))
     models: Mapping[str, nn.Module] = field(default_factory=dict)
+    encoder: Encoder | None = None
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """Every attention module of the towers that the settings name, for methods that put something into each."""
@@ -74,7 +80,9 @@ class Method(ABC):
 
     Attributes:
         name: registered name.
-        takes_parts: whether its adapter may have several parts.
+        takes_parts: whether it attaches an adapter, which may have several parts, a context source and a tuning.
+        defaults: settings that it begins with, as tables of a config file.
+        demos: {backbone: the preset of the method's own demo on it}.
         trains_host: whether weights of the model itself are trained, which are then float32 unless a dtype is set.
         default_rates: by the role of what trains, the rate that it trains at where nobody says another. Empty takes
             the preset's, or else the loop's own.
@@ -85,6 +93,8 @@ class Method(ABC):
     takes_parts = False
     trains_host = False
     default_rates: Rates = NONE
+    defaults: Tables = NO_DEFAULTS
+    demos: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -101,12 +111,11 @@ class Method(ABC):
             ConfigError: if the method cannot be used on this model; it says why.
         """
 
-    def attached(self, prefix: PrefixConfig, parts: Mapping[str, PrefixConfig]) -> PrefixConfig | AdapterConfig | None:
+    def attached(self, adapter: AdapterConfig) -> AdapterConfig | None:
         """The adapter that `apply` attaches; None, as here, for methods without one.
 
         Args:
-            prefix: see `ApplyContext`.
-            parts: likewise.
+            adapter: the run's, see `ApplyContext`.
         """
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -24,17 +23,15 @@ class ZeroInit(Method):
         """What the method makes of a prefix's settings."""
         return prefix
 
-    def attached(self, prefix: PrefixConfig, parts: Mapping[str, PrefixConfig]) -> PrefixConfig | AdapterConfig:
-        if not parts:
-            return self.variant(prefix)
-        return AdapterConfig(parts={name: self.variant(part) for name, part in parts.items()})
+    def attached(self, adapter: AdapterConfig) -> AdapterConfig:
+        return replace(adapter, parts={name: self.variant(part) for name, part in adapter.parts.items()})
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         if context.saved is not None:
-            handle = load(model, context.saved)
+            handle = load(model, context.saved, encoder=context.encoder)
         else:
-            config = self.attached(context.prefix, context.parts)
-            handle = attach(model, config, backbone=context.backbone, seed=context.seed)
+            config = self.attached(context.adapter).simplest()
+            handle = attach(model, config, backbone=context.backbone, seed=context.seed, encoder=context.encoder)
         return Adapted(model=model, handle=handle, disabled=handle.disabled)
 
 

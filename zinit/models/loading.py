@@ -63,7 +63,7 @@ def load_causal_lm(source: str | Path, *, tokenizer: bool = True, **loading: Unp
             )
     except Exception as error:  # transformers raises many classes; all mean that it cannot load this
         raise BackboneError(f"{source} cannot be loaded as a causal language model: {reason(source, error)}") from error
-    _check_complete(model, report, source)
+    check_complete(model, report, source)
     quantization.keep_differentiable(model)
     return model, loaded
 
@@ -86,7 +86,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _check_complete(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
+def check_complete(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
     """No weight is left at the random values it was made with.
 
     Args:
@@ -157,7 +157,7 @@ def load_clip(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Module
             f"{source} cannot be loaded as a dual encoder such as CLIP: {reason(source, error)}"
         ) from error
     _check_dual_encoder(model, source)
-    _check_complete(model, report, source)
+    check_complete(model, report, source)
     mean, std = _pixel_statistics(source, revision)
     if later:
         quantization.quantize_in_place(model, quantize, loading.get("device", "cpu"))
@@ -212,7 +212,7 @@ def load_encoder(source: str | Path, **loading: Unpack[Loading]) -> tuple[nn.Mod
             )
     except Exception as error:  # see load_causal_lm
         raise BackboneError(f"{source} cannot be loaded as an encoder: {reason(source, error)}") from error
-    _check_complete(model, report, source)
+    check_complete(model, report, source)
     quantization.keep_differentiable(model)
     return model, tokenizer
 

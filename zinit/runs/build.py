@@ -18,6 +18,7 @@ from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import read_finished_run
+from zinit.runs.images import feature_cache, load_encoder
 from zinit.runs.record import Record
 from zinit.tasks import TASKS
 from zinit.tasks.base import DataInputs, TaskInputs, load_host, make_task
@@ -85,17 +86,22 @@ def build_model(
         sites, key_probe = [], None  # a method without attention sites may still be used
     attention = nn.ModuleList([site.module for site in sites])
     identity = {**identify(model), "weights": identify(attention)["weights"]}
+    encoder = load_encoder(config, beside=model)
     context = ApplyContext(
         prefix=config.prefix,
+        adapter=config.adapter(),
         backbone=config.backbone,
         seed=config.seed,
         saved=saved,
-        parts=config.parts,
         models={name: loaded.model for name, loaded in models.items()},
+        encoder=encoder,
     )
+    adapted = apply_method(method, model, context)
+    if adapted.handle is not None and adapted.handle.encoder_identity is not None:
+        identities["encoder"] = {**adapted.handle.encoder_identity, "source": ""}  # where it lies may change
     return Built(
         method=method,
-        adapted=apply_method(method, model, context),
+        adapted=adapted,
         processor=processor,
         key_probe=key_probe,
         identity=identity,
@@ -165,6 +171,7 @@ def build_task(
         labels=labels,
         examples=examples,
         models=built.models,
+        features=feature_cache(config, built.adapted.handle),
     )
     return make_task(TASKS.get(config.task), inputs, config.options)
 

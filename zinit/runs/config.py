@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
+from zinit.adapter.registries import SOURCES
 from zinit.compat import modern_settings
-from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, setting_names
+from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, TuningConfig, setting_names
+from zinit.encoders.settings import EncoderConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.rates import rate_settings
@@ -19,6 +22,7 @@ from zinit.train.config import TrainConfig
 from zinit.validation import Seed, in_section, shown
 
 DEFAULT_METHOD = "zero-init"
+CONTEXT = "context"  # the table of the context source: its name, and options that are its own
 PARTS = "parts"  # the table of tables, one for each part of an adapter; its settings are those of the section "prefix"
 
 
@@ -31,11 +35,13 @@ class Section:
         settings: their class; or the registry of entries that have one each (``Config``): the table's key ``name``
             chooses the entry.
         default: the entry where the table names none; None requires a name.
+        optional: whether there may be no table, and the attribute is None then: ``-o tuning=none``.
     """
 
     attribute: str
     settings: type[JsonConfig] | Registry
     default: str | None = None
+    optional: bool = False
 
     @property
     def chooses(self) -> bool:
@@ -58,6 +64,8 @@ class Section:
 SECTIONS = {
     "method": Section(attribute="method_options", settings=METHODS, default=DEFAULT_METHOD),
     "prefix": Section(attribute="prefix", settings=PrefixConfig),
+    "tuning": Section(attribute="tuning", settings=TuningConfig, optional=True),
+    "encoder": Section(attribute="encoder", settings=EncoderConfig),
     "train": Section(attribute="train", settings=TrainConfig),
     "task": Section(attribute="options", settings=TASKS),
 }
@@ -84,6 +92,10 @@ class RunConfig(JsonConfig):
         prefix: the prefix, for the methods that have one.
         parts: several prefixes in one adapter, by name, instead of the one in ``prefix``; what a part leaves out
             is as in ``prefix``.
+        context: registered name of the module that makes a context of images; None has none.
+        context_options: its settings.
+        tuning: what the adapter changes in the model's own linear layers and norms; None changes nothing.
+        encoder: what makes features of images for the context source.
         train: the loop.
         options: the task's own settings; None is its defaults.
     """
@@ -101,13 +113,17 @@ class RunConfig(JsonConfig):
     method_options: Any = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     parts: dict[str, PrefixConfig] = field(default_factory=dict)
+    context: str | None = None
+    context_options: dict[str, Any] = field(default_factory=dict)
+    tuning: TuningConfig | None = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     options: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, section in SECTIONS.items():
-            if getattr(self, section.attribute) is None:
+            if getattr(self, section.attribute) is None and not section.optional:
                 chosen = section.settings_class(getattr(self, name))
                 object.__setattr__(self, section.attribute, chosen.from_dict({}))
         self._check_parts()
@@ -121,13 +137,32 @@ class RunConfig(JsonConfig):
         self._check_memory()
 
     def _check_parts(self) -> None:
-        if self.parts and not METHODS.fact(self.method, "takes_parts"):
+        adapter = self.adapter()
+        asked = {f"[{PARTS}]": self.parts, f"[{CONTEXT}]": self.context, "[tuning]": self.tuning is not None}
+        named = [table for table, asked_for in asked.items() if asked_for]
+        if named and not METHODS.fact(self.method, "takes_parts"):
             raise ConfigError(
-                f"the method {self.method!r} takes no parts, and [parts] names {', '.join(self.parts)}. Leave them "
+                f"the method {self.method!r} attaches no adapter, which {' and '.join(named)} belong to. Leave them "
                 f"out, or take -o method=zero-init."
             )
-        if self.parts:
-            AdapterConfig(parts=self.parts)  # what concerns several parts
+        if adapter.context is None and self.encoder.source is not None:
+            raise ConfigError(
+                f"nothing takes the features of the encoder {self.encoder.source}: the method {self.method!r} has no "
+                f"context source. Take one that has (--method v1-multimodal), or name one: -o context=projected-image."
+            )
+
+    def adapter(self) -> AdapterConfig:
+        """The adapter's settings: of the one prefix or of the parts, with context and tuning.
+
+        Raises:
+            ConfigError: if they do not go together.
+        """
+        return AdapterConfig(
+            parts=self.parts or AdapterConfig.of(self.prefix).parts,
+            context=self.context,
+            context_options=self.context_options,
+            tuning=self.tuning,
+        )
 
     def _check_memory(self) -> None:
         """Quantised and offloaded models are frozen, and offloading excludes what needs the weights in place."""
@@ -149,11 +184,19 @@ class RunConfig(JsonConfig):
             raise ConfigError(f"offload=true needs {'; '.join(changes)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values: scalars, then the tables ``method``, ``prefix``, ``train`` and ``task``."""
+        """Nested plain values: scalars, then the tables; those that an adapter without images lacks are left out."""
         values = {name: getattr(self, name) for name in plain_settings()}
+        defaults = METHODS.fact(self.method, "defaults")
         for name, section in SECTIONS.items():
+            if getattr(self, section.attribute) is None:
+                values |= {name: None} if name in defaults else {}
+                continue
             chosen = {"name": getattr(self, name)} if section.chooses else {}
             values[name] = {**chosen, **getattr(self, section.attribute).to_dict()}
+        if self.encoder == EncoderConfig():
+            del values["encoder"]
+        if self.context is not None or CONTEXT in defaults:
+            values[CONTEXT] = {"name": self.context, **self.context_options}
         if self.parts:
             values[PARTS] = {name: part.to_dict() for name, part in self.parts.items()}
         return values
@@ -170,15 +213,34 @@ class RunConfig(JsonConfig):
         values = modern_settings(values)
         known = plain_settings()
         for name in values:
-            if name not in (*known, *SECTIONS, PARTS):
-                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), [*known, *SECTIONS, PARTS])}")
+            if name not in (names := (*known, *SECTIONS, CONTEXT, PARTS)):
+                raise ConfigError(f"there is no setting {name!r}.{did_you_mean(str(name), names)}")
         if "backbone" not in values:
             raise ConfigError("a run needs a backbone: --backbone NAME, or backbone = ... in the config file.")
         arguments = {name: values[name] for name in known if name in values}
-        tables = read_tables(values)
-        for name, table in _with_default_rates(tables).items():
+        values = _with_method_defaults(values)
+        for name, table in _with_default_rates(read_tables(values)).items():
             arguments |= _read_section(name, table)
-        return cls(**arguments, parts=read_parts(values))
+        return cls(**arguments, **_read_context(values), parts=read_parts(values))
+
+
+def _with_method_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The values over those that the method begins with. Another context source leaves that one's options behind."""
+    method = read_tables(values)["method"].get("name", DEFAULT_METHOD)
+    values = {**values, CONTEXT: _context_table(values)} if CONTEXT in values else values
+    merged: dict[str, Any] = copy.deepcopy(dict(METHODS.fact(method, "defaults")))
+    if CONTEXT in merged and values.get(CONTEXT, {}).get("name", merged[CONTEXT]["name"]) != merged[CONTEXT]["name"]:
+        del merged[CONTEXT]
+    return merge(merged, copy.deepcopy(values))
+
+
+def _context_table(values: dict[str, Any]) -> dict[str, Any]:
+    """The table ``[context]``; ``context = "visual-tokens"`` is short for a table."""
+    table = values[CONTEXT]
+    table = {"name": table} if isinstance(table, str | None) else table
+    if not isinstance(table, dict) or not isinstance(table.get("name", ""), str | None):
+        raise ConfigError(f"{CONTEXT} must be a table with a name: [{CONTEXT}]; got {shown(table)}.")
+    return table
 
 
 def _with_default_rates(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -203,6 +265,17 @@ def _read_section(name: str, table: dict[str, Any]) -> dict[str, Any]:
     return {section.attribute: settings, **({name: entry} if section.chooses else {})}
 
 
+def _read_context(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `RunConfig` that the table ``[context]`` fills."""
+    options = dict(values.get(CONTEXT, {}))
+    name = options.pop("name", None)
+    if name is not None:
+        SOURCES.where(name)
+    elif options:
+        raise ConfigError(f"[{CONTEXT}] has settings ({', '.join(options)}) and no name. Known: {', '.join(SOURCES)}.")
+    return {"context": name, "context_options": options}
+
+
 def read_parts(values: dict[str, Any]) -> dict[str, PrefixConfig]:
     """The prefixes in the tables ``[parts.NAME]``; what they leave out is as in the table ``[prefix]``.
 
@@ -223,19 +296,23 @@ def read_parts(values: dict[str, Any]) -> dict[str, PrefixConfig]:
 
 def plain_settings() -> list[str]:
     """The settings that are in no table."""
-    of_sections = {PARTS, *SECTIONS, *(section.attribute for section in SECTIONS.values())}
+    of_sections = {CONTEXT, "context_options", PARTS, *SECTIONS, *(section.attribute for section in SECTIONS.values())}
     return [name for name in setting_names(RunConfig) if name not in of_sections]
 
 
 def read_tables(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The section tables among nested values, copied; an absent one is empty. ``method = "lora"`` is short for a table.
+    """The section tables among nested values, copied. ``method = "lora"`` is short for a table.
+
+    An absent one is empty; if it is optional it is left out.
 
     Raises:
         ConfigError: if a section is no table, or the name in it no text.
     """
     tables = {}
     for name, section in SECTIONS.items():
-        table = values.get(name, {})
+        table = values.get(name, None if section.optional else {})
+        if section.optional and table is None:
+            continue
         if name == "method" and isinstance(table, str):
             table = {"name": table}
         if not isinstance(table, dict):
@@ -244,3 +321,13 @@ def read_tables(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"[{name}] name must be text; got {shown(table['name'])}.")
         tables[name] = dict(table)
     return tables
+
+
+def merge(into: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``into`` with the values over its own, table by table; changed in place."""
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            merge(into[name], value)
+        else:
+            into[name] = value
+    return into

@@ -14,6 +14,7 @@ from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run, write_json
+from zinit.runs.images import encode_images
 from zinit.runs.settings import absolute_path
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
@@ -50,6 +51,7 @@ def evaluate_run(
     given = {"the run": str(directory), "--data": data, "--limit": limit, "what was read": task.data_report()}
     check_agreement(accelerator, given)
     place(task, accelerator, offload=config.offload)
+    encode_images(task, accelerator)
     metrics = {}
     kept = load_baseline(task, Path(directory))
     if known := kept or data is None or not task.baseline_parameters():
@@ -60,11 +62,22 @@ def evaluate_run(
     if output is not None and accelerator.is_main_process:
         write_artifacts(task, Path(output))
     return {
-        "metrics": metrics | {"adapted": adapted.metrics},
+        "metrics": metrics | {"adapted": adapted.metrics, **controlled(task, config, accelerator, limit)},
         "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
     }
+
+
+def controlled(
+    task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """The figures of the adapted model in each of the task's controls, by name: `Task.controls`."""
+    found = {}
+    for name, control in task.controls().items():
+        with control():
+            found[name] = evaluate(task, config, accelerator, limit).metrics
+    return found
 
 
 def write_artifacts(task: Task, folder: Path) -> None:

@@ -11,11 +11,12 @@ from zinit.compat import OLD_SETTINGS, modern_setting
 from zinit.config import ROLES, setting_paths
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
-from zinit.runs.config import PARTS, SECTIONS, plain_settings
+from zinit.runs.config import CONTEXT, PARTS, SECTIONS, merge, plain_settings
 from zinit.runs.presets import parse_toml
 
 GROUP_RATE = re.compile(rf"train\.rates\.[^.]+\.({'|'.join(ROLES)})")  # groups are the task's: no setting names them
 PART = re.compile(rf"({PARTS}\.[^.]+)\.(.+)")  # names of parts are the user's
+OF_CONTEXT = re.compile(rf"{CONTEXT}\.[^.]+")  # the settings are the context source's own
 METHOD_OPTIONS = ("method", "method.name")  # -o method=NAME chooses the method
 
 
@@ -33,7 +34,8 @@ def run_overrides(options: Iterable[str], *, task: str, method: str) -> dict[str
     options = list(options)
     method = named_method(options) or method
     entries = {"task": task, "method": method}
-    known = plain_settings() + [
+    known = plain_settings() + [name for name, section in SECTIONS.items() if section.optional]
+    known += [
         f"{name}.{path}"
         for name, section in SECTIONS.items()
         for path in setting_paths(section.settings_class(entries.get(name, name)))
@@ -77,16 +79,6 @@ def parse_value(text: str) -> Any:
         return None if text.lower() in ("none", "null") else text
 
 
-def merge(into: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``into`` with the values over its own, table by table; changed in place."""
-    for name, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(name), dict):
-            merge(into[name], value)
-        else:
-            into[name] = value
-    return into
-
-
 def _split(option: str) -> tuple[str, str]:
     name, equals, text = option.partition("=")
     if not equals:
@@ -97,7 +89,9 @@ def _split(option: str) -> tuple[str, str]:
 def _full_name(name: str, known: Sequence[str], method: str) -> str:
     """The setting that an option means, in full."""
     modern = _modern(name)
-    if GROUP_RATE.fullmatch(modern):
+    if modern == CONTEXT:
+        return f"{CONTEXT}.name"
+    if GROUP_RATE.fullmatch(modern) or OF_CONTEXT.fullmatch(modern):
         return modern
     if part := PART.fullmatch(modern):
         of_prefix = [full.removeprefix("prefix.") for full in known if full.startswith("prefix.")]

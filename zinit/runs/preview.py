@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
-from zinit.config import AdapterConfig, PrefixConfig
+from zinit.config import PrefixConfig
 from zinit.errors import BackboneError
 from zinit.methods import METHODS
 from zinit.models.loading import load_on_meta
@@ -144,8 +144,8 @@ def check_settings(config: RunConfig, preview: Preview) -> None:
         BackboneError, ConfigError: if not.
     """
     method: Method = METHODS.get(config.method)(config.method_options)
-    adapter = method.attached(config.prefix, config.parts)
-    for part in () if adapter is None else AdapterConfig.of(adapter).parts.values():
+    adapter = method.attached(config.adapter())
+    for part in () if adapter is None else adapter.parts.values():
         _check_sites(preview, part)
     check_positions(preview.model, getattr(config.options, "max_length", 0))
 

@@ -13,8 +13,8 @@ from zinit.files import is_file, local_path
 from zinit.methods import METHODS
 from zinit.methods.rates import shares_rates
 from zinit.registry import did_you_mean
-from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
-from zinit.runs.options import merge, run_overrides
+from zinit.runs.config import DEFAULT_METHOD, PARTS, RunConfig, merge, read_tables
+from zinit.runs.options import named_method, run_overrides
 from zinit.runs.presets import OF_PRESETS, Preset, preset_names, read_config_file, read_preset
 from zinit.tasks import TASKS
 from zinit.validation import shown
@@ -27,7 +27,9 @@ def resolve(
     *,
     backbone: str | None = None,
     task: str | None = None,
+    method: str | None = None,
     model: str | None = None,
+    encoder: str | None = None,
     data: str | Sequence[str] | None = None,
     preset: str | None = None,
     config_file: str | None = None,
@@ -36,12 +38,15 @@ def resolve(
 ) -> tuple[RunConfig, str | None]:
     """The settings of a run: preset, then config file, then the arguments, then the options.
 
-    Without a model the embedded demo is trained, with the task's ``demo`` preset unless another is named.
+    Without a model the embedded demo is trained, with the preset of the method's demo on the backbone, or else the
+    task's ``demo`` preset, unless another is named.
 
     Args:
         backbone: see `RunConfig`; task, model, data and seed alike.
-        task: default: the backbone's own.
+        task: default: the demo's, or the backbone's own.
+        method: registered name; as the option ``method=NAME``.
         model: folder or Hub id.
+        encoder: folder, name or Hub id of an image model.
         data: file, folder or Hub id, or several.
         preset: ``alpaca/llama-7b``, or ``llama-7b`` for the task at hand.
         config_file: TOML.
@@ -54,23 +59,25 @@ def resolve(
     Raises:
         ConfigError: naming the setting that is unknown or wrong.
     """
-    options = list(options)
+    options = [*([] if method is None else [f"method={method}"]), *options]
     from_file = _read_run_file(config_file)
     preset = preset or from_file.pop("preset", None)
     _check_preset(preset)
+    named = named_method(options) or from_file["method"].get("name")
+    if preset is None and task is None and "name" not in from_file["task"]:
+        preset = _demo_preset(named, backbone or from_file.get("backbone"), options, model or from_file.get("model"))
     backbone = _choose_backbone(backbone or from_file.get("backbone"), preset)
     task = _choose_task(task or from_file["task"].get("name"), preset, backbone)
-    method = from_file["method"].get("name", DEFAULT_METHOD)
-    overrides = run_overrides(options, task=task, method=method)
+    overrides = run_overrides(options, task=task, method=named or DEFAULT_METHOD)
     has_model = bool(model or from_file.get("model") or overrides.get("model"))
     preset = _full_preset(preset, task, has_model=has_model)
 
-    named = overrides.get("method", {}).get("name") or from_file["method"].get("name")
     values = {} if preset is None else preset_values(preset, named)
     arguments = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed}
     given: dict[str, Any] = {}
-    for source in (from_file, _given(arguments), {"task": {"name": task}}, overrides):
+    for source in (from_file, _given(arguments), {"task": {"name": task}}, _of_encoder(encoder), overrides):
         merge(given, source)
+    _check_parts(overrides, named or DEFAULT_METHOD)
     if preset is not None:
         preset = Preset(preset)
         preset.untouched = frozenset(_paths(values) - _paths(given))
@@ -80,6 +87,28 @@ def resolve(
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
     return RunConfig.from_dict(_with_absolute_paths(values)), preset
+
+
+def _demo_preset(method: str | None, backbone: str | None, options: Sequence[str], model: str | None) -> str | None:
+    """The preset of a method's own demo on a backbone; None where it has none, or a model is named."""
+    if method is None or backbone is None or model or any(option.startswith("model=") for option in options):
+        return None
+    return METHODS.fact(method, "demos").get(backbone)
+
+
+def _of_encoder(source: str | None) -> dict[str, Any]:
+    return {} if source is None else {"encoder": {"source": source}}
+
+
+def _check_parts(overrides: dict[str, Any], method: str) -> None:
+    """Refuses an option of the one prefix where the method's parts have settings of their own for it."""
+    parts = METHODS.fact(method, "defaults").get(PARTS, {})
+    for name in overrides.get("prefix", {}):
+        if own := [part for part, table in parts.items() if name in table]:
+            raise ConfigError(
+                f"the method {method!r} has parts with a {name} of their own. Say which you mean: "
+                f"{' or '.join(f'-o {PARTS}.{part}.{name}=...' for part in own)}."
+            )
 
 
 def preset_values(preset: str, method: str | None) -> dict[str, Any]:
@@ -102,6 +131,7 @@ def override(
     config: RunConfig,
     *,
     model: str | None = None,
+    encoder: str | None = None,
     data: str | Sequence[str] | None = None,
     seed: int | None = None,
     options: Iterable[str] = (),
@@ -111,11 +141,13 @@ def override(
     Args:
         config: as saved.
         model: see `RunConfig`; data and seed alike.
+        encoder: folder, name or Hub id of the same image model.
         data: file, folder or Hub id, or several.
         seed: for everything random.
         options: see `resolve`.
     """
     values = merge(config.to_dict(), _given({"model": model, "data": data, "seed": seed}))
+    merge(values, _of_encoder(encoder))
     merge(values, run_overrides(options, task=config.task, method=config.method))
     return RunConfig.from_dict(_with_absolute_paths(values))
 
@@ -234,7 +266,10 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     if "held_out_data" in (task := values.get("task", {})):
         task["held_out_data"] = absolute_path(task["held_out_data"])
-    train = values.get("train", {})
-    if isinstance(folder := train.get("activation_cache"), str) and folder:  # it may not exist yet
-        train["activation_cache"] = str(local_path(folder).absolute())
+    encoder = values.get("encoder", {})
+    if "source" in encoder:
+        encoder["source"] = absolute_path(encoder["source"])
+    for table, name in ((values.get("train", {}), "activation_cache"), (encoder, "cache")):
+        if isinstance(folder := table.get(name), str) and folder:  # it may not exist yet
+            table[name] = str(local_path(folder).absolute())
     return values

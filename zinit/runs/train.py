@@ -29,7 +29,8 @@ from zinit.runs.directory import (
     write_json,
     writing,
 )
-from zinit.runs.evaluate import evaluate
+from zinit.runs.evaluate import controlled, evaluate
+from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
 from zinit.tasks import TASKS
@@ -51,8 +52,15 @@ MAY_CHANGE_ON_RESUME = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
     *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.evaluation_limit", "offload"),
+    *("encoder.source", "encoder.revision", "encoder.cache", "encoder.cache_limit"),
 )
-PLACES = ("model", "data", "task.held_out_data")  # processes may have them elsewhere: what is in them is compared
+PLACES = (
+    "model",
+    "data",
+    "task.held_out_data",
+    "encoder.source",
+    "encoder.cache",
+)  # processes may have them elsewhere: what is in them is compared
 SAME_MODEL = 0.999  # cosine of two samples of the weights
 
 
@@ -172,6 +180,7 @@ def preflight(run: Run, *, preset: str | None) -> None:
     task, accelerator = run.task, run.accelerator
     _check_trainable(run)
     place(task, accelerator, offload=run.config.offload)
+    encode_images(task, accelerator, run.on_event if run.is_main else ignore)
     with run.built.adapted.disabled(), weights_in_place(task):
         task.prepare()
     run.identity = identity_of(run.config, task.fingerprint())
@@ -305,6 +314,7 @@ def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
     run.on_event(Stage("evaluating the adapted model"))
     adapted = evaluate(task, run.config, run.accelerator)
     results.metrics["adapted"] = adapted.metrics
+    results.metrics |= controlled(task, run.config, run.accelerator)
     results.counts |= adapted.counts
     for sample, answered in zip(results.samples, adapted.samples, strict=False):
         sample["adapted"] = answered["output"]
@@ -351,7 +361,7 @@ def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
 def _flat_settings(config: RunConfig) -> dict[str, Any]:
     """All settings by their full names, but for the places of further models, which are compared themselves."""
     settings = config.to_dict()
-    tables = {section: settings.pop(section) for section in SECTIONS}
+    tables = {section: settings.pop(section, None) or {} for section in SECTIONS}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     sources = [spec.source for spec in TASKS.get(config.task).further_models(config.options).values()]
     return {**settings, **{n: value for n, value in flat.items() if not (n.startswith("task.") and value in sources)}}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from zinit.adapter.handle import Handle
     from zinit.data.images import ImageSource
+    from zinit.encoders.cache import FeatureCache
     from zinit.models.loading import Loading
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
 Batch = dict[str, Tensor]
 MAIN = "main"  # the group of a task that has one
 GATES, HEAD = "gates", "head"  # roles that a task itself tells apart
+OWN_DECAY = ("source", "tuning")  # roles of which vectors (scales, biases, norms) do not decay
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,6 +127,7 @@ class Task(nn.Module, ABC):
         model: the adapted model. The further models of `further_models` are attributes too, under their names.
         processor: what `load_model` returned with the model.
         handle: the prefix on it; None for methods that have none.
+        image_features: of images, for the adapter's context source; None where it takes none.
         train_stream: what is trained on; the first of `streams`.
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
@@ -143,6 +146,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     processor: Any
     handle: Handle | None
+    image_features: FeatureCache | None = None
     config: Any
     labels: list[str] | None = None
     baseline = "the frozen model"
@@ -160,6 +164,7 @@ class Task(nn.Module, ABC):
         if inputs is None:  # a task that sets its attributes itself
             return
         self.model, self.processor, self.handle, self.config = inputs.model, inputs.processor, inputs.handle, config
+        self.image_features = inputs.features
         for name, loaded in inputs.models.items():
             if hasattr(self, name) or not name.isidentifier():
                 raise ConfigError(f"the task {self.name!r} cannot call a model {name!r}: the name is taken or none.")
@@ -364,21 +369,26 @@ class Task(nn.Module, ABC):
             decay_gates: whether the gates decay too, as in the reference's training code.
 
         Yields:
-            ``params``, in the order of `named_parameters`, ``weight_decay``, ``group``, ``role`` and ``name``.
+            ``params``, in the order of `named_parameters`, ``weight_decay``, ``group``, ``role`` and ``name``. Scales,
+            biases and norms of a tuning or a context source do not decay.
 
         Raises:
             ConfigError: if `groups` leaves out a parameter that trains, or names it twice.
         """
         place = self._places()
-        named = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        order = sorted(dict.fromkeys(place[parameter] for parameter in named), key=lambda place: place[1] == GATES)
-        for group, role in order:
+        named: dict[tuple[str, str, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                group, role = place[parameter]
+                decays = (role != GATES or decay_gates) and (role not in OWN_DECAY or parameter.dim() > 1)
+                named.setdefault((group, role, decays), []).append(parameter)
+        for group, role, decays in sorted(named, key=lambda key: key[1] == GATES):
             yield {
-                "params": [parameter for parameter in named if place[parameter] == (group, role)],
-                "weight_decay": weight_decay if role != GATES or decay_gates else 0.0,
+                "params": named[group, role, decays],
+                "weight_decay": weight_decay if decays else 0.0,
                 "group": group,
                 "role": role,
-                "name": f"{group}.{role}",
+                "name": f"{group}.{role}" if decays or role not in OWN_DECAY else f"{group}.{role}.no_decay",
             }
 
     def _places(self) -> dict[nn.Parameter, tuple[str, str]]:

@@ -66,6 +66,20 @@ class Notice(Event):
 
 
 @dataclass(frozen=True)
+class Encoded(Event):
+    """Images went through the encoder.
+
+    Attributes:
+        done: images of this process so far.
+        of: that it has in all.
+    """
+
+    kind = "encoded"
+    done: int
+    of: int
+
+
+@dataclass(frozen=True)
 class PlanMade(Event):
     """The steps ahead are known.
 
@@ -206,7 +220,7 @@ class Gates(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    event.kind: event for event in (Stage, Notice, PlanMade, Resumed, Step, Evaluated, Gates, Stopped, Ended)
+    event.kind: event for event in (Stage, Notice, Encoded, PlanMade, Resumed, Step, Evaluated, Gates, Stopped, Ended)
 }
 
 

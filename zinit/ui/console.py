@@ -15,7 +15,7 @@ from rich.text import Text
 
 from zinit.config import to_json
 from zinit.errors import printable
-from zinit.train.events import Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
+from zinit.train.events import Encoded, Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
 
 # Counts worth a line.
 ODD = ("skipped", "truncated", "empty", "unused_field", "ignored", "also_held_out", "comments", "hint_cut", "left_out")
@@ -98,6 +98,8 @@ class RunView:
                 self.console.print(f"{event.text} ...", style="dim")
             case Notice():
                 self.console.print(f"note: {event.text}", style="bold")
+            case Encoded():
+                self._encoded(event)
             case PlanMade():
                 self._start(event)
             case Resumed():
@@ -125,6 +127,20 @@ class RunView:
         )
         self.bar = self.progress.add_task("", total=plan.steps, completed=plan.done, status="")
         self.progress.start()
+
+    def _encoded(self, event: Encoded) -> None:
+        if self.console.is_terminal and not self.console.quiet:
+            if self.progress is None:
+                columns = (TextColumn("encoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                self.progress = Progress(*columns, console=self.console)
+                self.bar = self.progress.add_task("", total=event.of)
+                self.progress.start()
+            self.progress.update(self.bar, completed=event.done)
+        elif time.monotonic() - self.last_line > QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            self.console.print(f"encoding images: {event.done} of {event.of}")
+        if event.done == event.of:
+            self._stop()
 
     def _step(self, step: Step) -> None:
         status = f"loss {step.loss:.4f}  {step.examples_per_second:.0f} examples/s"

@@ -1,0 +1,78 @@
+"""The images of a run: which encoder makes their features, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zinit.adapter.encoding import Encoder, load_feature_encoder
+from zinit.adapter.sources import ContextSource
+from zinit.demo import clip_path
+from zinit.encoders.cache import FeatureCache, cache_root
+from zinit.errors import ConfigError
+from zinit.runs.config import RunConfig
+from zinit.train.events import Encoded, Listener, Notice
+from zinit.train.loop import ignore
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from zinit.adapter.handle import Handle
+    from zinit.tasks.base import Task
+
+
+def load_encoder(config: RunConfig, *, beside: nn.Module) -> Encoder | None:
+    """What makes features of images for the run's adapter; None where it takes none.
+
+    Raises:
+        ConfigError: if nobody says which encoder.
+    """
+    own = config.encoder
+    if config.context is None:
+        return None
+    source = clip_path() if own.source is None and config.model is None else own.source
+    if source is None:
+        raise ConfigError(
+            f"the method {config.method!r} needs a model that makes features of images: --encoder FOLDER_OR_HUB_ID, "
+            f"such as openai/clip-vit-large-patch14."
+        )
+    return load_feature_encoder(source, beside=beside, revision=own.revision, bgr=own.bgr)
+
+
+def feature_cache(config: RunConfig, handle: Handle | None) -> FeatureCache | None:
+    """Features of images for an adapter; None if it takes none.
+
+    Args:
+        config: of the run.
+        handle: the adapter.
+    """
+    source = None if handle is None else handle.shared.get("context")
+    if handle is None or handle.encoder_identity is None or not isinstance(source, ContextSource):
+        return None
+    root = cache_root(config.encoder.cache)
+    return FeatureCache(handle.get_encoder(), source, root=root, limit=config.encoder.cache_limit)
+
+
+def encode_images(task: Task, accelerator: Accelerator, on_event: Listener = ignore) -> None:
+    """Runs the encoder over the images of a task's examples, as far as nobody has; the processes divide them.
+
+    Args:
+        task: on its device.
+        accelerator: the run's.
+        on_event: gets notices and progress.
+    """
+    images, cache = task.image_sources(), task.image_features
+    if not images or cache is None:
+        return
+    cache.encoder.to(next(task.model.parameters()).device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    cache.fill(
+        images,
+        rank=rank,
+        world=world,
+        progress=lambda done, of: on_event(Encoded(done, of)),
+        tell=lambda text: on_event(Notice(text)),
+    )
+    accelerator.wait_for_everyone()
+    cache.refresh()
+    cache.encoder.to("cpu")
