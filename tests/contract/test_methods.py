@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -10,14 +13,19 @@ import torch
 from torch import nn
 
 from tests.contract.cases import Case
+from zinit.adapter.encoding import Features
 from zinit.config import ROLES, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import Adapted, ApplyContext, Method
 from zinit.methods.rates import LearningRate, rate_settings
+from zinit.runs.config import RunConfig
 from zinit.train.config import TrainConfig
 
 PREFIX = PrefixConfig(length=3)
+SHORT = {"prefix": {"length": 3}}
+OWN = {name: SHORT for name in METHODS if not METHODS.fact(name, "defaults").get("parts")}
+FEATURES = 8  # width of the features of images
 REFUSED = {  # method: backbones that it cannot be used on, and why
     "bitfit": {"llama": "no bias terms"},
     "prompt-tuning": {"vit": "one sequence of tokens", "clip": "one sequence of tokens"},
@@ -29,8 +37,26 @@ def refusal(name: str, case: Case) -> str | None:
 
 
 def adapt(name: str, model: nn.Module, case: Case) -> tuple[Method, Adapted]:
+    """With the settings that the method begins with; sources of contexts are made for `FEATURES`."""
     method: Method = METHODS.get(name)(METHODS.get(name).Config())
-    return method, method.apply(model, ApplyContext(prefix=PREFIX, backbone=case.backbone, seed=0))
+    run = RunConfig.from_dict(
+        {"backbone": case.backbone, "task": {"name": "alpaca"}, "method": name, **OWN.get(name, {})}
+    )
+    given = {"feature_width": FEATURES} if run.context else {}
+    adapter = replace(run.adapter(), context_options={**run.context_options, **given})
+    return method, method.apply(model, ApplyContext(prefix=PREFIX, adapter=adapter, backbone=case.backbone, seed=0))
+
+
+@contextmanager
+def seen(adapted: Adapted, batch: Any) -> Iterator[None]:
+    """The adapter gets features of an image for each sample, where it takes some."""
+    if adapted.handle is None or "context" not in adapted.handle.shared:
+        yield
+        return
+    count = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+    drawn = torch.randn(count, 3, FEATURES, generator=torch.Generator().manual_seed(5))
+    with adapted.handle.given(features=Features(tokens=drawn, layers=(drawn[:, 0],))):
+        yield
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,8 +78,12 @@ def test_off_it_is_the_frozen_model_and_on_it_learns(name: str, leader: Case) ->
             adapt(name, model, leader)
         return
     _, adapted = adapt(name, model, leader)
-    with torch.no_grad(), adapted.disabled():
-        assert torch.equal(leader.output(adapted.model, batch), before)
+    with torch.no_grad():
+        with adapted.disabled():
+            assert torch.equal(leader.output(adapted.model, batch), before)
+        if adapted.handle is not None and name not in ("random-gate", "prefix-tuning"):  # gates, biases, scales: closed
+            with seen(adapted, batch):
+                assert torch.equal(leader.output(adapted.model, batch), before)
     trained = trainable(adapted.model)
     if name in ("head-only", "logistic-regression"):
         assert not trained
@@ -64,7 +94,8 @@ def test_off_it_is_the_frozen_model_and_on_it_learns(name: str, leader: Case) ->
     losses = []
     target = torch.randn(before.shape, generator=torch.Generator().manual_seed(3))
     for _ in range(3):  # some weights only move once others have
-        loss = (leader.output(adapted.model, batch) - target).square().mean()
+        with seen(adapted, batch):
+            loss = (leader.output(adapted.model, batch) - target).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

@@ -90,7 +90,7 @@ def test_the_report_shows_the_gates_of_every_part(run: tuple[Path, dict[str, Any
         (["parts.late.length=0"], r"\[parts.late\] length must be a whole number"),
         (["parts.late=3"], "no option named 'parts.late'"),
         (["parts.2nd.length=3"], "a part's name must be an identifier"),
-        (["parts.late.length=3", "method=lora"], "the method 'lora' takes no parts, and .* names late"),
+        (["parts.late.length=3", "method=lora"], "the method 'lora' attaches no adapter, which .parts. belong"),
         (["parts.a.length=3", "parts.b.length=3", "prefix.gating=false", "prefix.separate_softmax=false"],
          "shares the words' softmax .* stands alone"),
     ],

@@ -67,9 +67,11 @@ class Encoder(nn.Module, ABC):
         layer_width: of a layer's vector.
         depth: number of its layers.
         identity: what tells it from another; plain values, ``source`` among them.
+        processing: tells one way from images to pixels from another; features of one are not those of the other.
     """
 
     modality = "image"
+    processing = ""
     width: int
     layer_width: int
     depth: int

@@ -24,14 +24,24 @@ class ImageEncoder(Encoder):
     Args:
         tower: the model; it is frozen.
         prepare: RGB images to (B, 3, H, W); None if the model came without a processor.
+        processing: the processor's settings, as text.
         source: where it came from; empty for a module.
         bgr: images are given with their channels in reverse.
     """
 
     processor: Prepare | None
 
-    def __init__(self, tower: nn.Module, prepare: Prepare | None, *, source: str = "", bgr: bool = False) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        prepare: Prepare | None,
+        *,
+        processing: str = "",
+        source: str = "",
+        bgr: bool = False,
+    ) -> None:
         super().__init__()
+        self.processing = processing
         self.tower = tower.requires_grad_(False).eval()
         self.bgr, self.processor = bgr, prepare
         self.identity = {"source": source, "modality": self.modality, "bgr": bgr, **identify(tower)}

@@ -48,7 +48,8 @@ class FeatureCache:
     def __init__(self, encoder: Encoder, source: ContextSource, *, root: Path, limit: float) -> None:
         self.encoder, self.kinds, self.layers, self.limit = encoder, source.takes, source.layers, limit
         who = {name: value for name, value in encoder.identity.items() if name != "source"}
-        key = json.dumps({"encoder": who, "kinds": self.kinds, "layers": self.layers}, sort_keys=True)
+        how = {"processing": encoder.processing, "kinds": self.kinds, "layers": self.layers}
+        key = json.dumps({"encoder": who, **how}, sort_keys=True)
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
         self._places: dict[bytes, tuple[str, int]] = {}
         self._mapped: dict[str, dict[str, Tensor]] = {}

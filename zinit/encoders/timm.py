@@ -20,13 +20,13 @@ from zinit.models.timm import load_timm
 class TimmEncoder(ImageEncoder):
     """See `zinit.encoders.base.ImageEncoder`."""
 
-    def __init__(self, tower: nn.Module, prepare: Prepare, *, source: str = "", bgr: bool = False) -> None:
+    def __init__(self, tower: nn.Module, prepare: Prepare, *, source: str = "", **how: Any) -> None:
         known: Any = tower
         if not hasattr(known, "forward_intermediates") or not hasattr(known, "blocks"):
             raise ConfigError(
                 f"{source or type(tower).__name__} gives no sequence of image tokens; take a ViT of timm."
             )
-        super().__init__(tower, prepare, source=source, bgr=bgr)
+        super().__init__(tower, prepare, source=source, **how)
         self.depth, self.width, self.layer_width = len(known.blocks), known.num_features, known.embed_dim
 
     def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
@@ -58,23 +58,27 @@ class TimmEncoders(EncoderLibrary):
 
     def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
         """An encoder around a tower; None if it is no model of timm's."""
-        return TimmEncoder(module, _processor(module), bgr=bgr) if hasattr(module, "pretrained_cfg") else None
+        return _encoder(module, bgr=bgr) if hasattr(module, "pretrained_cfg") else None
 
     def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
         """See `zinit.adapter.encoding.EncoderLibrary.load`."""
         tower, _ = load_timm(source, dtype=torch.float32, revision=revision)
-        return TimmEncoder(tower, _processor(tower), source=str(source), bgr=bgr)
+        return _encoder(tower, source=str(source), bgr=bgr)
 
 
-def _processor(tower: nn.Module) -> Prepare:
+def _encoder(tower: nn.Module, **how: Any) -> TimmEncoder:
+    """With the model's own way from images to pixels."""
     from timm.data import create_transform, resolve_data_config
 
-    transform: Any = create_transform(**resolve_data_config({}, model=tower))
+    settings = resolve_data_config({}, model=tower)
+    if (size := getattr(getattr(tower, "patch_embed", None), "img_size", None)) is not None:
+        settings["input_size"] = (settings["input_size"][0], *size)  # as made, where its configuration says another
+    transform: Any = create_transform(**settings)
 
     def prepare(images: Sequence[Image.Image]) -> Tensor:
         return torch.stack([transform(image) for image in images])
 
-    return prepare
+    return TimmEncoder(tower, prepare, processing=repr(settings), **how)
 
 
 TIMM = TimmEncoders()

@@ -29,14 +29,14 @@ CLASS_TOKENS = ("cls_token", "class_embedding")  # what transformers calls the p
 class TransformersEncoder(ImageEncoder):
     """See `zinit.encoders.base.ImageEncoder`."""
 
-    def __init__(self, tower: nn.Module, prepare: Prepare | None, *, source: str = "", bgr: bool = False) -> None:
+    def __init__(self, tower: nn.Module, prepare: Prepare | None, *, source: str = "", **how: Any) -> None:
         config: Any = tower.config
         if not hasattr(config, "num_hidden_layers") or getattr(tower, "main_input_name", "") != "pixel_values":
             raise ConfigError(
                 f"{source or 'the encoder'} is a {type(tower).__name__}, which does not turn images into a sequence of "
                 f"tokens. Take the image tower of CLIP, SigLIP, DINOv2 or the like."
             )
-        super().__init__(tower, prepare, source=source, bgr=bgr)
+        super().__init__(tower, prepare, source=source, **how)
         own = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
         self.has_class_token = not own.isdisjoint(CLASS_TOKENS)
         self.depth, self.layer_width = config.num_hidden_layers, config.hidden_size
@@ -105,7 +105,8 @@ class TransformersEncoders(EncoderLibrary):
             setattr(tower, POOLER, None)
         else:
             check_complete(tower, report, source)
-        return TransformersEncoder(tower, _processor(source, revision), source=source, bgr=bgr)
+        prepare, processing = _processor(source, revision)
+        return TransformersEncoder(tower, prepare, processing=processing, source=source, bgr=bgr)
 
 
 def _vision_config(config: Any) -> Any:
@@ -118,19 +119,19 @@ def _vision_config(config: Any) -> Any:
     return own
 
 
-def _processor(source: str, revision: str | None) -> Prepare | None:
-    """By the model's own settings; None where it has none."""
+def _processor(source: str, revision: str | None) -> tuple[Prepare | None, str]:
+    """By the model's own settings, and these as text; None where it has none."""
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
-        return None
+        return None, ""
 
     def prepare(images: Sequence[Image.Image]) -> Tensor:
         return processor(images=list(images), return_tensors="pt")["pixel_values"]
 
-    return prepare
+    return prepare, processor.to_json_string()
 
 
 TRANSFORMERS = TransformersEncoders()

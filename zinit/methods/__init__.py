@@ -4,12 +4,9 @@ Outside of zinit: `zinit.register_method`, or an entry point of the group ``zini
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
+from zinit.methods.defaults import FLAGS, NO_DEMOS
 from zinit.registry import Address, Entry, Registry
-
-NO_DEMOS: Mapping[str, str] = MappingProxyType({})
-FLAGS = {"llama": "conversation/flags"}  # the preset of a method's own demo, by backbone
 
 
 def _entry(

@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from zinit.config import AdapterConfig, JsonConfig, PrefixConfig
+from zinit.methods.defaults import NO_DEMOS, Tables
 from zinit.methods.defaults import NONE as NO_DEFAULTS
-from zinit.methods.defaults import Tables
 from zinit.methods.rates import NONE, Rates
 from zinit.methods.settings import NoSettings
 
@@ -48,7 +47,7 @@ class ApplyContext:
 
     Args:
         prefix: the run's prefix settings; methods without a prefix look at ``towers`` at most.
-        adapter: the run's adapter, of that prefix or of several parts; for methods that attach one.
+        adapter: the run's adapter, for methods that attach one; None is of that prefix alone.
         backbone: registered name.
         seed: of everything random.
         saved: a finished run's folder, to load the prefix from. Other weights are loaded by the run.
@@ -60,9 +59,14 @@ class ApplyContext:
     backbone: str
     seed: int
     saved: Path | None = None
-    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig.of(PrefixConfig()))
+    adapter: AdapterConfig | None = None
     models: Mapping[str, nn.Module] = field(default_factory=dict)
     encoder: Encoder | None = None
+
+    @property
+    def attached(self) -> AdapterConfig:
+        """The adapter's settings."""
+        return self.adapter or AdapterConfig.of(self.prefix)
 
     def sites(self, model: nn.Module) -> list[AttentionSite]:
         """Every attention module of the towers that the settings name, for methods that put something into each."""
@@ -94,7 +98,7 @@ class Method(ABC):
     trains_host = False
     default_rates: Rates = NONE
     defaults: Tables = NO_DEFAULTS
-    demos: Mapping[str, str] = MappingProxyType({})
+    demos: Mapping[str, str] = NO_DEMOS
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -11,6 +11,8 @@ from typing import Any
 Tables = Mapping[str, Mapping[str, Any]]
 
 NONE: Tables = {}
+NO_DEMOS: Mapping[str, str] = {}
+FLAGS = {"llama": "conversation/flags"}  # the preset of a method's own demo, by backbone
 V1_MULTIMODAL: Tables = {
     "prefix": {"prompt": "table+context"},  # P1, Eq. 10
     "context": {"name": "projected-image"},  # P1, Eq. 9

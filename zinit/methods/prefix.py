@@ -30,7 +30,7 @@ class ZeroInit(Method):
         if context.saved is not None:
             handle = load(model, context.saved, encoder=context.encoder)
         else:
-            config = self.attached(context.adapter).simplest()
+            config = self.attached(context.attached).simplest()
             handle = attach(model, config, backbone=context.backbone, seed=context.seed, encoder=context.encoder)
         return Adapted(model=model, handle=handle, disabled=handle.disabled)
 

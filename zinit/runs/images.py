@@ -61,7 +61,7 @@ def encode_images(task: Task, accelerator: Accelerator, on_event: Listener = ign
         accelerator: the run's.
         on_event: gets notices and progress.
     """
-    images, cache = task.image_sources(), task.image_features
+    images, cache = task.image_sources(), task.cached_features
     if not images or cache is None:
         return
     cache.encoder.to(next(task.model.parameters()).device)

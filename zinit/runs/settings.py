@@ -78,15 +78,20 @@ def resolve(
     for source in (from_file, _given(arguments), {"task": {"name": task}}, _of_encoder(encoder), overrides):
         merge(given, source)
     _check_parts(overrides, named or DEFAULT_METHOD)
-    if preset is not None:
-        preset = Preset(preset)
-        preset.untouched = frozenset(_paths(values) - _paths(given))
-        preset.model_layers = read_preset(preset).get("model_layers")
-        preset.notes = _shorten_warmup(values, given, preset)
+    preset = None if preset is None else _known_preset(preset, values, given)
     merge(values, given)
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
     return RunConfig.from_dict(_with_absolute_paths(values)), preset
+
+
+def _known_preset(name: str, values: dict[str, Any], given: dict[str, Any]) -> Preset:
+    """A preset that knows what of its values will be in the settings; a warm-up that is too long is scaled in them."""
+    preset = Preset(name)
+    preset.untouched = frozenset(_paths(values) - _paths(given))
+    preset.model_layers = read_preset(name).get("model_layers")
+    preset.notes = _shorten_warmup(values, given, preset)
+    return preset
 
 
 def _demo_preset(method: str | None, backbone: str | None, options: Sequence[str], model: str | None) -> str | None:

@@ -127,7 +127,7 @@ class Task(nn.Module, ABC):
         model: the adapted model. The further models of `further_models` are attributes too, under their names.
         processor: what `load_model` returned with the model.
         handle: the prefix on it; None for methods that have none.
-        image_features: of images, for the adapter's context source; None where it takes none.
+        cached_features: of images, for the adapter's context source; None where it takes none.
         train_stream: what is trained on; the first of `streams`.
         held_out_stream: what is kept from training.
         labels: class names in the order of the head's outputs, for tasks that have classes. A finished run keeps
@@ -146,7 +146,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     processor: Any
     handle: Handle | None
-    image_features: FeatureCache | None = None
+    cached_features: FeatureCache | None = None
     config: Any
     labels: list[str] | None = None
     baseline = "the frozen model"
@@ -164,7 +164,7 @@ class Task(nn.Module, ABC):
         if inputs is None:  # a task that sets its attributes itself
             return
         self.model, self.processor, self.handle, self.config = inputs.model, inputs.processor, inputs.handle, config
-        self.image_features = inputs.features
+        self.cached_features = inputs.features
         for name, loaded in inputs.models.items():
             if hasattr(self, name) or not name.isidentifier():
                 raise ConfigError(f"the task {self.name!r} cannot call a model {name!r}: the name is taken or none.")
