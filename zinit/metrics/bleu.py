@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from zinit.metrics.captions import CaptionMetric, Words, n_grams
@@ -28,10 +27,9 @@ class Bleu(CaptionMetric):
             length += len(candidate)
             closest += min((abs(len(words) - len(candidate)), len(words)) for words in captions)[1]
             for place in range(LONGEST):
-                counts, most = n_grams(candidate, place + 1), Counter[tuple[str, ...]]()
-                for words in captions:
-                    most |= n_grams(words, place + 1)
-                matched[place] += (counts & most).total()
+                counts = n_grams(candidate, place + 1)
+                own = [n_grams(words, place + 1) for words in captions]
+                matched[place] += sum(min(often, max(grams[gram] for grams in own)) for gram, often in counts.items())
                 total[place] += counts.total()
         penalty = min(1.0, math.exp(1 - closest / length)) if length else 0.0
         product, figures = 1.0, {}
