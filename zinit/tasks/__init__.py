@@ -38,6 +38,11 @@ TASKS = Registry(
             "Extractive question answering, SQuAD v1.1 and v2.0, with the official metric.",
             facts={"Config": Address("zinit.tasks.squad.config:SquadConfig")},
         ),
+        "joint": Entry(
+            "zinit.tasks.joint.task:Joint",
+            "A task with images and one of texts in every step, each with its own parameters (V2, 3.3).",
+            facts={"Config": Address("zinit.tasks.joint.config:JointConfig")},
+        ),
         "ner": Entry(
             "zinit.tasks.ner.task:TokenClassification",
             "Named entity recognition: a tag for every token, CoNLL style, scored by seqeval.",

@@ -1,0 +1,1 @@
+"""Two tasks on one model: images and language, each with its own parameters."""
