@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,9 @@ FAST = (
 )
 NOT_FAST = ("integration", "slow", "gpu")
 
+# Where figures are drawn. Elsewhere reports are made without them: matplotlib takes longer than a tiny run.
+DRAWN = ("bench/", "cli/test_commands.py", "runs/test_command.py", "runs/test_plots.py", "runs/test_report.py")
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leaves other modules unread where only fast tests are asked for: their imports take longer than the tests."""
@@ -63,6 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of a report but the drawing; see `tests.preload` for processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.path.relative_to(TESTS).as_posix().startswith(DRAWN):
+            patch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
+        yield
 
 
 @pytest.fixture(scope="module")

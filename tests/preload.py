@@ -15,8 +15,10 @@ import zinit.runs.settings
 import zinit.runs.train
 import zinit.tasks.alpaca.task
 from zinit.models.loading import load_causal_lm
+from zinit.runs import plots
 
 torch.set_num_threads(1)
+plots.svg = lambda figure, label: ""  # matplotlib takes longer than a tiny run; drawn where pages are tested
 KEPT = (
     accelerate,
     datasets,

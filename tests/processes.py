@@ -1,7 +1,7 @@
 """Real processes that start at once: forked from a server that has imported torch, transformers and zinit already.
 
-An import of these takes longer than what most tests do. Tests of a fresh interpreter, of ``torchrun`` or of
-``accelerate launch`` start one: see `environment`.
+An import of these takes longer than what most tests do. Tests of a fresh interpreter start one: see `environment`.
+The ranks of ``torchrun`` and ``accelerate launch`` are forked by `tests.launch`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class Process:
             os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
     @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self.process.exitcode
 
@@ -63,8 +68,7 @@ class Process:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
     def wait(self, timeout: float = 240) -> int:
         self.process.join(timeout)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import environment
+from tests import processes
 from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import run, steps
 from zinit.errors import CheckpointError, DataError, ZinitError
@@ -178,11 +176,9 @@ def test_a_group_that_torchrun_restarts_goes_on_by_itself(folder: Path, quiet_ru
     output = tmp_path / "run"
     inputs = ["--backbone", "llama", "--model", str(folder / "model"), "--data", str(folder / "data.json")]
     options = [part for option in OPTIONS for part in ("-o", option)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     arguments = ["-m", "tests.train.dying", "train", *inputs, *options, "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, *launch, *arguments], env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = processes.run("tests.launch", *launch, *arguments, timeout=300)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [4]

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.processes import ROOT, environment, run_ranks
+from tests.processes import ROOT, environment, run, run_ranks
 from tests.tiny import save_records, save_tiny_llama
 from tests.train.test_crash import steps
 from zinit.adapter.attach import attach
@@ -167,12 +167,16 @@ def test_two_processes_go_on_where_one_was_killed(runs: Path, two: str) -> None:
 def test_accelerate_launch_with_our_configurations(runs: Path, tmp_path: Path, name: str, strategy: str) -> None:
     inputs = ["--backbone", "llama", "--model", str(runs / "model"), "--data", str(runs / "data.json")]
     options = [part for option in OPTIONS for part in ("-o", option)]
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--config_file"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "-m", "zinit", "train",
-         *inputs, *options, "--output", str(tmp_path / "run")],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    config = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml")]
+    train = ["-m", "zinit", "train", *inputs, *options, "--output", str(tmp_path / "run")]
+    if name == "ddp":  # interpreters of its own, as a user's launch starts them
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, *config, *train],
+            env=environment(), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    else:
+        done = run("tests.launch", *launch, *config, *train)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (document["processes"], document["strategy"]) == (2, strategy)
