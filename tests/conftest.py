@@ -55,13 +55,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of fast modules, those with another mark about their costs excepted."""
+    """Marks the tests of fast modules, those with another mark about their costs excepted; long modules come first."""
     fast = {TESTS / name for name in FAST}
     if missing := [str(path) for path in fast if not path.is_file()]:
         raise pytest.UsageError(f"tests/conftest.py: FAST names modules that are gone: {', '.join(missing)}")
     for item in items:
         if item.path in fast and not any(item.get_closest_marker(mark) for mark in NOT_FAST):
             item.add_marker("fast")
+    long = {item.path for item in items if item.get_closest_marker("integration") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)  # whole modules, so that the last that workers do are short
 
 
 @pytest.fixture(autouse=True)

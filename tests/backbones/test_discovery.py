@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import zinit
 from tests.contract.cases import causal_lm, encoder, randomized, text_batch
+from tests.contract.checks import shortened
 from zinit.adapter.check import check_backbone
 from zinit.backbones import BACKBONES, find_backbone
 from zinit.backbones._discover import TRANSFORMERS
@@ -104,7 +105,7 @@ def test_keys_and_values_are_the_host_s_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt-neox", "qwen3", "deepseek-v3", "gptj"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
-    model = HOSTS[name][0]()
+    model = shortened(HOSTS[name][0]())
     zinit.attach(model, zinit.PrefixConfig(length=5, gate_init=0.7), seed=0)
     batch = text_batch("left")
     expected = model(**batch).logits

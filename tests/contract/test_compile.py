@@ -9,7 +9,7 @@ import torch
 
 import zinit
 from tests.contract.cases import Case
-from tests.contract.checks import OPEN, gradients, loss_of, run, set_implementation
+from tests.contract.checks import OPEN, gradients, loss_of, run, set_implementation, shortened
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -17,7 +17,7 @@ def test_compiles_without_a_graph_break(leader: Case, implementation: str) -> No
     if leader.implementations and implementation not in leader.implementations:
         pytest.skip(f"no {implementation}")
     torch.compiler.reset()
-    model = leader.build().train()
+    model = shortened(leader.build()).train()
     set_implementation(model, implementation if leader.implementations else None)
     handle = zinit.attach(model, OPEN, seed=0)
     loss_of(leader, model).backward()
@@ -34,7 +34,7 @@ def test_compiles_without_a_graph_break(leader: Case, implementation: str) -> No
 def test_a_compiled_model_notices_what_happens_to_the_adapter(leader: Case) -> None:
     """Attached after compiling, disabled, and detached: the graph is remade, never stale."""
     torch.compiler.reset()
-    model = leader.build()
+    model = shortened(leader.build())
     compiled: Any = torch.compile(model, backend="eager")
     frozen = run(leader, compiled)
     handle = zinit.attach(compiled, OPEN)

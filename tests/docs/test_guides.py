@@ -352,12 +352,8 @@ def run_commands(guide: Guide, folder: Path, change: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.integration
-def test_the_first_command_of_the_task_guide_runs_and_its_benchmark_is_complete(task: Guide, folder: Path) -> None:
+def test_the_benchmark_of_the_task_guide_is_complete(task: Guide) -> None:
     assert [line.split()[1] for line in task.commands[1:]] == ["train", "eval", "bench"]
-    task.commands = task.commands[:2]
-    quick = " ".join(f"-o {option}" for option in QUICK)
-    assert "40 held-out examples" in run_commands(task, folder, {"--output": f"{quick} --output"})
     benchmark = make_benchmark(config_file="bench.toml", model=str(roberta_path()), data="feelings.jsonl")
     benchmark.check()
     cells = [cell.command() for experiment in benchmark.experiments for cell in experiment.cells()]
@@ -368,9 +364,17 @@ def test_the_first_command_of_the_task_guide_runs_and_its_benchmark_is_complete(
 @pytest.mark.integration
 @pytest.mark.slow
 def test_all_commands_of_the_task_guide_run(task: Guide, folder: Path) -> None:
-    out = run_commands(task, folder, {})
+    """With fewer steps than the guide's, and the methods that differ most: each is a process that imports all anew."""
+    quick = " ".join(f"-o {option}" for option in QUICK[:-1])
+    text = (folder / "bench.toml").read_text()
+    for old, new in {'"train.epochs=6"': '"train.epochs=1"', '"lora", "full", "head-only", ': ""}.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    text, count = re.subn(r"method_options = \{(zero-init = [^\]]*\]).*\}", r"method_options = {\1}", text)
+    assert count == 1
+    (folder / "bench.toml").write_text(text)
+    out = run_commands(task, folder, {"--output runs/first": f"{quick} --output runs/first"})
     assert "60 held-out examples" in out
     assert "50 held-out examples" in out
     summary = (folder / "runs" / "bench" / "summary.md").read_text()
-    for method in ("zero-init", "lora", "full", "head-only", "logistic-regression"):
-        assert method in summary
+    assert all(method in summary for method in ("zero-init", "logistic-regression"))

@@ -36,7 +36,7 @@ def test_the_conversion_gives_the_known_loss(stories: Path) -> None:
 def test_alpaca_lowers_the_held_out_loss(stories: Path, tmp_path: Path) -> None:
     """The Alpaca records of Stanford's that are in ../shared; the same numbers in as out."""
     done = zinit("train", "--backbone", "llama", "--model", stories, "--data", ALPACA / "alpaca_5000.json",
-                 "-o", "prefix.length=10", "-o", "steps=10", "-o", "batch_size=32", "-o", "micro_batch_size=8",
+                 "-o", "prefix.length=10", "-o", "steps=5", "-o", "batch_size=32", "-o", "micro_batch_size=8",
                  "-o", "learning_rate=0.03", "-o", "warmup_steps=2", "-o", "max_length=192", "-o", "held_out=32",
                  "-o", "evaluate_every=0", "-o", "evaluation_limit=2", "-o", "max_new_tokens=8",
                  "--output", tmp_path / "run", "--json")  # fmt: skip

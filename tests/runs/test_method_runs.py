@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ OPTIONS = ("prefix.length=3", "steps=6", "batch_size=8", "micro_batch_size=4", "
            "max_new_tokens=4", "learning_rate=0.02", "warmup_steps=0", "evaluate_every=0", "save_every=2")  # fmt: skip
 WITH_IMAGES = {name for name in METHODS if "context" in METHODS.fact(name, "defaults")}  # see test_image_runs.py
 UNFIT = {"bitfit": "no bias terms", "head-only": "nothing to train", "logistic-regression": "nothing to train"}
+FIT = sorted(set(METHODS) - set(UNFIT) - WITH_IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +47,50 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(params=sorted(set(METHODS) - set(UNFIT) - WITH_IMAGES))
+@pytest.fixture(params=FIT)
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_trained_saved_and_loaded_again(method: str, inputs: dict[str, str], tmp_path: Path) -> None:
-    results = train_run(configured(inputs, method), tmp_path / "run")
+@pytest.fixture(scope="module")
+def runs(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of each method, by its name, and what `train_run` returned beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in FIT:
+        results = train_run(configured(inputs, name), folder / name)
+        (folder / f"{name}.json").write_text(json.dumps(results))
+    return folder
+
+
+def results_of(runs: Path, method: str) -> dict[str, Any]:
+    return json.loads((runs / f"{method}.json").read_text())
+
+
+def test_trained_saved_and_loaded_again(method: str, runs: Path) -> None:
+    results = results_of(runs, method)
     assert results["metrics"]["adapted"]["loss"] != results["metrics"]["base"]["loss"]
-    again = evaluate_run(tmp_path / "run")
+    again = evaluate_run(runs / method)
     assert again["metrics"] == results["metrics"]
-    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    document = json.loads((runs / method / "run.json").read_text())
     assert document["method"] == method
-    assert sum(tensor.numel() for tensor in weights(tmp_path / "run").values()) == results["num_trainable"]
-    assert all((tmp_path / "run" / name).exists() for name in document["weights"])
+    assert sum(tensor.numel() for tensor in weights(runs / method).values()) == results["num_trainable"]
+    assert all((runs / method / name).exists() for name in document["weights"])
 
 
-def test_the_frozen_model_is_the_same_for_all(inputs: dict[str, str], tmp_path: Path) -> None:
+def test_the_frozen_model_is_the_same_for_all(runs: Path) -> None:
     frozen = {}
-    for method in sorted(set(METHODS) - set(UNFIT) - WITH_IMAGES):
-        results = train_run(configured(inputs, method), tmp_path / method)
+    for method in FIT:
+        results = results_of(runs, method)
         frozen[method] = (results["metrics"]["base"], [sample["base"] for sample in results["samples"]])
     expected = frozen.pop("zero-init")
     assert frozen
     assert all(found == expected for found in frozen.values())
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(method: str, inputs: dict[str, str], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    method: str, inputs: dict[str, str], runs: Path, tmp_path: Path
+) -> None:
     config = configured(inputs, method)
-    train_run(config, tmp_path / "whole")
 
     def stop(event: Event) -> None:
         if isinstance(event, Step) and event.step == 3:
@@ -83,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method: str, inputs: dict[str, s
     with pytest.raises(CheckpointError, match="has not finished"):
         evaluate_run(tmp_path / "stopped")
     train_run(config, tmp_path / "stopped", resume=True)
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    whole, resumed = weights(runs / method), weights(tmp_path / "stopped")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
@@ -94,8 +112,8 @@ def test_a_method_that_does_not_fit_says_why(unfit: str, inputs: dict[str, str],
         train_run(configured(inputs, unfit), tmp_path / "run")
 
 
-def test_damaged_weights_are_refused(inputs: dict[str, str], tmp_path: Path) -> None:
-    train_run(configured(inputs, "lora"), tmp_path / "run")
+def test_damaged_weights_are_refused(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "lora", tmp_path / "run")
     path = tmp_path / "run" / "trained.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"trained\.safetensors is damaged"):
