@@ -69,6 +69,13 @@ def interrupt(descriptor: int | None) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture(autouse=True)
+def plain_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pictures, which take most of the time of a run this small."""
+    monkeypatch.setattr("zinit.runs.report._curves", lambda *_: "")
+    monkeypatch.setattr("zinit.runs.report._gates", lambda *_: "")
+
+
 @pytest.fixture
 def command(model: Path, data: Path) -> tuple[str, ...]:
     return ("train", "--backbone", "llama", "--model", str(model), "--data", str(data), *OPTIONS)
