@@ -57,6 +57,8 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.
 TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
+System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
+Images = Annotated[list[str] | None, typer.Option("--image", help="A file to show; repeatable.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -189,6 +191,8 @@ def generate(
     run_dir: RunDirectory,
     prompt: Annotated[str, typer.Option(help="The instruction.")],
     input: Annotated[str, typer.Option(help="Further context for the instruction.")] = "",
+    system: System = "",
+    image: Images = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the template.")] = False,
     temperature: Temperature = 0.1,
     top_p: TopP = 0.75,
@@ -202,29 +206,44 @@ def generate(
     from zinit.ui.console import print_json
 
     session = ChatSession(
-        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, base=frozen
+        run_dir,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        base=frozen,
+        system=system,
     )
-    answer = session.answer(prompt, input=input, raw=raw, stream=not as_json)
+    answer = session.answer(prompt, input=input, images=image or (), raw=raw, stream=not as_json)
     if as_json:
-        print_json({"prompt": prompt, "input": input, "answer": answer, "frozen": frozen, "seed": seed})
+        shown = {"system": system, "images": image or []}
+        print_json({"prompt": prompt, "input": input, **shown, "answer": answer, "frozen": frozen, "seed": seed})
 
 
 @app.command()
 def chat(
     run_dir: RunDirectory,
+    system: System = "",
+    image: Images = None,
     temperature: Temperature = 0.1,
     top_p: TopP = 0.75,
     max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     frozen: Frozen = False,
 ) -> None:
-    """Talk to a tuned model over several turns. /new starts over, /quit (or Ctrl-D) ends."""
+    """Talk to a tuned model over several turns. /new starts over, /image FILE shows one, /quit (or Ctrl-D) ends."""
     from zinit.ui.chat import ChatSession
 
     session = ChatSession(
-        run_dir, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, base=frozen
+        run_dir,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        base=frozen,
+        system=system,
     )
-    session.converse()
+    session.converse(image or ())
 
 
 @app.command()
@@ -322,7 +341,7 @@ def inspect(
 
 @app.command(name="ls")
 def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, metrics, formats, presets or benchmarks.")],
+    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, templates, presets, ...")],
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from."""

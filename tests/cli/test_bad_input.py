@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -312,3 +313,18 @@ def test_several_sources_are_read_by_tasks_of_texts_alone(zinit: Zinit, model: P
     done = zinit("train", "--backbone", "vit", "--data", tmp_path, "--data", tmp_path)
     assert done.code == 2
     assert "the task 'vtab' reads one source of data; got 2" in done.err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_language_only_run_is_shown_no_image_and_told_no_system_text(
+    zinit: Zinit, finished: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    prompt = ("--prompt", "Hi") if command == "generate" else ()
+    done = zinit(command, finished, *prompt, "--image", tmp_path / "a.png", "--image", tmp_path / "b.png")
+    assert done.code == 2
+    assert "the run is language-only: its adapter takes no images, but was given" in done.err
+    assert "--method v1-multimodal" in done.err
+    done = zinit(command, finished, *prompt, "--system", "Be kind.")
+    assert (done.code, done.out) == (2, "")
+    assert "the task 'alpaca' was trained without a place for a system text. Leave --system out." in done.err

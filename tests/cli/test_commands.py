@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,9 +124,9 @@ def test_chat_keeps_the_turns(zinit: Zinit, finished: Path, monkeypatch: pytest.
     seen: list[str] = []
     complete = module.ChatSession._complete
 
-    def spy(self: module.ChatSession, prompt: str, stream: bool) -> str:
-        seen.append(prompt)
-        return complete(self, prompt, stream)
+    def spy(self: module.ChatSession, ids: list[int], images: list[Any], stream: bool) -> str:
+        seen.append(self.tokenizer.decode(ids))
+        return complete(self, ids, images, stream)
 
     monkeypatch.setattr(module.ChatSession, "_complete", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n/new\nthird\n/quit\nnever\n"))
@@ -223,9 +224,9 @@ OPTIONS = {
     "eval": {"--data", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
-    "generate": {"--prompt", "--input", "--raw", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen",
-                 "--json"},
-    "chat": {"--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen"},
+    "generate": {"--prompt", "--input", "--system", "--image", "--raw", "--temperature", "--top-p", "--max-new-tokens",
+                 "--seed", "--frozen", "--json"},
+    "chat": {"--system", "--image", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen"},
     "inspect": {"--backbone", "--option", "--json"},
     "ls": {"--json"},
     "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--json"},

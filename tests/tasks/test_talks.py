@@ -14,7 +14,8 @@ from zinit.errors import ConfigError
 from zinit.tasks.alpaca.examples import encode_records
 from zinit.tasks.alpaca.template import format_conversation, format_prompt
 from zinit.tasks.conversation.encode import Encoded, Encoder, encode_conversations
-from zinit.tasks.conversation.template import TEMPLATES, TEXT_TEMPLATES, make_template
+from zinit.tasks.conversation.registry import TEMPLATES
+from zinit.tasks.conversation.template import TEXT_TEMPLATES, make_template
 
 TALK = talk("Who are you?", "I am a llama.", "  And:\n\nwhere? ", "In Peru.\n", "Naïve 中文 😀?", ":) yes")
 ODD = talk("Say </s><|done|>", "<|turn|>user\nhi <s>", "</s>", " </s> ", "?", "<|endoftext|>!")

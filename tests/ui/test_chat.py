@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from tests.contract.cases import causal_lm
+from tests.encoders.test_encoders import saved
+from tests.tasks.talks import talk, tokenizer
 from tests.tiny import byte_tokenizer
 from zinit.adapter.attach import attach
-from zinit.config import PrefixConfig
-from zinit.errors import ConfigError
+from zinit.config import AdapterConfig, PrefixConfig
+from zinit.errors import ConfigError, DataError
+from zinit.tasks.conversation.config import ConversationConfig
 from zinit.ui import chat
 from zinit.ui.chat import ChatSession
 
@@ -24,7 +31,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     shape: dict[str, Any] = {"vocab_size": 264, "n_positions": 120, "n_embd": 32, "n_layer": 1, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).eval()
     handle = attach(model, PrefixConfig(length=2))
-    monkeypatch.setattr(chat, "read_finished_run", lambda where: (SimpleNamespace(task="alpaca"), None))
+    monkeypatch.setattr(chat, "read_finished_run", lambda where: (SimpleNamespace(task="alpaca", options=None), None))
     monkeypatch.setattr(chat, "load_run", lambda where, device: (None, model.to(device), byte_tokenizer(), handle))
     return model
 
@@ -59,3 +66,111 @@ def test_an_answer_ends_where_the_positions_do(model: Any) -> None:
     assert len(passes) == 120 - 111
     with pytest.raises(ConfigError, match="the prompt has 121 tokens, but the model has room for 120"):
         answer("a" * 120)
+
+
+# Templates, system texts, images
+
+
+class Saying:
+    """In the place of a model's: says a text over and over, and notes what it was asked."""
+
+    def __init__(self, model: Any, text: str) -> None:
+        self.asked: list[list[int]] = []
+        self.ids = tokenizer("bytes")(text, add_special_tokens=False)["input_ids"]
+        self.model, self.steps = model, 0
+        model.register_forward_hook(self.after, with_kwargs=True)
+
+    def after(self, module: Any, args: Any, given: dict[str, Any], output: Any) -> Any:
+        if given["input_ids"].shape[1] > 1:
+            self.asked.append(given["input_ids"][0].tolist())
+            self.steps = 0
+        output.logits[:] = 0
+        output.logits[:, -1, self.ids[self.steps % len(self.ids)]] = 9.0
+        self.steps += 1
+        return output
+
+
+def talking(monkeypatch: pytest.MonkeyPatch, form: str, text: str, **adapter: Any) -> tuple[Saying, Any]:
+    """A run of the task conversation with a model that says a text, and its handle."""
+    model: Any = causal_lm("Llama", vocab_size=272, max_position_embeddings=600)
+    handle = attach(model, adapter.pop("config", PrefixConfig(length=2)), **adapter)
+    speaker = tokenizer("bytes", "marked" if form == "tokenizer" else None)
+    options = SimpleNamespace(task="conversation", options=ConversationConfig(template=form))
+    monkeypatch.setattr(chat, "read_finished_run", lambda where: (options, None))
+    monkeypatch.setattr(chat, "load_run", lambda where, device: (None, model.to(device), speaker, handle))
+    return Saying(model, text), handle
+
+
+@pytest.mark.parametrize(
+    ("form", "says"), [("tokenizer", "Hello<|done|>x"), ("vicuna", "Hello</s>x"), ("chat65b", "Hel# lo###x")]
+)
+def test_a_chat_is_written_as_the_template_that_was_trained(
+    form: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = talking(monkeypatch, form, says)
+    session = ChatSession("run", temperature=0, max_new_tokens=20, system="Be kind.")
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n/new\nthird\n"))
+    session.converse()
+    answer = "Hel# lo" if form == "chat65b" else "Hello"
+    assert capsys.readouterr().out.split("\n") == [answer] * 3 + [""], "nothing of what ends an answer is printed"
+    expected = [
+        talk("first", system="Be kind."),
+        talk("first", answer, "second", system="Be kind."),
+        talk("third", system="Be kind."),
+    ]
+    assert model.asked == [session.format.prompt(one) for one in expected]
+    assert model.steps == len(session.tokenizer(answer)["input_ids"]) + (3 if form == "chat65b" else 1)
+
+
+def test_one_answer_has_the_system_text_and_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = talking(monkeypatch, "alpaca", "yes</s>")
+    session = ChatSession("run", temperature=0, system="Lie.")
+    assert session.answer("Is it?", input="A cat.", stream=False) == "yes"
+    text = session.tokenizer.decode(model.asked[0])
+    assert text == "<s>Lie.\n\n### Instruction:\nIs it?\n\n### Input:\nA cat.\n\n### Response:"
+    with pytest.raises(ConfigError, match="leave out --raw or --system"):
+        session.answer("Is it?", raw=True)
+
+
+def test_images_of_a_chat_stay_until_it_starts_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = AdapterConfig(
+        parts={"late": PrefixConfig(length=3, layers=2, prompt="table+context")},
+        context="projected-image",
+        context_options={"layers": 2, "hidden": 6},
+    )
+    _, handle = talking(monkeypatch, "alpaca", "yes</s>", config=config, encoder=saved(tmp_path / "encoder"))
+    shown: list[list[tuple[int, int]]] = []
+    given = handle.given
+
+    def spy(*, image: Any) -> Any:
+        shown.append([one.size for one in image[0]])
+        return given(image=image)
+
+    monkeypatch.setattr(handle, "given", spy)
+    for side in (4, 5):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    (tmp_path / "bad.png").write_text("no image")
+    lines = ("a", f"/image {tmp_path}/5.png", f"/image {tmp_path}/bad.png", "/image", "b", "/new", "c")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    session = ChatSession("run", temperature=0, max_new_tokens=4)
+    session.converse([tmp_path / "4.png"])
+    assert shown == [[(4, 4)], [(4, 4), (5, 5)]]
+    said = capsys.readouterr()
+    assert said.out.count("yes") == 3
+    assert "bad.png is no image that can be read" in said.out + said.err
+    assert session.answer("d", images=[tmp_path / "5.png"], stream=False) == "yes"
+    assert shown[2:] == [[(5, 5)]]
+    with pytest.raises(DataError, match=r"there is no image .*gone.png"):
+        session.answer("d", images=[tmp_path / "gone.png"])
+    ChatSession("run", temperature=0, base=True).answer("d", images=[tmp_path / "5.png"], stream=False)
+    assert len(shown) == 3, "the base sees none"
+
+
+def test_a_text_that_ends_an_answer_is_not_printed_in_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = chat._streamer(tokenizer("bytes"), ("###",))
+    for text in ("a #", "b ##", "# c", "d"):
+        streamer.on_finalized_text(text)
+    streamer.on_finalized_text("e", stream_end=True)
+    assert capsys.readouterr().out == "a #b \n"

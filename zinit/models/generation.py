@@ -30,12 +30,13 @@ class OwnGenerationConfig(GenerationConfig):
         return kwargs if allow_custom_entries else super().update(defaults_only=defaults_only, **kwargs)
 
 
-def greedy(*, max_new_tokens: int, eos_token_id: int | list[int]) -> GenerationConfig:
+def greedy(*, max_new_tokens: int, eos_token_id: int | list[int], stop_strings: Sequence[str] = ()) -> GenerationConfig:
     """Greedy answers, whatever lies beside the weights: for measurements.
 
     Args:
         max_new_tokens: longest answer.
         eos_token_id: ends an answer, and pads; of several each ends one, and the first pads.
+        stop_strings: texts that end an answer too; ``generate`` needs the tokenizer for them.
     """
     ends = _numbers(eos_token_id)
     return OwnGenerationConfig(
@@ -46,6 +47,7 @@ def greedy(*, max_new_tokens: int, eos_token_id: int | list[int]) -> GenerationC
         use_cache=True,
         pad_token_id=ends[0],
         eos_token_id=ends if len(ends) > 1 else ends[0],
+        stop_strings=list(stop_strings) or None,
     )
 
 

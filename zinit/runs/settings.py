@@ -269,8 +269,8 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
-    if "held_out_data" in (task := values.get("task", {})):
-        task["held_out_data"] = absolute_path(task["held_out_data"])
+    task = values.get("task", {})
+    task |= {name: absolute_path(task[name]) for name in ("held_out_data", "image_folder") if name in task}
     encoder = values.get("encoder", {})
     if "source" in encoder:
         encoder["source"] = absolute_path(encoder["source"])

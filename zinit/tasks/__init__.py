@@ -28,6 +28,11 @@ TASKS = Registry(
             "Multiple-choice questions of ScienceQA, some with an image, scored in its nine categories.",
             facts={"Config": Address("zinit.tasks.science_qa.config:ScienceQAConfig")},
         ),
+        "conversation": Entry(
+            "zinit.tasks.conversation.task:ConversationTask",
+            "Conversations of several turns, in a chat template: loss on every answer of the assistant.",
+            facts={"Config": Address("zinit.tasks.conversation.config:ConversationConfig")},
+        ),
         "vtab": Entry(
             "zinit.tasks.vtab.task:VTAB",
             "Image classification in VTAB-1k's protocol: 1,000 training images, linear head.",

@@ -18,6 +18,7 @@ from zinit.errors import ConfigError
 from zinit.models.quantization import is_quantized
 from zinit.models.several import LoadedModel, ModelSpec, call_loader
 from zinit.registry import import_object
+from zinit.tasks.chat import ChatFormat, PromptFormat
 from zinit.tasks.inputs import DataInputs, TaskInputs
 
 if TYPE_CHECKING:
@@ -309,6 +310,16 @@ class Task(nn.Module, ABC):
         """
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + tokenizer([prompt], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
+
+    @classmethod
+    def chat_format(cls, tokenizer: Any, config: Any) -> ChatFormat:
+        """How the task's model is talked to; here by `format_prompt` and `format_conversation`.
+
+        Args:
+            tokenizer: of the model.
+            config: the task's settings.
+        """
+        return PromptFormat(cls, tokenizer)
 
     @classmethod
     def direction(cls, metric: str) -> Literal["lower", "higher"] | None:

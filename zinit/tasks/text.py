@@ -26,6 +26,7 @@ from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.models.room import check_lengths, check_positions, positions
 from zinit.tasks._images import Digests, TaskImages
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.chat import cut_at
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +51,7 @@ class TextExample:
         images: of the example, in order.
         digests: of their content; the task fills them in.
         category: kind of the example, by which figures are told apart; empty has none.
+        source: number of the data source it is from.
     """
 
     ids: list[int]
@@ -60,6 +62,7 @@ class TextExample:
     images: tuple[ImageSource, ...] = ()
     digests: tuple[bytes, ...] = ()
     category: str = ""
+    source: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -295,14 +298,23 @@ class TextTask(Task):
         generated = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=greedy(max_new_tokens=count, eos_token_id=self.stop_tokens),
+            generation_config=greedy(
+                max_new_tokens=count, eos_token_id=self.stop_tokens, stop_strings=self.stop_strings
+            ),
+            **({"tokenizer": self.tokenizer} if self.stop_strings else {}),
         )
-        return self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        return [cut_at(text, self.stop_strings) for text in texts]
 
     @property
     def stop_tokens(self) -> list[int]:
         """Each of them ends an answer; the first pads."""
         return [self.tokenizer.eos_token_id]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer too, and are no part of it."""
+        return ()
 
     # --- what a run keeps ---
 

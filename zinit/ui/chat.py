@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zinit.errors import ConfigError, first_line, printable
+from zinit.data.conversations import Conversation, Round
+from zinit.data.images import read_image
+from zinit.errors import ConfigError, ZinitError, first_line, printable
+from zinit.files import local_path
 from zinit.models.room import positions
 from zinit.runs.build import load_run
 from zinit.runs.directory import read_finished_run
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
+from zinit.tasks.chat import ChatFormat, cut_at
 from zinit.ui.console import say
 
 
@@ -29,6 +34,7 @@ class ChatSession:
         max_new_tokens: longest answer.
         seed: of the sampling.
         base: switch the adapter off.
+        system: what the assistant is told before all else.
 
     Raises:
         ConfigError: if the run's task does not generate text.
@@ -43,6 +49,7 @@ class ChatSession:
         max_new_tokens: int = 256,
         seed: int = 0,
         base: bool = False,
+        system: str = "",
     ) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
@@ -52,7 +59,8 @@ class ChatSession:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.eval()
-        self.device, self.base = device, base
+        self.device, self.base, self.system = device, base, system
+        self.format: ChatFormat = self.task.chat_format(self.tokenizer, config.options)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -73,51 +81,96 @@ class ChatSession:
         parts += [f"does not use {', '.join(ignored)}"] if ignored else []
         if parts:
             say(f"(of the model's generation settings this {'; it '.join(parts)})", error=True)
+        config.eos_token_id = list(dict.fromkeys([*config.eos_token_id, *self.format.stop_tokens]))
+        config.stop_strings = [*(config.stop_strings or ()), *self.format.stop_strings] or None
         return config
 
-    def answer(self, instruction: str, *, input: str = "", raw: bool = False, stream: bool = True) -> str:
+    def answer(
+        self,
+        instruction: str,
+        *,
+        input: str = "",
+        images: Sequence[str | Path] = (),
+        raw: bool = False,
+        stream: bool = True,
+    ) -> str:
         """The answer to one instruction; streamed to the standard output while it is generated.
 
         Args:
             instruction: what to do.
             input: further context.
+            images: files that the instruction is about.
             raw: continue ``instruction`` as it is, without the template.
             stream: print while generating.
-        """
-        return self._complete(instruction if raw else self.task.format_prompt(instruction, input), stream)
 
-    def converse(self) -> None:
-        """Reads instructions from the standard input and answers each, all earlier turns in view."""
-        turns: list[tuple[str, str]] = []
+        Raises:
+            ConfigError: if the run takes no images or no system text, or the prompt is too long.
+            DataError: if an image cannot be read.
+        """
+        if raw and self.system:
+            raise ConfigError("a raw prompt has no place for a system text: leave out --raw or --system.")
+        shown = [self._read(image) for image in images]
+        rounds = [Round(question=instruction, input=input)]
+        ids = self._encode_raw(instruction) if raw else self._encode(rounds)
+        return self._complete(ids, shown, stream)
+
+    def converse(self, images: Sequence[str | Path] = ()) -> None:
+        """Reads instructions from the standard input and answers each, all earlier turns and images in view.
+
+        Args:
+            images: files that are shown from the start.
+        """
+        rounds: list[Round] = []
+        shown = [self._read(image) for image in images]
+        self._encode([Round(question="?")])  # what the run cannot be told is said now
         interactive = sys.stdin.isatty()
         if interactive:
-            print("Ask something. /new starts over, /quit ends.")
+            print("Ask something. /new starts over, /image FILE shows an image, /quit ends.")
         while True:
             try:
                 line = input("> " if interactive else "").strip()
             except (EOFError, KeyboardInterrupt):
                 break
+            command, _, rest = line.partition(" ")
             if line == "/quit":
                 break
             if line == "/new":
-                turns = []
+                rounds, shown = [], []
+            elif command == "/image":
+                try:
+                    shown.append(self._read(rest.strip()))
+                except ZinitError as error:
+                    say(f"({error})")
             elif line.startswith("/"):
-                print("(only /new and /quit are commands)")
+                print("(only /new, /image FILE and /quit are commands)")
             elif line:
                 try:
-                    turns.append((line, self._complete(self.task.format_conversation(turns, line), stream=True)))
+                    ids = self._encode([*rounds, Round(question=line)])
+                    rounds.append(Round(question=line, answer=self._complete(ids, shown, stream=True)))
                 except ConfigError as error:  # no reason to lose the conversation
                     say(f"({error} Say /new for a new one.)")
                 except KeyboardInterrupt:
                     print("\n(stopped; this answer is forgotten)")
 
+    def _read(self, image: str | Path) -> Any:
+        """An image from a file."""
+        if self.handle.shared.get("context") is None:
+            raise ConfigError(
+                f"the run is language-only: its adapter takes no images, but was given {image}. Train one that does "
+                f"(--method v1-multimodal), or leave the image out."
+            )
+        return read_image(local_path(image))
+
+    def _encode(self, rounds: Sequence[Round]) -> list[int]:
+        _check_texts(self.system, *(text for each in rounds for text in (each.question, each.input)))
+        return self.format.prompt(Conversation(rounds=tuple(rounds), system=self.system))
+
+    def _encode_raw(self, prompt: str) -> list[int]:
+        _check_texts(prompt)
+        return self.task.encode_prompt(self.tokenizer, prompt)
+
     @torch.no_grad()
-    def _complete(self, prompt: str, stream: bool) -> str:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError("the prompt is not valid UTF-8 text.") from error
-        ids = self.task.encode_prompt(self.tokenizer, prompt)
+    def _complete(self, ids: list[int], images: Sequence[Any], stream: bool) -> str:
         if not ids:
             raise ConfigError("the prompt is empty; say something.")
         room = positions(self.model)
@@ -127,9 +180,13 @@ class ChatSession:
         if room is not None:
             generation.max_new_tokens = min(generation.max_new_tokens, room - len(ids))
         inputs = torch.tensor([ids], device=self.device)
-        streamer = _streamer(self.tokenizer) if stream else None
-        try:
-            with self.handle.disabled() if self.base else nullcontext():
+        streamer = _streamer(self.tokenizer, tuple(self.format.stop_strings)) if stream else None
+        with ExitStack() as scopes:
+            if self.base:
+                scopes.enter_context(self.handle.disabled())
+            elif images:
+                scopes.enter_context(self.handle.given(image=[list(images)]))
+            try:
                 generated = self.model.generate(
                     input_ids=inputs,
                     attention_mask=torch.ones_like(inputs),
@@ -137,11 +194,19 @@ class ChatSession:
                     generation_config=generation,
                     tokenizer=self.tokenizer,  # which stop_strings need
                 )
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            if not self.used:
-                raise
-            raise _bad_generation(error) from error
-        return self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                if not self.used:
+                    raise
+                raise _bad_generation(error) from error
+        text = self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
+        return cut_at(text, self.format.stop_strings).strip()
+
+
+def _check_texts(*texts: str) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is not valid UTF-8 text.") from error
 
 
 def _bad_generation(error: Exception) -> ConfigError:
@@ -151,12 +216,25 @@ def _bad_generation(error: Exception) -> ConfigError:
     )
 
 
-def _streamer(tokenizer: Any) -> Any:
-    """Prints an answer while it is generated, cleaned: what a model says is text of any origin."""
+def _streamer(tokenizer: Any, ends: tuple[str, ...]) -> Any:
+    """Prints an answer while it is generated, cleaned: what a model says is text of any origin.
+
+    Args:
+        tokenizer: of the model.
+        ends: texts that end an answer; none of them is printed.
+    """
     from transformers import TextStreamer
 
     class SafeStreamer(TextStreamer):
+        held, over = "", False  # what may become one of the ends; whether one came
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(printable(text), stream_end)
+            text, self.held = "" if self.over else self.held + text, ""
+            before = cut_at(text, ends)
+            self.over = self.over or before != text
+            if not self.over and not stream_end:
+                kept = max((n for end in ends for n in range(len(end)) if text.endswith(end[:n])), default=0)
+                before, self.held = text[: len(text) - kept], text[len(text) - kept :]
+            super().on_finalized_text(printable(before), stream_end)
 
     return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -13,10 +13,12 @@ from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
 from zinit.runs.presets import list_presets
 from zinit.tasks import TASKS
+from zinit.tasks.conversation.registry import TEMPLATES
 
 REGISTRIES = {
     "backbones": BACKBONES,
     "tasks": TASKS,
+    "templates": TEMPLATES,
     "methods": METHODS,
     "metrics": METRICS,
     "formats": FORMATS,

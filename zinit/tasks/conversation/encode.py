@@ -61,6 +61,16 @@ class Encoder:
         self.template, self.tokenizer = template, template.tokenizer
         self._special = re.compile("|".join(map(re.escape, special_tokens(self.tokenizer))) or "(?!)")
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """See `Template.stop_tokens`."""
+        return self.template.stop_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return self.template.stops
+
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids that an answer to the last question starts from.
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from zinit.data.conversations import ASSISTANT, SYSTEM, USER, Conversation, Round
 from zinit.errors import ConfigError, first_line
-from zinit.registry import Registry
 from zinit.tasks.alpaca.template import HEADER, REQUEST
+from zinit.tasks.conversation.registry import AUTO, OWN, TEMPLATES
 
 Piece = str | int  # a text, or one special token
 
@@ -330,18 +330,6 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {token for token in (*tokenizer.all_special_tokens, *added) if token}
 
 
-HERE = "zinit.tasks.conversation.template"
-AUTO, OWN = "auto", "tokenizer"
-TEMPLATES = Registry(
-    "template",
-    {
-        OWN: f"{HERE}:Tokenizers",
-        "vicuna": f"{HERE}:Vicuna",
-        "alpaca": f"{HERE}:Alpaca",
-        "chat65b": f"{HERE}:Chat65B",
-    },
-    group="zinit.templates",
-)
 TEXT_TEMPLATES = ("vicuna", "alpaca", "chat65b")
 
 

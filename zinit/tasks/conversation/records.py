@@ -1,0 +1,90 @@
+"""Training and held-out conversations: none of a held-out prompt is trained on."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from zinit.data.conversations import Conversation, from_alpaca, read_conversations
+from zinit.data.images import ImageSource
+from zinit.data.records import count_sources, most_unused
+from zinit.demo import instructions
+from zinit.errors import ConfigError, DataError
+from zinit.tasks._images import Digests
+
+if TYPE_CHECKING:
+    from zinit.tasks.base import DataInputs
+    from zinit.tasks.conversation.config import ConversationConfig
+
+
+def split_conversations(
+    inputs: DataInputs, config: ConversationConfig
+) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
+    """Training and held-out conversations: no prompt with the same images is in both.
+
+    Returns:
+        Both parts, and counts for the task's report.
+
+    Raises:
+        ConfigError: if there is not one weight for each source.
+        DataError: if the data cannot be used.
+    """
+    sources = max(1, len(inputs.sources))
+    if inputs.train and config.weights is not None and len(config.weights) != sources:
+        raise ConfigError(
+            f"task.weights has {len(config.weights)} numbers for {sources} sources: give one for each --data, in order."
+        )
+    counts: Counter[str] = Counter(read=0)
+
+    def read(source: str, number: int = 0) -> list[Conversation]:
+        return read_conversations(source, counts=counts, image_folder=config.image_folder, number=number)
+
+    training, held_out = ([from_alpaca(record) for record in part] for part in instructions())
+    by_source: list[list[Conversation]] = []
+    if inputs.sources and (inputs.train or config.held_out_data is None):
+        by_source = [read(source, number) for number, source in enumerate(inputs.sources)]
+        training = list(itertools.chain.from_iterable(by_source))
+    else:
+        counts["read"] += len(training) * inputs.train + len(held_out) * (config.held_out_data is None)
+    if config.held_out_data is not None:
+        held_out, training = read(config.held_out_data), training if inputs.train else []
+    elif inputs.sources:
+        training, held_out = _hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources))
+    kept = _without(training, held_out, Digests() if config.images else lambda images: ())
+    unused = Counter({name: number for name, number in counts.items() if name.startswith("unused_field")})
+    report = dict(counts - unused) | count_sources(by_source) | most_unused(unused)
+    return kept, held_out, {**report, "train_skipped_also_held_out": len(training) - len(kept)}
+
+
+def _hold_out(
+    talks: Sequence[Conversation], most: int, seed: int, name: str
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Sets at most a tenth apart, chosen by the seed."""
+    if len(talks) < 2:
+        raise DataError(f"{name}: {len(talks)} conversations can be used; at least 2 are needed, one of them held out.")
+    count = min(most, max(1, len(talks) // 10))
+    order = torch.randperm(len(talks), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    return [talk for i, talk in enumerate(talks) if i not in chosen], [talks[i] for i in order[:count]]
+
+
+def _without(
+    training: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    digests: Callable[[Sequence[ImageSource]], tuple[bytes, ...]],
+) -> list[Conversation]:
+    """The training conversations none of whose answers answers a prompt of a held-out one."""
+    asked: dict[tuple[str, ...], set[tuple[bytes, ...]]] = {}
+    for talk in held_out:
+        asked.setdefault(talk.prompt, set()).add(digests(talk.images))
+
+    def is_held_out(talk: Conversation) -> bool:
+        prompts = (replace(talk, rounds=talk.rounds[:count]).prompt for count in range(1, len(talk.rounds) + 1))
+        return any(digests(talk.images) in asked[prompt] for prompt in prompts if prompt in asked)
+
+    return [talk for talk in training if not is_held_out(talk)]
