@@ -219,8 +219,8 @@ def test_help_loads_no_models() -> None:
 
 
 OPTIONS = {
-    "train": {"--backbone", "--task", "--model", "--data", "--preset", "--config", "--option", "--seed", "--output",
-              "--resume", "--json"},
+    "train": {"--backbone", "--task", "--method", "--model", "--encoder", "--data", "--preset", "--config", "--option",
+              "--seed", "--output", "--resume", "--json"},
     "eval": {"--data", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
