@@ -173,13 +173,16 @@ def eval(
     data: Annotated[str | None, typer.Option(help="Evaluate on all of this instead of the held-out part.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples to generate an answer for.", min=0)] = None,
     output: Annotated[str | None, typer.Option(help="A folder for the answers, as predictions.json.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="What writes about the images: ocr,caption:RUN. See: ls experts.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted. Questions without answers (a blind test set) are answered only."""
     from zinit.runs.evaluate import evaluate_run
     from zinit.ui.console import print_json, print_metrics
 
-    results = evaluate_run(run_dir, data=data, limit=limit, output=output)
+    results = evaluate_run(run_dir, data=data, limit=limit, output=output, experts=experts)
     if as_json:
         print_json(results)
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import QUICK, Zinit
+from tests.tasks.science_qa import save
 from tests.tiny import records, save_tiny_llama
 from tests.tiny import zinit as zinit_process
 from zinit.files import OWNER
@@ -328,3 +330,12 @@ def test_a_language_only_run_is_shown_no_image_and_told_no_system_text(
     done = zinit(command, finished, *prompt, "--system", "Be kind.")
     assert (done.code, done.out) == (2, "")
     assert "the task 'alpaca' was trained without a place for a system text. Leave --system out." in done.err
+
+
+def test_an_expert_whose_package_is_missing(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    model, data, output = save_tiny_llama(tmp_path / "model"), save(tmp_path / "data"), tmp_path / "run"
+    options = ("--task", "science-qa", "-o", "task.images=false", "-o", 'task.experts=["ocr"]')
+    refused(*train(model, data, output, *options), says=["'ocr' needs", "rapidocr", "'.[ocr]'"], output=output)
+    wrong = ("--task", "science-qa", "-o", "task.experts=orc,search:a:b")
+    refused(*train(model, data, output, *wrong), says=["no expert named 'orc'", "'ocr'"], output=output)

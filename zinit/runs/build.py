@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,19 @@ from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.handle import Handle
 from zinit.backbones import BACKBONES
 from zinit.errors import BackboneError, CheckpointError, ConfigError
+from zinit.experts.base import Expert, make_expert
+from zinit.files import is_file
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext, Method, apply_method
 from zinit.models.identity import difference, identify
 from zinit.models.offload import move
 from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
+from zinit.runs.captioner import RunCaptioner
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import read_finished_run
 from zinit.runs.images import feature_cache, load_encoder
-from zinit.runs.record import Record
+from zinit.runs.record import RECORD, Record
 from zinit.tasks import TASKS
 from zinit.tasks.base import DataInputs, TaskInputs, load_host, make_task
 
@@ -133,19 +137,27 @@ def check_models(directory: str | Path, record: Record, built: Built) -> None:
             )
 
 
-def read_data(config: RunConfig, *, labels: list[str] | None = None, train: bool = True) -> Any:
+def read_data(
+    config: RunConfig,
+    *,
+    labels: list[str] | None = None,
+    train: bool = True,
+    device: torch.device | str = "cpu",
+) -> Any:
     """The task's examples, as far as they can be read without its model: what is wrong with them is said first.
 
     Args:
         config: the run's settings.
         labels: class names of a finished run.
         train: False leaves the training examples unread.
+        device: for the models of experts, which are gone before the run's own is loaded.
 
     Raises:
         DataError: if they cannot be used.
     """
     task: type[Task] = TASKS.get(config.task)
-    inputs = DataInputs(data=config.data, seed=config.seed, train=train, labels=labels)
+    expert = partial(run_expert, device=device)
+    inputs = DataInputs(data=config.data, seed=config.seed, train=train, labels=labels, make_expert=expert)
     return task.read_data(inputs, config.options)
 
 
@@ -186,6 +198,26 @@ def demo_model(backbone: str) -> Path:
     if not where:
         raise ConfigError(f"the backbone {backbone!r} has no embedded demo: pass --model and --data.")
     return import_object(where)()
+
+
+def run_expert(words: str, *, device: torch.device | str) -> Expert:
+    """An expert; "caption:RUN" is a finished run of the task caption.
+
+    Args:
+        words: see `zinit.experts.base.make_expert`.
+        device: for its models.
+
+    Raises:
+        ConfigError: if there is none, or the run is of another task.
+        CheckpointError: if the run is not finished.
+    """
+    name, _, folder = words.partition(":")
+    if name != RunCaptioner.name or not is_file(Path(folder) / RECORD):
+        return make_expert(words, device=device)
+    import torch
+
+    config, model, tokenizer, handle = load_run(folder, torch.device(device))
+    return RunCaptioner(config, model, tokenizer, handle)
 
 
 def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:

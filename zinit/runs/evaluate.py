@@ -15,7 +15,7 @@ from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import load_baseline, load_trained, read_finished_run, write_json
 from zinit.runs.images import encode_images
-from zinit.runs.settings import absolute_path
+from zinit.runs.settings import absolute_path, override
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
 
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def evaluate_run(
-    directory: str | Path, *, data: str | None = None, limit: int | None = None, output: str | Path | None = None
+    directory: str | Path,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    experts: str | None = None,
 ) -> dict[str, Any]:
     """The base and the adapted model of a finished run on its held-out examples, or on other data.
 
@@ -37,18 +42,27 @@ def evaluate_run(
         data: evaluate on all of this instead.
         limit: examples an answer is generated for.
         output: a folder for what the adapted model answered, such as ``predictions.json``.
+        experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
     """
     config, record = read_finished_run(directory)
+    if experts is not None:
+        config = override(config, options=[f"task.experts={experts or '[]'}"])
     if data is not None:
         options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
         config = dataclasses.replace(config, options=options)
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
-    examples = read_data(config, labels=record.labels, train=data is None)
+    examples = read_data(config, labels=record.labels, train=data is None, device=accelerator.device)
     built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
     check_models(directory, record, built)
     task = build_task(config, built, labels=record.labels, train=data is None, examples=examples)
-    given = {"the run": str(directory), "--data": data, "--limit": limit, "what was read": task.data_report()}
+    given = {
+        "the run": str(directory),
+        "--data": data,
+        "--limit": limit,
+        "--experts": experts,
+        "what was read": task.data_report(),
+    }
     check_agreement(accelerator, given)
     place(task, accelerator, offload=config.offload)
     encode_images(task, accelerator)

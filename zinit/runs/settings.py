@@ -17,7 +17,7 @@ from zinit.runs.config import DEFAULT_METHOD, PARTS, RunConfig, merge, read_tabl
 from zinit.runs.options import named_method, run_overrides
 from zinit.runs.presets import OF_PRESETS, Preset, preset_names, read_config_file, read_preset
 from zinit.tasks import TASKS
-from zinit.validation import shown
+from zinit.validation import shown, split_at_commas
 
 RATES = ("learning_rate", "min_learning_rate", "rates")  # settings of [train] that are right for one method only
 TEXTS = ("preset", "backbone", "model")  # of a config file, which are looked at before all is checked
@@ -267,10 +267,18 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def _with_absolute_argument(words: Any) -> Any:
+    """An expert's name, with the path behind its colon in full."""
+    name, colon, argument = words.partition(":") if isinstance(words, str) else (words, "", "")
+    return f"{name}:{absolute_path(argument)}" if colon else words
+
+
 def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     task = values.get("task", {})
     task |= {name: absolute_path(task[name]) for name in ("held_out_data", "image_folder") if name in task}
+    if isinstance(experts := split_at_commas(task.get("experts")), list | tuple):
+        task["experts"] = [_with_absolute_argument(words) for words in experts]
     encoder = values.get("encoder", {})
     if "source" in encoder:
         encoder["source"] = absolute_path(encoder["source"])

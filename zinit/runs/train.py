@@ -144,7 +144,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
-    examples = read_data(config)
+    examples = read_data(config, device=accelerator.device)
     config, notes = settle(config, preset)
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
     task = build_task(config, built, examples=examples)

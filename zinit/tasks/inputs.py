@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from zinit.errors import ConfigError
+from zinit.experts.base import Expert, make_expert
 from zinit.models.several import LoadedModel
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class DataInputs:
         seed: of everything random in the task: its head, its splits.
         train: False leaves the training examples unread, for an evaluation on ``held_out_data``.
         labels: class names of a finished run, in the order of the head's outputs; None takes the data's.
+        make_expert: what makes an expert of the words that name it; a run's also knows finished runs.
     """
 
     data: str | tuple[str, ...] | None = None
     seed: int = 0
     train: bool = True
     labels: list[str] | None = None
+    make_expert: Callable[[str], Expert] = make_expert
 
     @property
     def sources(self) -> tuple[str, ...]:

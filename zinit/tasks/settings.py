@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zinit.config import JsonConfig
-from zinit.validation import NonNegativeInt, PositiveInt, Tokens
+from zinit.errors import ConfigError
+from zinit.experts import EXPERTS
+from zinit.validation import Names, NonNegativeInt, PositiveInt, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +26,24 @@ class TextConfig(JsonConfig):
     evaluation_limit: NonNegativeInt = 200
     max_new_tokens: PositiveInt = 128
     packing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingConfig(TextConfig):
+    """What tasks ask for whose prompts have an input field: experts may write about the images there.
+
+    Args:
+        experts: what writes text about the images of held-out examples, in this order: names that ``zinit ls experts``
+            lists, with what belongs to them, such as "ocr", "caption:runs/x".
+        expert_tokens: tokens of what each of them says; the rest is cut, and counted.
+    """
+
+    experts: Names = ()
+    expert_tokens: PositiveInt = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for words in self.experts:
+            EXPERTS.where(words.partition(":")[0])
+            if self.experts.count(words) > 1:
+                raise ConfigError(f"experts has {words!r} {self.experts.count(words)} times. Name it once.")

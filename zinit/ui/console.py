@@ -18,7 +18,18 @@ from zinit.errors import printable
 from zinit.train.events import Encoded, Ended, Evaluated, Event, Notice, PlanMade, Resumed, Stage, Step, Stopped
 
 # Counts worth a line.
-ODD = ("skipped", "truncated", "empty", "unused_field", "ignored", "also_held_out", "comments", "hint_cut", "left_out")
+ODD = (
+    "skipped",
+    "truncated",
+    "empty",
+    "unused_field",
+    "ignored",
+    "also_held_out",
+    "comments",
+    "hint_cut",
+    "left_out",
+    "expert",
+)
 QUIET_SECONDS = 20.0
 PATIENCE = 5.0  # seconds
 

@@ -8,6 +8,7 @@ from zinit.adapter.registries import ENCODERS, FORMATS, SOURCES
 from zinit.backbones import BACKBONES
 from zinit.bench.plan import list_bench_presets
 from zinit.errors import ConfigError
+from zinit.experts import EXPERTS
 from zinit.methods import METHODS
 from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
@@ -24,6 +25,7 @@ REGISTRIES = {
     "formats": FORMATS,
     "encoders": ENCODERS,
     "sources": SOURCES,
+    "experts": EXPERTS,
 }
 FILES: dict[str, Callable[[], dict[str, str]]] = {"presets": list_presets, "benchmarks": list_bench_presets}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zinit.tasks.settings import TextConfig
+from zinit.tasks.settings import AskingConfig
 from zinit.validation import Name, OnBad, PositiveInt
 
 # Before the dash is what is asked with: question, context (the hint), multiple options, lecture, explanation. After it
@@ -32,7 +32,7 @@ Readout = Literal["strict", "original"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScienceQAConfig(TextConfig):
+class ScienceQAConfig(AskingConfig):
     """What the task does with its data. The template is that of ScienceQA's authors.
 
     Args:
@@ -46,7 +46,7 @@ class ScienceQAConfig(TextConfig):
         held_out_data: a folder of its own for the held-out problems instead.
         on_bad: what to do with a problem that cannot be used, such as one whose image is missing: "error" or "skip"
             (which is counted).
-        images: False leaves the images out, and counts them.
+        images: False leaves the images out, and counts them; experts see them all the same.
         max_new_tokens: longest generated answer. Orders that explain before they answer need more.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from zinit.data.records import check_text, describe, read_json_text, unused_fiel
 from zinit.errors import ConfigError, DataError
 from zinit.files import is_file, is_folder, local_path
 from zinit.tasks.base import DataInputs
+from zinit.tasks.experts import Experts, Said
 from zinit.tasks.science_qa.config import ScienceQAConfig
 from zinit.validation import OnBad
 
@@ -42,6 +43,7 @@ class Problem:
         grade: 1 to 12.
         has_image: whether it comes with an image, wherever that may be.
         image: its file; None if there is none, or images are left out.
+        said: what experts say about the image; see `zinit.tasks.experts`.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Problem:
     grade: int
     has_image: bool = False
     image: Path | None = None
+    said: Said = ()
 
 
 @dataclass(kw_only=True)
@@ -195,7 +198,7 @@ def read_problems(inputs: DataInputs, config: ScienceQAConfig) -> tuple[list[Pro
     here, elsewhere = inputs.source or "", config.held_out_data
     if not here and (inputs.train or elsewhere is None):
         raise ConfigError(f"the task science-qa has no data of its own. Name a folder with {PROBLEMS}: --data FOLDER")
-    options: dict[str, Any] = {"on_bad": config.on_bad, "images": config.images}
+    options: dict[str, Any] = {"on_bad": config.on_bad, "images": config.images or bool(config.experts)}
     held_out_folder = ProblemFolder.of(here if elsewhere is None else elsewhere, **options)
     held_out = held_out_folder.take(config.split)
     training, counts, taken, folders = [], Counter[str](), [config.split], [held_out_folder]
@@ -212,8 +215,18 @@ def read_problems(inputs: DataInputs, config: ScienceQAConfig) -> tuple[list[Pro
     for part, problems in (("train", training), ("held_out", held_out)):
         if not config.images:
             counts[f"{part}_images_left_out"] = sum(problem.has_image for problem in problems)
+    if config.experts:
+        held_out = _with_experts(held_out, Experts([inputs.make_expert(words) for words in config.experts]))
     reasons = [reason for folder in folders for reason in folder.reasons]
     return training, held_out, {**counts, **({"reasons": reasons} if reasons else {})}
+
+
+def _with_experts(problems: Sequence[Problem], experts: Experts) -> list[Problem]:
+    """The problems with what experts say about their images."""
+    shown = [problem for problem in problems if problem.image is not None]
+    said = experts([([problem.image], problem.question) for problem in shown if problem.image is not None])
+    told = {problem.id: replace(problem, said=texts) for problem, texts in zip(shown, said, strict=True)}
+    return [told.get(problem.id, problem) for problem in problems]
 
 
 def _check(record: Any, pid: str, where: str) -> Problem:

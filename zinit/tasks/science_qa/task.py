@@ -11,6 +11,7 @@ from typing import Any
 
 from zinit.tasks.alpaca.template import encode_pairs
 from zinit.tasks.base import DataInputs, Evaluation, TaskInputs
+from zinit.tasks.experts import context_lines
 from zinit.tasks.science_qa.config import ScienceQAConfig
 from zinit.tasks.science_qa.problems import Problem, read_problems
 from zinit.tasks.science_qa.scoring import score_answers
@@ -51,11 +52,11 @@ class ScienceQA(TextTask):
         order, most = self.config.order, self.config.max_length
         counts = Counter({"": 0, "_truncated": 0, "_hint_cut": 0, "_skipped_prompt_too_long": 0})
         examples: list[TextExample] = []
-        pairs = encode_pairs(self.tokenizer, [format_problem(problem, order) for problem in records])
-        for problem, (ids, start) in zip(records, pairs, strict=True):
-            shown = problem
-            if len(ids) > most and not self._fits(problem):
-                if (shown := self._with_shorter_hint(problem)) is None:
+        told = [self._with_experts(problem, counts) for problem in records]
+        pairs = encode_pairs(self.tokenizer, [format_problem(problem, order) for problem in told])
+        for problem, shown, (ids, start) in zip(records, told, pairs, strict=True):
+            if len(ids) > most and not self._fits(shown):
+                if (shown := self._with_shorter_hint(shown)) is None:
                     counts["_skipped_prompt_too_long"] += 1
                     continue
                 counts["_hint_cut"] += 1
@@ -76,6 +77,18 @@ class ScienceQA(TextTask):
             )
         counts[""] = len(examples)
         return examples, counts
+
+    def _with_experts(self, problem: Problem, counts: Counter[str]) -> Problem:
+        """The problem with what experts say above its hint; without it, and counted, where there is no room for all."""
+        lines, heard = context_lines(problem.said, self.tokenizer, self.config.expert_tokens)
+        counts.update({f"_{name}": count for name, count in heard.items()})
+        if not lines:
+            return problem
+        told = replace(problem, hint="\n".join(filter(None, (lines, problem.hint))))
+        if self._fits(told):
+            return told
+        counts["_experts_left_out"] += 1
+        return problem
 
     def _fits(self, problem: Problem) -> bool:
         """Whether there is room for a problem and "The answer is X.", whatever the order has besides."""
