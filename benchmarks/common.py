@@ -49,6 +49,9 @@ def prepare(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
 
 
+IMAGE_WIDTH = 1024  # of a layer's vector of CLIP ViT-L
+
+
 def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
     """LLaMA's architecture with random weights."""
     config = LlamaConfig(
@@ -69,10 +72,10 @@ def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def floor(options: argparse.Namespace) -> nn.Module:
+def floor(options: argparse.Namespace, *, adapted: int | None = None) -> nn.Module:
     """The frozen model with one trainable vector at the input of the lowest adapted layer: what any method costs."""
     model = random_llama(options)
-    layer = model.model.layers[options.layers - options.adapted]
+    layer = model.model.layers[options.layers - (options.adapted if adapted is None else adapted)]
     layer.register_parameter("dummy", nn.Parameter(torch.zeros(options.width, device=options.device)))
 
     def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -86,6 +89,26 @@ def with_zinit(options: argparse.Namespace) -> nn.Module:
     """zinit's prefix, gates open a little so that no term is trivially zero."""
     model = random_llama(options)
     zinit.attach(model, zinit.PrefixConfig(length=options.prefix_length, layers=options.adapted, gate_init=0.1), seed=0)
+    return model
+
+
+def with_tuning(options: argparse.Namespace) -> nn.Module:
+    """V2's bias tuning alone: scales and biases of every linear layer of the blocks, every norm."""
+    model = random_llama(options)
+    zinit.attach(model, zinit.AdapterConfig(parts={}, tuning=zinit.TuningConfig()), seed=0)
+    return model
+
+
+def with_image(options: argparse.Namespace) -> nn.Module:
+    """V1 with images: the prefix of `with_zinit`, to which the projected features of an image are added."""
+    model = random_llama(options)
+    part = zinit.PrefixConfig(
+        length=options.prefix_length, layers=options.adapted, gate_init=0.1, prompt="table+context"
+    )
+    config = zinit.AdapterConfig(
+        parts={"prefix": part}, context="projected-image", context_options={"feature_width": 4 * IMAGE_WIDTH}
+    )
+    zinit.attach(model, config, seed=0)
     return model
 
 

@@ -16,7 +16,7 @@ from zinit.demo import world
 
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple", "white", "black")
 SHAPES = ("circle", "star", "line")
-DRAWINGS = {"train": 30, "held_out": 10}  # of each flag
+DRAWINGS = {"train": 60, "held_out": 10}  # of each flag
 NAME, SEEN, UNSEEN = "name", "seen", "unseen"  # what is asked: the town, a relation trained with pictures, one never
 
 
