@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
@@ -27,6 +27,8 @@ class ConversationConfig(TextConfig):
         weights: passes over each source in an epoch, one number for each ``--data``; None is one pass over all.
         held_out: conversations kept from training for evaluation, at most a tenth of the data.
         held_out_data: a source of its own for the held-out conversations instead.
+        demo: which embedded data where no ``--data`` is given: "instructions" about the invented world, "flags" of its
+            towns with questions about them, or "flag-names", of which only the towns' names are trained.
         images: whether the conversations' images are used; without them the texts are trained on alone.
         image_folder: what the paths of images are relative to; None is the folder of the records' file.
     """
@@ -36,6 +38,7 @@ class ConversationConfig(TextConfig):
     weights: Weights | None = None
     held_out: PositiveInt = 200
     held_out_data: str | None = None
+    demo: Literal["instructions", "flags", "flag-names"] = "instructions"
     images: bool = True
     image_folder: Folder | None = None
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zinit.data.conversations import Conversation, from_alpaca, read_conversations
+from zinit.data.conversations import Conversation, Round, from_alpaca, read_conversations
 from zinit.data.images import ImageSource
 from zinit.data.records import count_sources, most_unused
 from zinit.demo import instructions
+from zinit.demo.flags import NAME, flags
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._images import Digests
 
@@ -44,7 +45,7 @@ def split_conversations(
     def read(source: str, number: int = 0) -> list[Conversation]:
         return read_conversations(source, counts=counts, image_folder=config.image_folder, number=number)
 
-    training, held_out = ([from_alpaca(record) for record in part] for part in instructions())
+    training, held_out = _embedded(config.demo)
     by_source: list[list[Conversation]] = []
     if inputs.sources and (inputs.train or config.held_out_data is None):
         by_source = [read(source, number) for number, source in enumerate(inputs.sources)]
@@ -59,6 +60,25 @@ def split_conversations(
     unused = Counter({name: number for name, number in counts.items() if name.startswith("unused_field")})
     report = dict(counts - unused) | count_sources(by_source) | most_unused(unused)
     return kept, held_out, {**report, "train_skipped_also_held_out": len(training) - len(kept)}
+
+
+def _embedded(demo: str) -> tuple[list[Conversation], list[Conversation]]:
+    """The demo's training and held-out conversations, of one round each."""
+    if demo == "instructions":
+        training, held_out = ([from_alpaca(record) for record in part] for part in instructions())
+        return training, held_out
+    training, held_out = (
+        [
+            Conversation(
+                rounds=(Round(question=asked.text, input="", answer=asked.answer),),
+                images=(asked.image,),
+                category=asked.category,
+            )
+            for asked in part
+        ]
+        for part in flags()
+    )
+    return [talk for talk in training if demo == "flags" or talk.category == NAME], held_out
 
 
 def _hold_out(
