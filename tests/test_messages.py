@@ -284,7 +284,7 @@ MESSAGES: dict[str, Message] = {
         error=CheckpointError,
         got="adapter.safetensors is damaged",
         expected="not the file that adapter.json beside it describes",
-        next_step="Copy both files again",
+        next_step="Copy the folder again",
     ),
     "tensor-names": Message(
         mistake=lambda _: adapted()[1].load_state_dict({"gate": torch.zeros(4)}),

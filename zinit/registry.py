@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from zinit.errors import ConfigError
 
 
+LONGEST_NAME = 80  # that a message repeats in full
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known name (if one is near) and all of them.
 
@@ -136,7 +139,8 @@ class Registry:
             ConfigError: if the name is unknown (with the nearest known one).
         """
         if name not in self:
-            raise ConfigError(f"no {self.kind} named {name!r}.{did_you_mean(name, self)}")
+            shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+            raise ConfigError(f"no {self.kind} named {shown!r}.{did_you_mean(name, self)}")
         return self._where[name]
 
     def about(self, name: str) -> str:
