@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from zinit.errors import ConfigError
 
-
 LONGEST_NAME = 80  # that a message repeats in full
 
 
