@@ -18,6 +18,7 @@ from zinit.bench.runner import final_cells, read_cells
 from zinit.bench.summary import Row, summarise, table
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
+from zinit.methods import rates as rates_of
 from zinit.ui import console
 from zinit.ui.benchmark import fit
 
@@ -124,7 +125,9 @@ def test_methods_train_at_their_own_rates_unless_told(tmp_path: Path) -> None:
 
     methods = [name for name in METHODS if name != "logistic-regression"]
     own = {name: next(iter(METHODS.get(name).default_rates.values())).value for name in methods}
-    of_prefixes = {"zero-init": 3e-2, "random-gate": 3e-2, "prefix-tuning": 3e-2}  # the demo's preset is for these
+    # The demo's preset is for these: zero-init attention, its ablations, and the methods with images.
+    of_prefixes = {name: 3e-2 for name in methods if METHODS.get(name).default_rates is rates_of.ZERO_INIT}
+    assert {"zero-init", "random-gate", "prefix-tuning", "v2"} < set(of_prefixes)
     plan = benchmark(tmp_path, methods=methods, seeds=[0])
     plan.check()
     assert rates(plan) == {**own, **of_prefixes}

@@ -69,7 +69,7 @@ def test_every_console_is_a_clean_one() -> None:
 def test_a_model_says_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(EVIL + " end\n", add_special_tokens=False)["input_ids"]
-    streamer = chat._streamer(tokenizer)
+    streamer = chat._streamer(tokenizer, ())
     import torch
 
     streamer.put(torch.tensor([[0]]))  # the prompt

@@ -23,7 +23,7 @@ from tests.processes import ROOT, environment
 from zinit.adapter.check import check_backbone
 from zinit.backbones import BACKBONES
 from zinit.bench.plan import make_benchmark
-from zinit.demo import roberta_path
+from zinit.demo import roberta_path, vit_path
 from zinit.errors import BackboneError, DataError
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext
@@ -276,7 +276,8 @@ QUICK = ("train.steps=2", "train.warmup_steps=0", "train.evaluate_every=0", "tra
 
 @pytest.mark.parametrize("method", sorted(METHODS.shipped))
 def test_every_method_trains_the_task(task: Guide, method: str) -> None:
-    results = train_run(settings(f"method={method}", *QUICK), "run")
+    encoder = [f"encoder.source={vit_path()}"] if "context" in METHODS.fact(method, "defaults") else []
+    results = train_run(settings(f"method={method}", *encoder, *QUICK), "run")
     frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["loss"] != frozen["loss"]
     assert 0 <= adapted["accuracy"] <= 1

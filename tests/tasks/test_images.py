@@ -16,6 +16,7 @@ from zinit import AdapterConfig, PrefixConfig, attach
 from zinit.encoders.cache import FeatureCache
 from zinit.errors import ConfigError
 from zinit.models.loading import load_causal_lm
+from zinit.runs.images import freeze_what_only_images_use
 from zinit.tasks.base import TaskInputs
 
 ADAPTERS = {
@@ -134,6 +135,7 @@ def test_images_decide_what_a_run_is(task: Flags, folder: Path, tmp_path: Path) 
 
 def test_without_images_what_only_they_use_is_not_trained(folder: Path, tmp_path: Path) -> None:
     task = make(folder, tmp_path, ADAPTERS["context"], images=False)
+    freeze_what_only_images_use(task)
     loss = task(task.collate(task.train_stream, range(12)))
     loss.backward()
     trained = [p for p in task.parameters() if p.requires_grad]

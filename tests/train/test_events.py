@@ -13,6 +13,7 @@ from tests.train.test_fit import Regression
 from zinit.config import to_json
 from zinit.train.events import (
     EVENTS,
+    Encoded,
     Ended,
     Evaluated,
     Event,
@@ -40,6 +41,7 @@ STEP = Step(
 )
 LINES: list[tuple[Event, str]] = [
     (Stage("loading"), '{"event": "stage", "text": "loading"}'),
+    (Encoded(3, 7), '{"event": "encoded", "done": 3, "of": 7}'),
     (Notice("mind"), '{"event": "notice", "text": "mind"}'),
     (PlanMade(7, 2, 4), '{"event": "plan", "steps": 7, "done": 2, "steps_per_epoch": 4}'),
     (Resumed(2), '{"event": "resume", "step": 2}'),

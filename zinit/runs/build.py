@@ -22,7 +22,7 @@ from zinit.registry import import_object
 from zinit.runs.captioner import RunCaptioner
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import read_finished_run
-from zinit.runs.images import feature_cache, load_encoder
+from zinit.runs.images import feature_cache, freeze_what_only_images_use, load_encoder
 from zinit.runs.record import RECORD, Record
 from zinit.tasks import TASKS
 from zinit.tasks.base import DataInputs, TaskInputs, load_host, make_task
@@ -185,7 +185,9 @@ def build_task(
         models=built.models,
         features=feature_cache(config, built.adapted.handle),
     )
-    return make_task(TASKS.get(config.task), inputs, config.options)
+    task = make_task(TASKS.get(config.task), inputs, config.options)
+    freeze_what_only_images_use(task)
+    return task
 
 
 def demo_model(backbone: str) -> Path:

@@ -53,6 +53,20 @@ def feature_cache(config: RunConfig, handle: Handle | None) -> FeatureCache | No
     return FeatureCache(handle.get_encoder(), source, root=root, limit=config.encoder.cache_limit)
 
 
+def freeze_what_only_images_use(task: Task) -> None:
+    """Without images no gradient would ever come to it, and data parallelism would wait for one.
+
+    Args:
+        task: with its examples.
+    """
+    handle = task.handle
+    if handle is None or "context" not in handle.shared or task.image_sources():
+        return
+    alone = [part for part in handle.parts.values() if part.config.prompt == "context"]
+    for module in (handle.shared["context"], *(prefix for part in alone for prefix in part.prefixes.values())):
+        module.requires_grad_(False)
+
+
 def encode_images(task: Task, accelerator: Accelerator, on_event: Listener = ignore) -> None:
     """Runs the encoder over the images of a task's examples, as far as nobody has; the processes divide them.
 

@@ -81,7 +81,6 @@ class TaskImages:
         """
         examples = [example for part in parts for example in part]
         if not any(example.images for example in examples):
-            _freeze_what_only_images_use(inputs.handle)
             return None
         if inputs.handle is None or inputs.features is None:
             raise ConfigError(
@@ -129,13 +128,3 @@ class TaskImages:
         except DataError:  # it has been taken away since it was encoded
             return {}
         return {"image": thumbnail(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))}
-
-
-def _freeze_what_only_images_use(handle: Handle | None) -> None:
-    """No gradient would ever come to it: data parallelism must not wait for one."""
-    if handle is None or "context" not in handle.shared:
-        return
-    alone = [part for part in handle.parts.values() if part.config.prompt == "context"]
-    modules = [handle.shared["context"], *(prefix for part in alone for prefix in part.prefixes.values())]
-    for module in modules:
-        module.requires_grad_(False)

@@ -40,10 +40,7 @@ class Joint(Task):
     def __init__(self, inputs: TaskInputs, config: JointConfig) -> None:
         super().__init__(inputs, config)
         examples = inputs.examples or self.read_data(inputs, config)
-        trains = {p: p.requires_grad for p in inputs.model.parameters()}
         self.language = self._part("language", inputs, examples)
-        for parameter, wanted in trains.items():  # a task without images freezes what only images use
-            parameter.requires_grad_(wanted)
         self.visual = self._part("visual", inputs, examples)
         self.groups_apart = config.disjoint and self._tells_apart()
         self.train_stream = self._stream("language")
