@@ -58,6 +58,7 @@ TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75."
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
 System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
+Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="A file to show; repeatable.")]
 
 
@@ -173,9 +174,7 @@ def eval(
     data: Annotated[str | None, typer.Option(help="Evaluate on all of this instead of the held-out part.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples to generate an answer for.", min=0)] = None,
     output: Annotated[str | None, typer.Option(help="A folder for the answers, as predictions.json.")] = None,
-    experts: Annotated[
-        str | None, typer.Option(help="What writes about the images: ocr,caption:RUN. See: ls experts.")
-    ] = None,
+    experts: Experts = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted. Questions without answers (a blind test set) are answered only."""
@@ -196,6 +195,7 @@ def generate(
     input: Annotated[str, typer.Option(help="Further context for the instruction.")] = "",
     system: System = "",
     image: Images = None,
+    experts: Experts = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the template.")] = False,
     temperature: Temperature = 0.1,
     top_p: TopP = 0.75,
@@ -216,6 +216,7 @@ def generate(
         seed=seed,
         base=frozen,
         system=system,
+        experts=experts,
     )
     answer = session.answer(prompt, input=input, images=image or (), raw=raw, stream=not as_json)
     if as_json:
@@ -228,6 +229,7 @@ def chat(
     run_dir: RunDirectory,
     system: System = "",
     image: Images = None,
+    experts: Experts = None,
     temperature: Temperature = 0.1,
     top_p: TopP = 0.75,
     max_new_tokens: MaxNewTokens = 256,
@@ -245,6 +247,7 @@ def chat(
         seed=seed,
         base=frozen,
         system=system,
+        experts=experts,
     )
     session.converse(image or ())
 

@@ -70,9 +70,13 @@ def test_trained_and_evaluated_with_images(task: str, model: Path, tmp_path: Pat
 def check_as_expert(run: Path, picture: Path) -> None:
     """A run of captions is an expert for other runs: it says what its model says, word for word."""
     expert = run_expert(f"caption:{run}", device="cpu")
-    image = Image.open(picture)
-    said = list(expert([image, Image.new("RGB", (8, 8), "white")]))
     _, model, tokenizer, handle = load_run(run, torch.device("cpu"))
+    for own in (handle, getattr(expert, "handle", handle)):
+        for name, parameter in own.state_dict().items():
+            if "gate" in name:
+                parameter.fill_(5.0)  # two steps have hardly opened them
+    image = Image.open(picture)
+    said = list(expert([image, Image.effect_noise((8, 8), 90).convert("RGB")]))
     ids = tokenizer(format_prompt("Generate caption of this image"))["input_ids"]
     ids = [tokenizer.bos_token_id, *ids] if ids[0] != tokenizer.bos_token_id else ids
     start = len(ids)
@@ -80,7 +84,7 @@ def check_as_expert(run: Path, picture: Path) -> None:
         while len(ids) < start + 4 and ids[-1] != tokenizer.eos_token_id:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert said[0] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip() != ""
-    assert len(said) == 2
+    assert said[0] != said[1]
 
 
 def check_with_experts(run: Path) -> None:

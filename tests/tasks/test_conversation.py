@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from tests.experts.stubs import registered
 from tests.tasks.talks import tokenizer
 from tests.tiny import save_tiny_llama
 from zinit.errors import ConfigError
@@ -205,6 +206,36 @@ def test_images_need_an_adapter_that_takes_them(model: Any, tmp_path: Path) -> N
         make(model, data)
     counts = make(model, data, images=False).data_report()
     assert (counts["train_images_left_out"], counts["held_out_images_left_out"]) == (9, 1)
+
+
+def test_experts_write_into_the_input_of_what_is_asked(model: Any, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    for i in range(20):
+        Image.new("RGB", (4, 4), (i * 10, 0, 0)).save(tmp_path / f"{i}.png")
+        records.append({"image": f"{i}.png", **talks(1, start=i)[0]})
+        records[i]["conversations"][0]["value"] += "<image>"
+    records[0] = talks(1)[0]
+    data, held_out = write(tmp_path / "a.json", records[10:]), write(tmp_path / "b.json", records[:4])
+    plain = make(model, data, held_out_data=held_out, images=False)
+    with registered():
+        t = make(model, data, held_out_data=held_out, images=False, experts=("painter:15",))
+        one_round = len(plain.held_out_examples[3].ids)
+        short = make(model, data, held_out_data=held_out, images=False, experts=("painter:15",), max_length=one_round)
+    assert [example.ids for example in t.train_examples] == [example.ids for example in plain.train_examples]
+    for example, before, red in zip(t.held_out_examples, plain.held_out_examples, (None, 10, 20, 30), strict=True):
+        text, old = t.tokenizer.decode(example.ids), plain.tokenizer.decode(before.ids)
+        if red is None or red < 15:
+            assert text == old
+            continue
+        head, mark, tail = old.rpartition("\n\n### Response:")
+        if head.count("### Instruction:") == 1:  # a prompt of one round says that there is an input
+            head = head.replace("a task. Write", "a task, paired with an input that provides further context. Write")
+        assert text == f"{head}\n\n### Input:\nThe colour: red {red}{mark}{tail}"
+    counts = {name: count for name, count in t.data_report().items() if "expert" in name}
+    expected = {"held_out_expert_painter": 2, "held_out_expert_painter_cut": 0, "held_out_expert_painter_empty": 1}
+    assert counts == expected
+    assert short.data_report()["held_out_experts_left_out"] == 2
+    assert not any("red" in short.tokenizer.decode(example.ids) for example in short.held_out_examples)
 
 
 @pytest.mark.parametrize(

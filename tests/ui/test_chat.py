@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.contract.cases import causal_lm
 from tests.encoders.test_encoders import saved
+from tests.experts.stubs import registered
 from tests.tasks.talks import talk, tokenizer
 from tests.tiny import byte_tokenizer
 from zinit.adapter.attach import attach
@@ -166,6 +167,42 @@ def test_images_of_a_chat_stay_until_it_starts_over(
         session.answer("d", images=[tmp_path / "gone.png"])
     ChatSession("run", temperature=0, base=True).answer("d", images=[tmp_path / "5.png"], stream=False)
     assert len(shown) == 3, "the base sees none"
+
+
+def test_experts_write_into_the_input_of_the_last_question(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an adapter that takes no images."""
+    model, _ = talking(monkeypatch, "alpaca", "yes</s>")
+    for red in (9, 99):
+        Image.new("RGB", (4, 4), (red, 0, 0)).save(tmp_path / f"{red}.png")
+    with registered():
+        session = ChatSession("run", temperature=0, max_new_tokens=4, experts="repeater,painter:50")
+        kept = session.answer("Is it?", input="A cat.", images=[tmp_path / "99.png"], stream=False)
+        lines = (f"/image {tmp_path}/9.png", "Why", "/new", f"/image {tmp_path}/99.png", "How", "And")
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        session.converse()
+        with pytest.raises(ConfigError, match="a raw prompt has no place for what experts say: leave out --raw or"):
+            session.answer("Is it?", raw=True, images=[tmp_path / "9.png"])
+        with pytest.raises(ConfigError, match="no expert named 'panter'"):
+            ChatSession("run", experts="panter")
+        broken = ChatSession("run", temperature=0, experts="broken")
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines[:2])))
+        broken.converse()
+    assert kept == "yes"
+    texts = [session.tokenizer.decode(ids).split("### Input:\n")[1:] for ids in model.asked]
+    told = [
+        f"It was asked: {' '.join([word] * 20)[:64].rpartition(' ')[0]}" for word in ("Is it?", "Why", "How", "And")
+    ]
+    assert [[text.partition("\n\n### Response")[0] for text in each] for each in texts] == [
+        [f"{told[0]}\nThe colour: red 99\nA cat."],
+        [told[1]],
+        [f"{told[2]}\nThe colour: red 99"],
+        [f"{told[3]}\nThe colour: red 99"],
+    ]
+    said = capsys.readouterr()
+    assert "(of 1 experts the texts were cut to 64 tokens)" in said.err
+    assert "the expert 'broken' failed" in said.out + said.err
 
 
 def test_a_text_that_ends_an_answer_is_not_printed_in_pieces(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Conversation:
         images: of the whole conversation, in order.
         category: kind of the conversation, by which figures are told apart; empty has none.
         source: number of the data source it is from.
+        said: what experts say about the images; see `zinit.tasks.experts`.
     """
 
     rounds: tuple[Round, ...]
@@ -74,6 +75,12 @@ class Conversation:
     images: tuple[ImageSource, ...] = ()
     category: str = ""
     source: int = 0
+    said: tuple[tuple[str, str, str], ...] = ()
+
+    def with_context(self, lines: str) -> Conversation:
+        """The conversation with lines above the input of its last question."""
+        *earlier, last = self.rounds
+        return replace(self, rounds=(*earlier, replace(last, input="\n".join(filter(None, (lines, last.input))))))
 
     @property
     def prompt(self) -> tuple[str, ...]:

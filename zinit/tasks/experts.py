@@ -30,7 +30,6 @@ class Experts:
 
     def __init__(self, experts: Sequence[Expert]) -> None:
         self.experts = experts
-        self._digests = Digests()
         self._known: list[dict[tuple[bytes, str], str]] = [{} for _ in experts]
 
     def __call__(self, asked: Sequence[tuple[Sequence[ImageSource], str]]) -> list[Said]:
@@ -42,7 +41,8 @@ class Experts:
         Raises:
             DataError: if an image cannot be read, or an expert fails, which is named.
         """
-        digests = [self._digests(images) for images, _ in asked]
+        digest_all = Digests()  # not kept: it knows images in memory by their place there
+        digests = [digest_all(images) for images, _ in asked]
         found: list[list[tuple[str, str, str]]] = [[] for _ in asked]
         for expert, known in zip(self.experts, self._known, strict=True):
             keys = [

@@ -9,6 +9,8 @@ from zinit.errors import ConfigError
 from zinit.experts import EXPERTS
 from zinit.validation import Names, NonNegativeInt, PositiveInt, Tokens
 
+EXPERT_TOKENS = 64  # of what an expert says
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(JsonConfig):
@@ -39,7 +41,7 @@ class AskingConfig(TextConfig):
     """
 
     experts: Names = ()
-    expert_tokens: PositiveInt = 64
+    expert_tokens: PositiveInt = EXPERT_TOKENS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,15 +13,18 @@ import torch
 
 from zinit.data.conversations import Conversation, Round
 from zinit.data.images import read_image
-from zinit.errors import ConfigError, ZinitError, first_line, printable
+from zinit.errors import ConfigError, DataError, ZinitError, first_line, printable
 from zinit.files import local_path
 from zinit.models.room import positions
-from zinit.runs.build import load_run
+from zinit.runs.build import load_run, run_expert
 from zinit.runs.directory import read_finished_run
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
 from zinit.tasks.chat import ChatFormat, cut_at
+from zinit.tasks.experts import Experts, context_lines
+from zinit.tasks.settings import EXPERT_TOKENS
 from zinit.ui.console import say
+from zinit.validation import split_at_commas
 
 
 class ChatSession:
@@ -35,6 +38,8 @@ class ChatSession:
         seed: of the sampling.
         base: switch the adapter off.
         system: what the assistant is told before all else.
+        experts: what writes about images into the input field, as ``task.experts`` has it; empty for none, None as the
+            run was made.
 
     Raises:
         ConfigError: if the run's task does not generate text.
@@ -50,6 +55,7 @@ class ChatSession:
         seed: int = 0,
         base: bool = False,
         system: str = "",
+        experts: str | None = None,
     ) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
@@ -60,6 +66,9 @@ class ChatSession:
         _, model, self.tokenizer, self.handle = load_run(run_dir, device)
         self.model: Any = model.eval()
         self.device, self.base, self.system = device, base, system
+        words = getattr(config.options, "experts", ()) if experts is None else split_at_commas(experts)
+        self.experts = Experts([run_expert(each, device=device) for each in words])
+        self.expert_tokens = getattr(config.options, "expert_tokens", EXPERT_TOKENS)
         self.format: ChatFormat = self.task.chat_format(self.tokenizer, config.options)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
@@ -107,11 +116,12 @@ class ChatSession:
             ConfigError: if the run takes no images or no system text, or the prompt is too long.
             DataError: if an image cannot be read.
         """
-        if raw and self.system:
-            raise ConfigError("a raw prompt has no place for a system text: leave out --raw or --system.")
+        if raw and (self.system or (images and self.experts.experts)):
+            kind, option = ("a system text", "--system") if self.system else ("what experts say", "the experts")
+            raise ConfigError(f"a raw prompt has no place for {kind}: leave out --raw or {option}.")
         shown = [self._read(image) for image in images]
         rounds = [Round(question=instruction, input=input)]
-        ids = self._encode_raw(instruction) if raw else self._encode(rounds)
+        ids = self._encode_raw(instruction) if raw else self._encode(rounds, shown)
         return self._complete(ids, shown, stream)
 
     def converse(self, images: Sequence[str | Path] = ()) -> None:
@@ -145,25 +155,37 @@ class ChatSession:
                 print("(only /new, /image FILE and /quit are commands)")
             elif line:
                 try:
-                    ids = self._encode([*rounds, Round(question=line)])
+                    ids = self._encode([*rounds, Round(question=line)], shown)
                     rounds.append(Round(question=line, answer=self._complete(ids, shown, stream=True)))
-                except ConfigError as error:  # no reason to lose the conversation
+                except (ConfigError, DataError) as error:  # no reason to lose the conversation
                     say(f"({error} Say /new for a new one.)")
                 except KeyboardInterrupt:
                     print("\n(stopped; this answer is forgotten)")
 
+    @property
+    def _takes_images(self) -> bool:
+        return self.handle.shared.get("context") is not None
+
     def _read(self, image: str | Path) -> Any:
         """An image from a file."""
-        if self.handle.shared.get("context") is None:
+        if not self._takes_images and not self.experts.experts:
             raise ConfigError(
                 f"the run is language-only: its adapter takes no images, but was given {image}. Train one that does "
                 f"(--method v1-multimodal), or leave the image out."
             )
         return read_image(local_path(image))
 
-    def _encode(self, rounds: Sequence[Round]) -> list[int]:
+    def _encode(self, rounds: Sequence[Round], images: Sequence[Any] = ()) -> list[int]:
+        """The prompt, with what experts say about the images beside the last question."""
         _check_texts(self.system, *(text for each in rounds for text in (each.question, each.input)))
-        return self.format.prompt(Conversation(rounds=tuple(rounds), system=self.system))
+        talk = Conversation(rounds=tuple(rounds), system=self.system)
+        if images and self.experts.experts:
+            (said,) = self.experts([(images, rounds[-1].question)])
+            lines, counts = context_lines(said, self.tokenizer, self.expert_tokens)
+            if cut := sum(count for name, count in counts.items() if name.endswith("_cut")):
+                say(f"(of {cut} experts the texts were cut to {self.expert_tokens} tokens)", error=True)
+            talk = talk.with_context(lines)
+        return self.format.prompt(talk)
 
     def _encode_raw(self, prompt: str) -> list[int]:
         _check_texts(prompt)
@@ -184,7 +206,7 @@ class ChatSession:
         with ExitStack() as scopes:
             if self.base:
                 scopes.enter_context(self.handle.disabled())
-            elif images:
+            elif images and self._takes_images:
                 scopes.enter_context(self.handle.given(image=[list(images)]))
             try:
                 generated = self.model.generate(

@@ -10,14 +10,14 @@ from annotated_types import MinLen
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
 from zinit.tasks.conversation.registry import AUTO, TEMPLATES
-from zinit.tasks.settings import TextConfig
+from zinit.tasks.settings import AskingConfig
 from zinit.validation import Folder, Name, PositiveFloat, PositiveInt, Words, shown
 
 Weights = Annotated[tuple[PositiveFloat, ...], MinLen(1), Words("a list of numbers above 0, one for each --data")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationConfig(TextConfig):
+class ConversationConfig(AskingConfig):
     """What the task does with its data. Conversations longer than ``max_length`` lose rounds from the front.
 
     Args:
@@ -29,7 +29,8 @@ class ConversationConfig(TextConfig):
         held_out_data: a source of its own for the held-out conversations instead.
         demo: which embedded data where no ``--data`` is given: "instructions" about the invented world, "flags" of its
             towns with questions about them, or "flag-names", of which only the towns' names are trained.
-        images: whether the conversations' images are used; without them the texts are trained on alone.
+        images: whether the conversations' images are used; without them the texts are trained on alone;
+            experts see them all the same.
         image_folder: what the paths of images are relative to; None is the folder of the records' file.
     """
 

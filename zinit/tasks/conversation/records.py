@@ -17,6 +17,7 @@ from zinit.demo import instructions
 from zinit.demo.flags import NAME, flags
 from zinit.errors import ConfigError, DataError
 from zinit.tasks._images import Digests
+from zinit.tasks.experts import Experts
 
 if TYPE_CHECKING:
     from zinit.tasks.base import DataInputs
@@ -57,6 +58,11 @@ def split_conversations(
     elif inputs.sources:
         training, held_out = _hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources))
     kept = _without(training, held_out, Digests() if config.images else lambda images: ())
+    if config.experts:
+        experts = Experts([inputs.make_expert(words) for words in config.experts])
+        shown = [talk for talk in held_out if talk.images]
+        said = dict(zip(map(id, shown), experts([(t.images, t.rounds[-1].question) for t in shown]), strict=True))
+        held_out = [replace(talk, said=said.get(id(talk), ())) for talk in held_out]
     unused = Counter({name: number for name, number in counts.items() if name.startswith("unused_field")})
     report = dict(counts - unused) | count_sources(by_source) | most_unused(unused)
     return kept, held_out, {**report, "train_skipped_also_held_out": len(training) - len(kept)}

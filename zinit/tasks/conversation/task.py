@@ -15,6 +15,7 @@ from zinit.tasks.conversation.config import ConversationConfig
 from zinit.tasks.conversation.encode import Encoder, encode_conversations
 from zinit.tasks.conversation.records import split_conversations
 from zinit.tasks.conversation.template import make_template
+from zinit.tasks.experts import context_lines
 from zinit.tasks.text import TextExample, TextTask
 
 
@@ -54,8 +55,11 @@ class ConversationTask(TextTask):
         return self.chat_format(self.tokenizer, self.config)
 
     def encode(self, records: Sequence[Conversation]) -> tuple[list[TextExample], Counter[str]]:
-        """See `encode_conversations`."""
-        encoded, counts = encode_conversations(self.encoder, records, max_length=self.config.max_length)
+        """See `encode_conversations`; of examples with what experts say also `context_lines`."""
+        told, heard = zip(*map(self._with_experts, records), strict=True) if records else ((), ())
+        encoded, counts = encode_conversations(self.encoder, told, max_length=self.config.max_length)
+        for more in heard:
+            counts.update(more)
         examples = []
         for each in encoded:
             talk = each.conversation
@@ -63,6 +67,19 @@ class ConversationTask(TextTask):
             also = {"images": talk.images, "category": talk.category, "source": talk.source}
             examples.append(TextExample(ids=each.ids, answers=each.answers, **texts, **also))
         return examples, counts
+
+    def _with_experts(self, talk: Conversation) -> tuple[Conversation, Counter[str]]:
+        """The conversation with what experts say about its images; without it where its last round had no room."""
+        lines, heard = context_lines(talk.said, self.tokenizer, self.config.expert_tokens)
+        counts = Counter({f"_{name}": count for name, count in heard.items()})
+        if not lines:
+            return talk, counts
+        told = talk.with_context(lines)
+        (last,) = self.encoder.encode([replace(told, rounds=told.rounds[-1:])])
+        if len(last.ids) <= self.config.max_length:
+            return told, counts
+        counts["_experts_left_out"] += 1
+        return talk, counts
 
     @property
     def stop_tokens(self) -> list[int]:
