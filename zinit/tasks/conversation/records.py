@@ -57,7 +57,8 @@ def split_conversations(
         held_out, training = read(config.held_out_data), training if inputs.train else []
     elif inputs.sources:
         training, held_out = _hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources))
-    kept = _without(training, held_out, Digests() if config.images else lambda images: ())
+    # Also where images are left out: runs with and without them train on the same conversations.
+    kept = _without(training, held_out, Digests())
     if config.experts:
         experts = Experts([inputs.make_expert(words) for words in config.experts])
         shown = [talk for talk in held_out if talk.images]
