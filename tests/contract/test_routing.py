@@ -188,8 +188,6 @@ def test_wrong_routes_are_refused(case: Case, model: nn.Module) -> None:
         handle.route(["plain", None]),
     ):
         run(case, model)
-    with pytest.raises(ConfigError, match=r"torch\.no_grad"), handle.route(["plain", None, None]):
-        case.output(model, case.batch("none"))
     joint.detach()
     for what in (
         lambda: zinit.attach(model, name="new"),
@@ -207,6 +205,23 @@ def test_wrong_routes_are_refused(case: Case, model: nn.Module) -> None:
         pass
     assert nothing_is_kept(model)
     assert torch.equal(run(case, model), before)
+
+
+def test_gradients_are_each_rows_own(case: Case, model: nn.Module) -> None:
+    """The active adapter learns from its own rows, as it would from them alone."""
+    plain = zinit.get_handle(model, "plain")
+    found: list[dict[str, Tensor]] = []
+    for route in (["plain"] * 3, ["plain", "short", None]):
+        plain.activate()
+        with plain.route(route):
+            output = case.output(model, case.batch("none"))
+        model.zero_grad()
+        output[0].square().mean().backward()
+        assert output.requires_grad
+        found.append({name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None})
+    assert found[0].keys() == dict(plain.named_parameters()).keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_context_is_refused(case: Case, model: nn.Module) -> None:

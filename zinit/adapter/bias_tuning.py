@@ -11,62 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from zinit.adapter.tuning import TunedCall, Tuning, build_tuning
+from zinit.adapter.bias_by_sample import LinearBySample, NormBySample
+from zinit.adapter.bias_modules import TunedLinear, TunedNorm, low_rank, normalize, scale_and_shift
+from zinit.adapter.tuning import Samples, TunedCall, TunedSamples, Tuning, build_tuning
 from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import linears_of, norms_of, widths_of
 from zinit.config import TuningConfig
 from zinit.errors import ConfigError
-
-
-class TunedLinear(nn.Module):
-    """What is learned for one linear layer: ``y = s * (W x + b) + l2 (l1 x)``, or ``W (s * x) + b``.
-
-    Attributes:
-        scale: s, (out,) or (in,); None has none.
-        bias: b, (out,).
-        lora_down: l1, (r, in); random. ``lora_up``: l2, (out, r); zero.
-    """
-
-    def __init__(
-        self, config: TuningConfig, widths: tuple[int, int], *, affine: bool, lora: bool, device: Any, generator: Any
-    ) -> None:
-        super().__init__()
-        into, out = widths
-
-        def vector(length: int, value: float, wanted: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.full((length,), value, device=device)) if wanted and affine else None
-
-        self.on_input = config.scale == "input"
-        self.scale = vector(into if self.on_input else out, 1.0, config.scale != "none")
-        self.bias = vector(out, 0.0, config.bias)
-        self.lora_down = self.lora_up = None
-        if lora:
-            self.lora_down = nn.Parameter(_uniform(config.lora_rank, into, device=device, generator=generator))
-            self.lora_up = nn.Parameter(torch.zeros(out, config.lora_rank, device=device))
-
-
-class TunedNorm(nn.Module):
-    """A norm's own weight, and bias if it has one: float32 copies of the host's at the start."""
-
-    def __init__(self, norm: nn.Module, device: Any) -> None:
-        super().__init__()
-        for name, tensor in norm.named_parameters():
-            copied = tensor.detach().to(device or tensor.device, torch.float32, copy=True)
-            self.register_parameter(name, nn.Parameter(copied))
-
-
-class NormView:
-    """A norm as its own forward sees it with other weights. The module stays as it is: threads share it."""
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.module, self.weights = module, weights
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("module", "weights"):
-            raise AttributeError(name)
-        return self.weights[name] if name in self.weights else getattr(self.module, name)
 
 
 class BiasTuning(Tuning):
@@ -103,9 +55,9 @@ class BiasTuning(Tuning):
         if isinstance(on[0].at(call.name), TunedNorm):
             return call.args
         tuned = _linears(on, call.name, call.of_prompts)
-        scales = [own.scale for own in tuned if own.on_input and own.scale is not None]
+        scale = _together([own.scale for own in tuned if own.on_input and own.scale is not None], 1.0)
         x, *rest = call.args
-        return (x * _together(scales, 1.0).to(x.dtype), *rest) if scales else call.args
+        return (scale_and_shift(x, scale, None), *rest)
 
     @classmethod
     def changed(cls, on: Sequence[Any], call: TunedCall, output: Any) -> Any:
@@ -113,15 +65,21 @@ class BiasTuning(Tuning):
         if isinstance(on[0].at(call.name), TunedNorm):
             return _normalize([one.at(call.name) for one in on if _reaches(one, call.of_prompts)], call, output)
         tuned = _linears(on, call.name, call.of_prompts)
-        if biases := [own.bias for own in tuned if own.bias is not None]:
-            output = output + _together(biases, 0.0).to(output.dtype)
-        if scales := [own.scale for own in tuned if own.scale is not None and not own.on_input]:
-            output = output * _together(scales, 1.0).to(output.dtype)
+        bias = _together([own.bias for own in tuned if own.bias is not None], 0.0)
+        scale = _together([own.scale for own in tuned if own.scale is not None and not own.on_input], 1.0)
+        output = scale_and_shift(output, scale, bias if scale is None or bias is None else scale * bias)
         if not call.of_prompts:
             for own in tuned:
                 if own.lora_down is not None and own.lora_up is not None:
-                    output = output + _low_rank(call.args[0], own.lora_down, own.lora_up).to(output.dtype)
+                    output = output + low_rank(call.args[0], own.lora_down, own.lora_up).to(output.dtype)
         return output
+
+    @classmethod
+    def by_sample(cls, on: Mapping[str, Any], samples: Samples, name: str, module: nn.Module) -> TunedSamples:
+        """For each sample the scales, biases, LoRA and weights of its own adapter."""
+        learned = {adapter: tuning.at(name) for adapter, tuning in on.items()}
+        kind = NormBySample if isinstance(next(iter(learned.values())), TunedNorm) else LinearBySample
+        return kind(learned, samples, module)
 
 
 def _linears(on: Sequence[BiasTuning], name: str, of_prompts: bool) -> list[TunedLinear]:
@@ -132,16 +90,14 @@ def _reaches(tuning: BiasTuning, of_prompts: bool) -> bool:
     return not of_prompts or tuning.config.prompts_through == "bias-scale"
 
 
-def _together(tensors: Sequence[Tensor], neutral: float) -> Tensor:
-    """What several adapters come to: ``neutral + sum(x_i - neutral)``."""
+def _together(tensors: Sequence[Tensor], neutral: float) -> Tensor | None:
+    """What several adapters come to: ``neutral + sum(x_i - neutral)``; None if there are none."""
+    if not tensors:
+        return None
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + (tensor - neutral)
     return total
-
-
-def _low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
 def _normalize(tuned: Sequence[TunedNorm], call: TunedCall, output: Any) -> Any:
@@ -154,15 +110,7 @@ def _normalize(tuned: Sequence[TunedNorm], call: TunedCall, output: Any) -> Any:
         for other in rest:
             first = first + (other - host.to(other.dtype))
         weights[name] = first.to(host.dtype)
-    return type(call.module).forward(NormView(call.module, weights), *call.args)  # pyright: ignore[reportArgumentType]
-
-
-def _uniform(rank: int, width: int, *, device: Any, generator: torch.Generator | None) -> Tensor:
-    """LoRA's usual start of its first matrix, Kaiming's with a = sqrt(5); drawn on the CPU."""
-    if device is not None and torch.device(device).type == "meta":
-        return torch.empty(rank, width, device="meta")
-    bound = width**-0.5
-    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator).to(device)
+    return normalize(call.module, weights, call.args)
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

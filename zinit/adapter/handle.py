@@ -213,20 +213,21 @@ class Handle:
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Gives each sample of a batch its own adapter while inside, `generate` included; for inference.
+        """Gives each sample of a batch its own adapter while inside, `generate` included.
 
-        Call the model under ``torch.no_grad()``; ``generate`` does so itself, and with gradients enabled the call is
-        refused. Every adapter's keys and values are computed once, here. Where text is generated a batch may be a
-        multiple of the route's length, as in beam search: beams of a sample lie side by side. Which adapter is active
-        plays no part.
+        Under ``torch.no_grad()`` (``generate`` is) every adapter's keys and values are computed once, here; with
+        gradients, at each call, and each adapter that wants gradients gets its own rows'. Where text is generated a
+        batch may be a multiple of the route's length, as in beam search: beams of a sample lie side by side. Which
+        adapter is active plays no part.
 
         Args:
             names: for each sample the name of an adapter on this model, or None for the base model. K, layers, gates,
-                parts and parametrizations may differ.
+                parts, parametrizations and tunings may differ.
 
         Raises:
-            ConfigError: if a name is unknown, an adapter shares the words' softmax, tunes the host or has a context.
-                And at the model's call, if the batch does not fit, or gradients are enabled.
+            ConfigError: if a name is unknown, an adapter shares the words' softmax, has a context, or a tuning that
+                cannot tell samples apart. And at the model's call, if the batch does not fit, or a module that is tuned
+                takes words without their samples.
 
         Example:
             >>> with torch.no_grad(), handle.route(["anna", "bert", None]):  # doctest: +SKIP

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.adapter.parts import together
-from zinit.adapter.scopes import Change, Route, Scope, scope_of
+from zinit.adapter.scopes import Change, Route, Scope, prompts_of, scope_of
 from zinit.adapter.state import AdapterState
+from zinit.adapter.tuning import by_sample
 from zinit.backbones.base import ActivePrefix, AttentionSite, PrefixSlot
 from zinit.errors import ConfigError
 from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts
@@ -31,6 +32,7 @@ class RoutedPrefix:
         route: an adapter's name or None for each sample.
         prefixes: {adapter: its prefix here}; some may have none.
         site: where it is.
+        tuned: adapters that tune the host: their prompts pass their own tuning, and nobody else's.
 
     Attributes:
         prefixes: those that the route uses.
@@ -38,8 +40,14 @@ class RoutedPrefix:
         mask: (R, 1, 1, K), 0 or -inf; None if nothing is padded.
     """
 
-    def __init__(self, route: Names, prefixes: Mapping[str, ZeroGatedPrefix], site: AttentionSite) -> None:
-        self.site = site
+    def __init__(
+        self,
+        route: Names,
+        prefixes: Mapping[str, ZeroGatedPrefix],
+        site: AttentionSite,
+        tuned: Collection[str] = (),
+    ) -> None:
+        self.site, self.tuned = site, tuned
         self.prefixes = {name: prefixes[name] for name in dict.fromkeys(route) if name is not None and name in prefixes}
         self.samples, self.mask = len(route), None
         if not self.prefixes:
@@ -57,20 +65,18 @@ class RoutedPrefix:
             self.mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -math.inf)[:, None, None]
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each sample's keys and gated values, (R, H, K, D); every adapter's are computed once, in one projection.
-
-        Raises:
-            ConfigError: if gradients are enabled.
-        """
-        if torch.is_grad_enabled():
-            raise ConfigError("a route is for inference: call the model under torch.no_grad().")
+        """Each sample's keys and gated values, (R, H, K, D); what passes the same projections passes them together."""
         prompts = {name: prefix.prompt() for name, prefix in self.prefixes.items() if hasattr(prefix, "prompt")}
         projected: dict[str, tuple[Tensor, Tensor]] = {}
-        if prompts:
-            key, value = project(torch.cat([prompt.to(dtype) for prompt in prompts.values()]))
-            lengths = [len(prompt) for prompt in prompts.values()]
+        through: dict[str, list[str]] = {}
+        for name in prompts:
+            through.setdefault(name if name in self.tuned else "", []).append(name)
+        for tuning, names in through.items():
+            with prompts_of(tuning):
+                key, value = project(torch.cat([prompts[name].to(dtype) for name in names]))
+            lengths = [len(prompts[name]) for name in names]
             pieces = zip(key.split(lengths, 2), value.split(lengths, 2), strict=True)
-            projected = dict(zip(prompts, pieces, strict=True))
+            projected |= dict(zip(names, pieces, strict=True))
         pairs = [
             prefix.keys_values(lambda _, name=name: projected[name], dtype) for name, prefix in self.prefixes.items()
         ]
@@ -108,9 +114,14 @@ def routed(state: AdapterState, names: Names) -> Iterator[None]:
     for name in dict.fromkeys(route):
         if name is not None:
             _check_routable(state, name)
-    here = Route(
-        frozenset(route), {site: _at_slot(route, slot, state.sites[site]) for site, slot in state.slots.items()}
-    )
+    tuned = {name for tunings in state.tuned.values() for name in tunings}
+    with torch.no_grad():
+        here = Route(
+            tuple(route),
+            {site: _at_slot(route, slot, state.sites[site], tuned) for site, slot in state.slots.items()},
+            {module: by_sample(state, route, module) for module in state.tuned},
+            state.version,
+        )
     state.routes += 1
     try:
         with state.opened(Change(state.key, lambda scope: Scope(scope.on, here, scope.contexts))):
@@ -128,11 +139,6 @@ def _check_routable(state: AdapterState, name: str) -> None:
             f"the adapter {name!r} shares the words' softmax (separate_softmax=False) and cannot be part of a route. "
             f"Activate it and call the model with its samples alone."
         )
-    if handle.tuning is not None:
-        raise ConfigError(
-            f"the adapter {name!r} tunes modules of the host, which are the same for all samples of a batch, and "
-            f"cannot be part of a route. Activate it and call the model with its samples alone."
-        )
     if name in (scope_of(state.key) or Scope()).contexts:
         raise ConfigError(
             f"a route takes no context, and {name!r} has one: leave handle.context(...), or call the adapters one by "
@@ -140,7 +146,7 @@ def _check_routable(state: AdapterState, name: str) -> None:
         )
 
 
-def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite) -> ActivePrefix | None:
+def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite, tuned: Collection[str]) -> ActivePrefix | None:
     """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route."""
     own = {
         name: [slot[key] for key in slot.members.get(name, ()) if slot[key].config.prompt != "context"]  # pyright: ignore
@@ -149,7 +155,7 @@ def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite) -> ActivePrefi
     }
     ranks = range(max(map(len, own.values()), default=0))
     routed = [
-        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)}, site)  # pyright: ignore
+        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)}, site, tuned)  # pyright: ignore
         for rank in ranks
     ]
     return together([prefix for prefix in routed if prefix.prefixes])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -38,12 +38,16 @@ class Route:
     """Each sample's own adapter.
 
     Attributes:
-        names: of the adapters in it, and None if some sample has none.
+        samples: for each an adapter's name or None.
         at: {site: what stands in for its prefixes, or None}.
+        tuned: {module: what stands in for its tunings (`zinit.adapter.tuning.TunedSamples`)}, made at the opening.
+        version: of the adapters then.
     """
 
-    names: frozenset[str | None]
+    samples: tuple[str | None, ...]
     at: Mapping[str, ActivePrefix | None]
+    tuned: Mapping[str, Sequence[Any]]
+    version: int
 
 
 @dataclass(frozen=True, eq=False)

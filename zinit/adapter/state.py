@@ -68,6 +68,7 @@ class AdapterState:
         key: names this model among the scopes of a thread.
         open: the scopes that are open in any thread.
         tuned: {module: {adapter: its tuning}}; the hooks that serve them are ``hooks``.
+        beside: {tuned module: the attention module whose batch is its too}.
         block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
         entry_hooks: {module: the hook that `zinit.adapter.calls` has there}.
         outside: what a thread without scopes sees, see `snapshot`.
@@ -89,6 +90,7 @@ class AdapterState:
     key: int = field(default_factory=lambda: next(_keys))
     open: set[Change] = field(default_factory=set)
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside: dict[str, AttentionSite] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
     block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     entry_hooks: dict[str, RemovableHandle] = field(default_factory=dict)
@@ -199,7 +201,7 @@ class AdapterState:
         return self.on if scope.on is None else scope.on
 
     def tunings_on(self) -> tuple[str, ...]:
-        """The adapters whose tuning is on for this thread: none in a route, which tuned adapters cannot be part of."""
+        """The adapters whose tuning is on for all samples: none in a route, where each sample has its own."""
         scope = self.scope()
         return () if scope.route is not None else self.on if scope.on is None else scope.on
 
@@ -231,7 +233,7 @@ class AdapterState:
 
     def _resolve(self, scope: Scope, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
         if scope.route is not None:
-            if context is not None or scope.route.names & scope.contexts.keys():
+            if context is not None or scope.contexts.keys() & set(scope.route.samples):
                 raise ConfigError(NO_CONTEXT_IN_ROUTE)
             return scope.route.at.get(slot.site)
         names = self.on if scope.on is None else scope.on

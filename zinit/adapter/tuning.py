@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zinit.adapter.scopes import prompts_at_hand
 from zinit.adapter.state import AdapterState
 from zinit.backbones.base import AttentionSite
+from zinit.backbones.layers import site_beside
 from zinit.errors import ConfigError
 
 
@@ -49,6 +51,71 @@ class Tuning(nn.Module, ABC):
             call: of the module.
             output: it gave.
         """
+
+    @classmethod
+    def by_sample(cls, on: Mapping[str, Self], samples: Samples, name: str, module: nn.Module) -> TunedSamples | None:
+        """What a module's tunings come to in a route; None if this class cannot tell samples apart.
+
+        Args:
+            on: {adapter: its tuning}, all of this class and with this target.
+            samples: of the route.
+            name: the module's.
+            module: the host's own.
+        """
+        return None
+
+
+class TunedSamples(Protocol):
+    """A module's tunings in a route, where each sample has that of its own adapter, or none."""
+
+    def changed_input(self, call: TunedCall) -> tuple[Any, ...]:
+        """The module's arguments; see `Tuning.changed_input`."""
+        ...
+
+    def changed(self, call: TunedCall, output: Any) -> Any:
+        """The module's output; see `Tuning.changed`. That of a sample without a tuning is the same, bit for bit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A route as one module sees it.
+
+    Attributes:
+        names: for each of the R samples an adapter, or None.
+        module: its name.
+        site: the attention module whose batch is this module's too.
+    """
+
+    names: tuple[str | None, ...]
+    module: str
+    site: AttentionSite
+
+    def numbers(self, adapters: Iterable[str], device: torch.device) -> Tensor:
+        """(R,), the number of each sample's adapter among these, from 1; 0 is none of them."""
+        number = {name: 1 + index for index, name in enumerate(adapters)}
+        return torch.tensor([0 if name is None else number.get(name, 0) for name in self.names], device=device)
+
+    def spread(self, x: Tensor, batch: Tensor) -> Tensor:
+        """(R, C) to (B, 1, ..., C), beside what a module takes or gives: (B, ..., any width).
+
+        Raises:
+            ConfigError: if it is not known which sample a row is of.
+        """
+        self.check(batch)
+        if len(x) not in (1, len(batch)):
+            x = x.repeat_interleave(len(batch) // len(x), dim=0)
+        return x.view(len(x), *[1] * (batch.dim() - 2), -1)
+
+    def check(self, batch: Tensor) -> None:
+        """Whether it is known which sample each row of (B, ..., any width) is of; raises as `spread` does."""
+        in_blocks = self.module.startswith(f"{self.site.tower}.")  # beside them a row may be a sample, pooled
+        if len(self.names) > 1 and in_blocks and batch.dim() < 3:
+            raise ConfigError(
+                f"{self.module} takes words without their samples, {tuple(batch.shape)}, so a route cannot give each "
+                f"sample its own tuning there. Tune other layers (linears=[...]), or call the adapters one by one."
+            )
+        self.site.check_rows("a route of", len(self.names), len(batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +161,28 @@ class TuningHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The changed arguments."""
+        for tuned in self._in_route():
+            args = tuned.changed_input(TunedCall(self.name, module, args, of_prompts=False))
         for kind, on in self._on().items():
             args = kind.changed_input(on, TunedCall(self.name, module, args, prompts_at_hand() is not None))
         return args
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The changed output."""
+        for tuned in self._in_route():
+            output = tuned.changed(TunedCall(self.name, module, args, of_prompts=False), output)
         for kind, on in self._on().items():
             output = kind.changed(on, TunedCall(self.name, module, args, prompts_at_hand() is not None), output)
         return output
+
+    def _in_route(self) -> Sequence[TunedSamples]:
+        """What words pass in a route: what was made ahead, unless gradients are wanted or adapters have changed."""
+        route = self.state.scope().route
+        if route is None or prompts_at_hand() is not None:
+            return ()
+        if torch.is_grad_enabled() or route.version != self.state.version:
+            return by_sample(self.state, route.samples, self.name)
+        return route.tuned.get(self.name, ())
 
     def _on(self) -> dict[type[Tuning], list[Tuning]]:
         """The tunings that are on here, by their class. An adapter's prompts pass its own only."""
@@ -115,6 +195,30 @@ class TuningHook:
         return kinds
 
 
+def by_sample(state: AdapterState, names: Sequence[str | None], module: str) -> Sequence[TunedSamples]:
+    """What a module's tunings come to in a route, one for each class of tunings.
+
+    Raises:
+        ConfigError: if one of them cannot tell samples apart.
+    """
+    kinds: dict[type[Tuning], dict[str, Tuning]] = {}
+    for adapter, tuning in state.tuned[module].items():
+        if adapter in names:
+            kinds.setdefault(type(tuning), {})[adapter] = tuning
+    samples = Samples(tuple(names), module, state.beside[module])
+    found: list[TunedSamples] = []
+    for kind, on in kinds.items():
+        made = kind.by_sample(on, samples, module, state.model.get_submodule(module))
+        if made is None:
+            raise ConfigError(
+                f"the adapter {next(iter(on))!r} tunes modules of the host ({kind.__name__}), which are the same for "
+                f"all samples of a batch, and cannot be part of a route. Activate it and call the model with its "
+                f"samples alone."
+            )
+        found.append(made)
+    return found
+
+
 def install(state: AdapterState, adapter: str, tuning: Tuning | None) -> None:
     """Adds an adapter's tuning, and puts the hooks on again.
 
@@ -124,6 +228,8 @@ def install(state: AdapterState, adapter: str, tuning: Tuning | None) -> None:
     if tuning is not None:
         for name in tuning.targets():
             state.tuned.setdefault(name, {})[adapter] = tuning
+            if name not in state.beside:
+                state.beside[name] = site_beside(name, list(state.sites.values()))
     _put_hooks(state)
 
 

@@ -6,6 +6,7 @@ a linear layer is what maps a known width to another; a norm is a leaf whose onl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,17 @@ def block_of(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
         if parts[count - 1].isdigit() and not any(other.startswith(f"{path}.") for other in others):
             return path
     return ".".join(parts[:-1])
+
+
+def site_beside(path: str, sites: Sequence[AttentionSite]) -> AttentionSite:
+    """The attention module that shares most of its path with a module; of several the last, nearest to the head."""
+    parts = path.split(".")
+
+    def shared(site: AttentionSite) -> int:
+        pairs = zip(parts, site.name.split("."), strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    return max(reversed(sites), key=shared)
 
 
 def linears_of(model: nn.Module, sites: Sequence[AttentionSite], chosen: Sequence[str]) -> dict[str, nn.Module]:
