@@ -25,6 +25,7 @@ SOURCES = {
     "projected-image": ({"late": LATE}, {"layers": 2, "hidden": 6}),
     "visual-tokens": ({"early": EARLY, "late": zinit.PrefixConfig(length=4, layers=2, gate_init=0.7)},
                       {"hidden": 8, "blocks": 1, "heads": 2}),
+    "bind": ({"late": zinit.PrefixConfig(length=1, gate_init=0.7, prompt="table+context")}, {"hidden": 8, "blocks": 1}),
     "visual-tokens-late": ({"late": LATE}, {"hidden": 8, "blocks": 1, "heads": 2}),
 }  # fmt: skip
 

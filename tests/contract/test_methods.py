@@ -55,7 +55,7 @@ def seen(adapted: Adapted, batch: Any) -> Iterator[None]:
         return
     count = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
     drawn = torch.randn(count, 3, FEATURES, generator=torch.Generator().manual_seed(5))
-    with adapted.handle.given(features=Features(tokens=drawn, layers=(drawn[:, 0],))):
+    with adapted.handle.given(features=Features(tokens=drawn, pooled=drawn[:, 0], layers=(drawn[:, 0],))):
         yield
 
 

@@ -52,10 +52,10 @@ def test_it_is_a_function_of_its_seed() -> None:
     assert [a.image.tobytes() for a in first] != [a.image.tobytes() for a in other]
 
 
-@pytest.mark.parametrize("method", ["v1-multimodal", "v2", "v2-late"])
+@pytest.mark.parametrize("method", ["v1-multimodal", "v2", "v2-late", "imagebind-llm"])
 def test_the_demo_of_a_method_with_images(method: str) -> None:
     config, preset = resolve(backbone="llama", method=method)
-    assert preset == "conversation/flags"
+    assert preset == ("conversation/flags-bind" if method == "imagebind-llm" else "conversation/flags")
     assert (config.method, config.task, config.options.demo) == (method, "conversation", "flags")
     assert config.context is not None
     assert config.train.learning_rate == 2e-2  # the preset's, for all of the family

@@ -159,6 +159,22 @@ def multimodal_tensors(width: int = 8, features: int = 6) -> dict[str, Tensor]:
     return made | {f"llama.{name}": tensor for name, tensor in language.items()}
 
 
+def imagebind_tensors(legacy: bool = False, tuned: bool = True, features: int = 6) -> dict[str, Tensor]:
+    """ImageBind-LLM: one prompt in every layer, three bind blocks; fine-tuned, with LoRA, or pretrained only."""
+    made = {"prefix_query.weight": torch.randn(N, C)}
+    made |= {f"llama.layers.{layer}.attention.gate": torch.rand(1, H, 1, 1) for layer in range(N)}
+    made |= {"image_bind_proj.weight": torch.randn(C, features), "image_bind_proj.bias": torch.randn(C)}
+    for number in (1, 2, 3):
+        made[f"image_bind_norm_{number}.weight"] = torch.rand(C)
+        for name, shape in {"f1": (4 * C, C), "f2": (C, 4 * C), "f3": (4 * C, C)}.items():
+            made[f"image_bind_{name}_{number}.weight"] = torch.randn(shape)
+            made |= {f"image_bind_{name}_{number}.bias": torch.randn(shape[0])} if legacy else {}
+        made |= {f"image_bind_norm_{number}.bias": torch.rand(C)} if legacy else {}
+    language = multimodal_tensors() if tuned else {}
+    kept = ("_bias", ".bias", "norm.weight", "_l1.weight", "_l2.weight")
+    return made | {name: x for name, x in language.items() if name.startswith("llama.") and name.endswith(kept)}
+
+
 def litgpt_v2_tensors(fused: str = "attn.qkv") -> dict[str, Tensor]:
     linears = {f"transformer.h.{{}}.{name}": sizes for name, sizes in {
         fused: (C, 3 * C), "attn.proj": (C, C), "mlp.fc_1": (C, MLP), "mlp.fc_2": (C, MLP), "mlp.proj": (MLP, C),
@@ -173,6 +189,7 @@ TENSORS = {  # of every format that is one pickled dictionary of tensors; and th
     "official-v1": (official_tensors, {}),
     "official-v2": (multimodal_tensors, {"heads": 2}),
     "official-v2-chat": (chat_tensors, {}),
+    "imagebind-llm": (imagebind_tensors, {}),
     "litgpt": (litgpt_tensors, {}),
     "litgpt-legacy": (litgpt_tensors, {}),
     "litgpt-v2": (litgpt_v2_tensors, {}),

@@ -34,6 +34,7 @@ CASES = {  # case: how it is imported, and the label that its loss ignores (None
     "official-v2-chat-noprompt": ({"format": "official-v2-chat"}, 0),
     "official-v2-multimodal-bias": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
     "official-v2-multimodal-lora": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
+    "imagebind-llm": ({"format": "imagebind-llm"}, 0),
     "litgpt-adapter-v2": ({"format": "litgpt-v2"}, -100),
     "litgpt-adapter-v2-legacy": ({"format": "litgpt-v2-legacy"}, -100),
 }
@@ -41,7 +42,6 @@ WITH_LOSS = [case for case, (_, ignored) in CASES.items() if ignored is not None
 WITH_GENERATION = [case for case in CASES if not case.startswith("official-v1-text") or case.endswith("greedy")]
 REFUSED = {  # case: how one might try, and what the message must name
     "peft-gpt2": ({"format": "peft"}, "after the output projection"),
-    "imagebind-llm": ({"format": "official-v1", "length": 1}, "ImageBind feature"),
 }
 
 
@@ -69,7 +69,9 @@ def encoder_of(case: str) -> dict:
 
 
 def seen(handle: zinit.Handle, inputs: dict, rows: slice = slice(None)) -> AbstractContextManager:
-    """The images of a case's rows, where it has some."""
+    """The images of a case's rows, or their features, where it has some."""
+    if "imagebind_feats" in inputs:
+        return handle.given(features=inputs["imagebind_feats"][rows])
     return handle.given(image=inputs["images"][rows]) if "images" in inputs else nullcontext()
 
 
@@ -96,7 +98,9 @@ def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch
     found = {}
     for index, site in enumerate(handle.sites, start=4 - len(handle.sites)):
         gate = own[f"{site.name}.gate"]
-        if case.startswith("official-v2-multimodal"):
+        if case == "imagebind-llm":
+            found[f"llama.layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
+        elif case.startswith("official-v2-multimodal"):
             found |= gate_gradients(case, index, gate)
         elif case.startswith("official"):
             found[f"layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
@@ -117,9 +121,12 @@ def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch
             found[f"transformer.h.{index}.attn.adapter_wte.weight"] = prompt
     if case.startswith("official") and prompts:
         found["adapter_query.weight"] = torch.cat(list(prompts.values()))
+    if case == "imagebind-llm":
+        found["prefix_query.weight"] = torch.cat(list(prompts.values()))
     tuned = tuned_gradients(case, handle, own)
-    if case.startswith("official-v2-multimodal"):
-        tuned = {f"llama.{name}": gradient for name, gradient in tuned.items()} | bridge_gradients(own)
+    if with_images(case):
+        made = bind_gradients(own) if case == "imagebind-llm" else bridge_gradients(own)
+        tuned = {f"llama.{name}": gradient for name, gradient in tuned.items()} | made
     return found | tuned
 
 
@@ -143,6 +150,14 @@ BLOCK = {"norm1": "norm1", "norm2": "norm2", "self_attn.out_proj": "attn.proj", 
          "linear2": "mlp.fc2"}  # fmt: skip
 
 
+BIND = {"gate": "f1", "down": "f2", "up": "f3"}
+
+
+def with_images(case: str) -> bool:
+    """Whether its names begin with the language model's or the bridge's."""
+    return "multimodal" in case or case == "imagebind-llm"
+
+
 def bridge_gradients(own: dict) -> dict[str, torch.Tensor]:
     """Of the module that makes visual tokens."""
     found = {}
@@ -157,6 +172,17 @@ def bridge_gradients(own: dict) -> dict[str, torch.Tensor]:
             found[f"visual_blocks.{number}.{BLOCK.get(inside, inside)}.{kind}"] = gradient
         elif name.startswith("shared.context."):
             found[f"{BRIDGE[path]}.{kind}"] = gradient
+    return found
+
+
+def bind_gradients(own: dict) -> dict[str, torch.Tensor]:
+    """Of the bind network."""
+    found = {}
+    for name, gradient in own.items():
+        if name.startswith("shared.context."):
+            *block, layer, kind = name.removeprefix("shared.context.").split(".")
+            number = f"_{int(block[1]) + 1}" if block else ""
+            found[f"image_bind_{BIND.get(layer, layer)}{number}.{kind}"] = gradient
     return found
 
 
@@ -178,7 +204,7 @@ NORMS = {"input_layernorm": ("attention_norm", "norm_1"), "post_attention_layern
 
 def tuned_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, torch.Tensor]:
     """As `gradients_in_file_layout`, of scales, biases and norms."""
-    found, official = {}, case.startswith("official")
+    found, official = {}, case.startswith("official") or with_images(case)
     for name, gradient in own.items():
         if not name.startswith("tuning."):
             continue
@@ -207,7 +233,7 @@ def tuned_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, tor
 def official_name(case: str, linear: str, kind: str) -> str:
     if kind.startswith("lora"):
         return f"lora_{linear}_l{1 if kind == 'lora_down' else 2}.weight"
-    return f"{linear}.{kind}" if "multimodal" in case else f"{linear}_{kind}"
+    return f"{linear}.{kind}" if with_images(case) else f"{linear}_{kind}"
 
 
 def fused_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, torch.Tensor]:
@@ -275,6 +301,14 @@ def test_loss_and_gradients(case, implementation):
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert_close(got[name], gradient, absolute=1e-6)
+
+
+def test_features_pass_the_bind_network_as_theirs_do():
+    _, handle = adapted("imagebind-llm")
+    inputs, expected = tensors("imagebind-llm")
+    with torch.no_grad():
+        made = handle.shared["context"](inputs["imagebind_feats"]).tokens
+    assert_close(made.view_as(expected["visual_feats"]), expected["visual_feats"])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -27,6 +27,8 @@ from tests.golden.formats import (
     H,
     K,
     L,
+    N,
+    imagebind_tensors,
     litgpt_file,
     litgpt_tensors,
     llama,
@@ -70,6 +72,44 @@ def test_official_round_trip(tmp_path, gate, per, reader):
     assert stored.shape == (1, H, 1, 1)
     effective = handle.gates()["model.layers.1.self_attn"]
     torch.testing.assert_close(stored.flatten(), effective.atanh() if reader == "training" else effective)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_imagebind_llm_survives_the_way_in_and_out_to_the_bit(tmp_path, tuned, legacy):
+    theirs = imagebind_tensors(legacy=legacy, tuned=tuned)
+    frozen = {"llama.layers.0.attention.wq.weight": torch.randn(C, C), "image_bind.logit_scale": torch.ones(1)}
+    stored = {name.replace("llama.", "llma."): x for name, x in (theirs | frozen).items()}
+    torch.save({"model": stored}, tmp_path / "7B.pth")
+    handle = zinit.import_adapter(llama(), tmp_path / "7B.pth", format="imagebind-llm")
+    assert (handle.tuning is not None) == tuned
+    assert handle.config.context_options["legacy"] == legacy
+    handle.export(tmp_path / "out.pth", format="imagebind-llm")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert written.keys() == theirs.keys() - {name for name in theirs if name.endswith("new_gate")}
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "reason"),
+    [
+        ({"length": 2}, {}, "one prompt for each layer"),
+        ({"gate": "identity"}, {}, "with tanh gates"),
+        ({"layers": 2}, {}, f"2 of {N} layers"),
+        ({}, {"context_options": {"feature_width": 6, "blocks": 2}}, "2 blocks of"),
+        ({}, {"context_options": {"feature_width": 6, "hidden": 5}}, "3 blocks of 5, and .* has 3 of 128"),
+        ({}, {"tuning": zinit.TuningConfig()}, "no scales, all norms"),
+        ({}, {"tuning": zinit.TuningConfig(scale="none", lora_rank=2)}, "biases of q_proj, o_proj"),
+        ({}, {"context": None, "context_options": {}}, "a bind network"),
+    ],
+)
+def test_what_imagebind_llm_has_no_room_for(tmp_path, part, whole, reason):
+    own = zinit.PrefixConfig(**{"length": 1, "prompt": "table+context", **part})
+    settings = {"context": "bind", "context_options": {"feature_width": 6}} | whole
+    handle = zinit.attach(llama(), zinit.AdapterConfig(parts={"prefix": own}, **settings), seed=0)
+    with pytest.raises(zinit.CheckpointError, match=f"cannot be written as imagebind-llm.*{reason}"):
+        handle.export(tmp_path / "out.pth", format="imagebind-llm")
+    assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize("make", [llama, mistral])

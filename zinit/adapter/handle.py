@@ -265,7 +265,8 @@ class Handle:
         Args:
             image: for each sample an image or its path, a list of several, or None; or pixels (B, 3, H, W). The
                 adapter's encoder runs once.
-            features: instead, what an encoder made, as the adapter's source takes it.
+            features: instead, what an encoder made, as the adapter's source takes it; vectors (B, F) and mixtures of
+                several senses for "bind" (`zinit.adapter.bind.Senses`).
 
         Raises:
             ConfigError: if the adapter has no source, or no encoder.

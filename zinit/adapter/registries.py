@@ -17,6 +17,7 @@ ENCODERS = Registry(
 SOURCES = Registry(
     "context source",
     {
+        "bind": Entry("zinit.adapter.bind:BindNetwork", "ImageBind-LLM: one vector of any sense through gated blocks."),
         "projected-image": Entry(
             "zinit.adapter.visual:ProjectedImage", "V1 with images: vectors of encoder layers, projected to one token."
         ),
@@ -39,6 +40,9 @@ FORMATS = Registry(
         ),
         "official-v2-chat": Entry(
             "zinit.interop.official_v2:CHAT", "OpenGVLab/LLaMA-Adapter, V2 chat: biases, input scales, norms: read."
+        ),
+        "imagebind-llm": Entry(
+            "zinit.interop.imagebind:IMAGEBIND_LLM", "OpenGVLab/LLaMA-Adapter, ImageBind-LLM: read and written."
         ),
         "peft": Entry("zinit.interop.peft:PEFT", "Hugging Face PEFT, AdaptionPrompt: read and written."),
         "litgpt": Entry("zinit.interop.litgpt:LITGPT", "LitGPT 0.5.5 and later, adapter: read."),

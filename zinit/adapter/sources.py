@@ -185,7 +185,7 @@ def _make_source(
     for option in options:
         if option not in names:
             raise ConfigError(f"the context source {name!r} has no setting {option!r}.{did_you_mean(option, names)}")
-        if isinstance(options[option], int | float) and not 0 < options[option] <= LARGEST:
+        if type(options[option]) in (int, float) and not 0 < options[option] <= LARGEST:
             raise ConfigError(
                 f"{option} of the context source {name!r} must be above 0 and at most {LARGEST:,}; got "
                 f"{options[option]!r}."

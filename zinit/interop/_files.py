@@ -124,10 +124,10 @@ class Kind:
 KINDS = (  # the first match counts; the modules of this package describe each
     Kind(
         "an official ImageBind-LLM adapter",
-        (),
-        "its prompts are one projected ImageBind feature per sample, its gates scale values that no softmax weighs, "
-        "and biases, norms and LoRA of the language model may be in it too",
+        ("imagebind-llm",),
+        "",
         lambda name: name.startswith("image_bind_"),
+        lambda name: re.search(r"^image_bind\.|\.w[qkvo123]\.weight$", name) is None,  # not ImageBind and LLaMA
     ),
     Kind(
         "an official V1 caption adapter",

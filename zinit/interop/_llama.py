@@ -55,6 +55,11 @@ def half_split(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def interleaved(x: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `half_split`."""
+    return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
 def tuned_adapter(
     prefix: tuple[PrefixConfig, dict[str, Tensor]] | None, tuning: TuningConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:

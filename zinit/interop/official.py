@@ -107,7 +107,7 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
     if reader not in ("training", "inference"):
         raise ConfigError(f"reader must be 'training' or 'inference'; got {reader!r}.")
     layers = topmost_layers(handle, FORMAT)
-    _check_base(handle, FORMAT)
+    check_base(handle, FORMAT)
     config = plain_config(handle, FORMAT)
     squashed = config.gating and config.gate == "tanh"
     tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
@@ -132,8 +132,12 @@ def _before_tanh(effective: Tensor, index: int) -> Tensor:
     return effective.double().atanh().float()
 
 
-def _check_base(handle: Handle, format: str) -> None:
-    """The project's code only runs the first LLaMA: no shared key/value heads, no biases."""
+def check_base(handle: Handle, format: str) -> None:
+    """The project's code only runs the first LLaMA: no shared key/value heads, no biases.
+
+    Raises:
+        CheckpointError: if the adapter's model is another one.
+    """
     if model_type(handle) != "llama":
         raise cannot(
             format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type(handle)!r}"

@@ -38,6 +38,7 @@ NORMS = {"attention_norm.weight": llama.ATTENTION_NORM, "ffn_norm.weight": llama
 _TUNED = re.compile(r"layers\.(\d{1,6})\.(\w+\.w[qkvo123])_(bias|scale)")
 _NORM = re.compile(r"layers\.(\d{1,6})\.(attention_norm\.weight|ffn_norm\.weight)")
 LAST_NORM = "norm.weight"
+TUNED_LINEARS = tuple(name.rpartition(".")[2] for name in (llama.QUERY, llama.OUT, llama.GATE, llama.UP, llama.DOWN))
 
 
 def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> ImportedAdapter:
@@ -110,7 +111,7 @@ def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, he
     prefix, own = prompts_by_layer(tensors, sites, path, length=queries.shape[0], gate="tanh")
     prefix = _with_factors(dataclasses.replace(prefix, prompt="table+context"), own, tensors, sites)
     bridge = _bridge(tensors)
-    tuned, config = _released_tuning(tensors, paths, sites, path)
+    tuned, config = released_tuning(tensors, paths, sites, path)
     adapter, named = llama.tuned_adapter((prefix, own), config, tuned)
     blocks = {int(found[1]) for name in tensors if (found := _BLOCK.fullmatch(name))}
     if not blocks or blocks != set(range(len(blocks))):
@@ -151,11 +152,15 @@ def _bridge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def _released_tuning(
+def released_tuning(
     tensors: dict[str, Tensor], paths: llama.LlamaPaths, sites: list[AttentionSite], path: Path
 ) -> tuple[dict[str, Tensor], TuningConfig]:
-    """Biases of all linear layers but keys' and values', norms, and LoRA where there is any."""
-    tuned = {f"{paths.last_norm}.weight": tensors[LAST_NORM]}
+    """Biases of all linear layers but keys' and values', norms, and LoRA where there is any.
+
+    Raises:
+        CheckpointError: if a tensor is of no linear layer of a LLaMA.
+    """
+    tuned = {f"{paths.last_norm}.weight": tensors[LAST_NORM]} if LAST_NORM in tensors else {}
     rank = 0
     for name, tensor in tensors.items():
         if found := _NORM.fullmatch(name):
@@ -171,7 +176,7 @@ def _released_tuning(
             rank = tensor.shape[0] if kind == "lora_down" else rank
             tuned[f"{paths.block(int(found[1]), path)}.{linear}.{kind}"] = tensor
     return tuned, TuningConfig(
-        linears=tuple(name.rpartition(".")[2] for name in (llama.QUERY, llama.OUT, llama.GATE, llama.UP, llama.DOWN)),
+        linears=TUNED_LINEARS,
         scale="none",
         lora_rank=rank,
         lora_linears=("all",) if rank else None,

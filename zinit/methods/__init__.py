@@ -5,7 +5,7 @@ Outside of zinit: `zinit.register_method`, or an entry point of the group ``zini
 
 from collections.abc import Mapping
 
-from zinit.methods.defaults import FLAGS, NO_DEMOS
+from zinit.methods.defaults import FLAGS, FLAGS_BIND, NO_DEMOS
 from zinit.registry import Address, Entry, Registry
 
 
@@ -58,6 +58,14 @@ METHODS = Registry(
             rates="ZERO_INIT",
             defaults="V2_LATE",
             demos=FLAGS,
+        ),
+        "imagebind-llm": _entry(
+            "multimodal:ImageBind",
+            "ImageBind-LLM: a vector of any sense added to one prompt in every layer; LoRA, biases, norms; two stages.",
+            rates="ZERO_INIT",
+            settings="StageSettings",
+            defaults="IMAGEBIND_LLM",
+            demos=FLAGS_BIND,
         ),
         "random-gate": _entry(
             "prefix:RandomGate",

@@ -1,6 +1,7 @@
 """Settings that a method begins with, under presets, files and options; nothing heavy is imported with them.
 
-P1: the LLaMA-Adapter paper (ICLR 2024); P2: the V2 paper (arXiv 2304.15010); C: the released code.
+P1: the LLaMA-Adapter paper (ICLR 2024); P2: the V2 paper (arXiv 2304.15010); IB: ImageBind-LLM's (arXiv 2309.03905);
+C: the released code.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ Tables = Mapping[str, Mapping[str, Any]]
 NONE: Tables = {}
 NO_DEMOS: Mapping[str, str] = {}
 FLAGS = {"llama": "conversation/flags"}  # the preset of a method's own demo, by backbone
+FLAGS_BIND = {"llama": "conversation/flags-bind"}
 V1_MULTIMODAL: Tables = {
     "prefix": {"prompt": "table+context"},  # P1, Eq. 10
     "context": {"name": "projected-image"},  # P1, Eq. 9
@@ -29,4 +31,9 @@ V2_LATE: Tables = {
     "prefix": {"prompt": "table+context"},  # C: visual tokens are added to the prompts
     "context": {"name": "visual-tokens"},
     "tuning": {"scale": "none"},  # C: biases and norms
+}
+IMAGEBIND_LLM: Tables = {
+    "prefix": {"length": 1, "prompt": "table+context"},  # C: one prompt in every layer; IB has no table
+    "context": {"name": "bind"},  # IB, section 3.1
+    "tuning": {"scale": "none", "lora_rank": 16},  # C: LoRA, biases and norms
 }

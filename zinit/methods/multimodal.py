@@ -1,4 +1,4 @@
-"""The family's methods with images: V1's, V2's as its paper describes it, and V2's as it was released.
+"""The family's methods with images: V1's, V2's as its paper describes it and as it was released, ImageBind-LLM.
 
 They are zero-init attention with other settings (`zinit.methods.defaults`), which options override.
 """
@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
+from zinit.adapter.file import AdapterFile
+from zinit.adapter.handle import Handle
+from zinit.config import AdapterConfig
+from zinit.errors import CheckpointError, ConfigError
 from zinit.methods import defaults
 from zinit.methods.base import Adapted, ApplyContext
 from zinit.methods.prefix import ZeroInit
+from zinit.methods.settings import StageSettings
 
 LATE = "late"  # V2's part of learned prompts
 
@@ -47,3 +53,54 @@ class V2Late(ZeroInit):
 
     name = "v2-late"
     defaults, demos = defaults.V2_LATE, defaults.FLAGS
+
+
+class ImageBind(ZeroInit):
+    """ImageBind-LLM (arXiv 2309.03905): a vector of any sense is added to the one prompt of every layer; two stages.
+
+    With one prompt there is nothing to attend to: its value, gated, is added at every position. The first stage trains
+    the bind network, gates and prompts, the second LoRA, biases and norms (paper, section 3.3); or all of it at once.
+    """
+
+    name = "imagebind-llm"
+    Config = StageSettings
+    defaults, demos = defaults.IMAGEBIND_LLM, defaults.FLAGS_BIND
+
+    def attached(self, adapter: AdapterConfig) -> AdapterConfig:
+        """Without a tuning in the first stage, which does not train it."""
+        return replace(adapter, tuning=None) if self.config.stage == "bind" else adapter
+
+    def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
+        second = self.config.stage == "tuning"
+        if second and context.attached.tuning is None:
+            raise ConfigError("method.stage=tuning trains the tuning, and there is none: leave out tuning=none.")
+        file = AdapterFile.read(self.config.start) if second and context.saved is None else None
+        if file is not None:
+            file.check_model(model)
+        adapted = super().apply(model, context)
+        assert adapted.handle is not None
+        if file is not None:
+            _start_from(adapted.handle, file, self.config.start)
+        if second:
+            for role, parameters in adapted.handle.roles().items():
+                for parameter in parameters:
+                    parameter.requires_grad_(role == "tuning")
+        return adapted
+
+
+def _start_from(handle: Handle, file: AdapterFile, source: str | Path) -> None:
+    """Takes over everything that a first stage has trained; a tuning that it has besides goes on too.
+
+    Raises:
+        CheckpointError: if it lacks something of the adapter, or was trained on another encoder's vectors.
+    """
+    own = handle.state_dict()
+    missing = [name for name in own if name not in file.tensors and not name.startswith("tuning.")]
+    if missing:
+        raise CheckpointError(
+            f"the adapter in {source} is no first stage of this one: it has no {missing[0]}, nor {len(missing) - 1} "
+            f"others. Train it with -o method.stage=bind and the same prefix and context."
+        )
+    if handle.encoder is not None and file.encoder and (text := handle.encoder.difference(file.encoder)):
+        raise CheckpointError(f"the first stage in {source} was trained with another encoder: {text}.")
+    handle.load_state_dict({**own, **file.tensors})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from zinit.config import JsonConfig
-from zinit.validation import PositiveFloat, Rate, Size
+from zinit.errors import ConfigError
+from zinit.validation import PositiveFloat, Rate, Size, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +61,25 @@ class LogisticRegressionSettings(JsonConfig):
     """
 
     C: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(JsonConfig):
+    """Which stage of a training in two.
+
+    Args:
+        stage: ``"bind"``, the first: what makes the context, prompts and gates; ``"tuning"``, the second, which needs
+            ``start``: LoRA, biases and norms; or ``"both"`` at once.
+        start: the run or adapter that the first stage has made.
+    """
+
+    stage: Literal["both", "bind", "tuning"] = "both"
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.stage == "tuning") != (self.start is not None):
+            raise ConfigError(
+                f"start must name what the first stage has made, for stage='tuning' and no other; got "
+                f"stage={self.stage!r} and start={shown(self.start)}."
+            )
