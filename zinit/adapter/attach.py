@@ -16,6 +16,7 @@ from zinit.adapter.build import build_modules, install, slot_key
 from zinit.adapter.encoding import Encoder, load_feature_encoder, same_encoder
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.handle import Handle
+from zinit.adapter.recompute import watch
 from zinit.adapter.sources import with_encoder
 from zinit.adapter.state import ATTRIBUTE, AdapterState, state_of
 from zinit.backbones import BACKBONES, find_backbone
@@ -114,6 +115,7 @@ def _new_state(model: nn.Module, backbone: str | None) -> AdapterState:
         model,
         chosen,
         {site.name: site for site in chosen.sites(model)},
+        watch,
         trained_before={name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
     )
 

@@ -13,7 +13,7 @@ from zinit.adapter import bias_tuning as _registered  # noqa: F401
 from zinit.adapter import tuning as tunings
 from zinit.adapter.calls import unwatch_calls, watch_calls
 from zinit.adapter.parts import Part
-from zinit.adapter.recompute import unwatch, watch
+from zinit.adapter.recompute import unwatch
 from zinit.adapter.select import select_sites
 from zinit.adapter.sources import HyperPrompts, SharedPrompts, make_shared
 from zinit.adapter.state import AdapterState
@@ -144,10 +144,10 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
                 state.backbone.install(state.model, site, slot)
                 undo.callback(state.uninstall, site)
                 state.slots[name] = slot
-                watch(state, name)
                 watch_calls(state, name)
         undo.pop_all()
     # From here on nothing fails.
+    state.watches_blocks = False  # there may be new ones
     for part in modules.parts.values():
         key = slot_key(adapter, part.name)
         for name, prefix in part.prefixes.items():
@@ -161,6 +161,8 @@ def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:
         state.model.get_submodule(ROOT).add_module(adapter, nn.ModuleDict(owned))
     if modules.tuning is not None or state.tuned:
         tunings.install(state, adapter, modules.tuning)
+        for module in state.tuned:
+            watch_calls(state, module)
 
 
 def uninstall(state: AdapterState, adapter: str) -> None:

@@ -1,4 +1,4 @@
-"""What belongs to one call of a module: a scope until it returns, and a context that comes with the call.
+"""What comes with one call of a model: a context.
 
 ``model(..., zinit_context=context)`` is `Handle.context` for one call. It is taken off where the model is entered, so
 that it reaches every layer, whether or not the layers in between hand arguments on.
@@ -6,39 +6,15 @@ that it reaches every layer, whether or not the layers in between hand arguments
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from zinit.adapter.scopes import until_return
 from zinit.adapter.state import AdapterState
 
 ARGUMENT = "zinit_context"
-Open = tuple[nn.Module, AbstractContextManager[None], RemovableHandle]
-_THREAD = threading.local()  # the calls that this thread is in, innermost last
-
-
-def until_return(module: nn.Module, scope: AbstractContextManager[None]) -> None:
-    """Opens a scope that ends when the module's call does, after an error too; asked for by a pre-hook of it."""
-    scope.__enter__()
-    # The hook comes only now, because every call of a module with such a hook costs, and most open no scope.
-    _open().append((module, scope, module.register_forward_hook(_close, always_call=True)))
-
-
-def _close(module: nn.Module, args: Any, output: Any) -> None:
-    if (stack := _open()) and stack[-1][0] is module:
-        _, scope, hook = stack.pop()
-        hook.remove()
-        scope.__exit__(None, None, None)
-
-
-def _open() -> list[Open]:
-    if not hasattr(_THREAD, "stack"):
-        _THREAD.stack = []
-    return _THREAD.stack
 
 
 def entries(site: str) -> list[str]:
@@ -58,7 +34,7 @@ def watch_calls(state: AdapterState, site: str) -> None:
 
 def unwatch_calls(state: AdapterState) -> None:
     """Takes them off a model that has no prefix any more."""
-    if state.slots:
+    if state.slots or state.tuned:
         return
     for hook in state.entry_hooks.values():
         hook.remove()
@@ -86,7 +62,11 @@ class ContextOfCall:
         Raises:
             ConfigError: if it is not clear whose context it is.
         """
-        if ARGUMENT not in kwargs or torch.compiler.is_compiling():  # a compiled model hands it on
+        if torch.compiler.is_compiling():  # a compiled model hands it on
+            return None
+        if not self.state.watches_blocks and (module.training or torch.is_grad_enabled()):
+            self.state.watch(self.state)
+        if ARGUMENT not in kwargs:
             return None
         kwargs = dict(kwargs)
         context = kwargs.pop(ARGUMENT)

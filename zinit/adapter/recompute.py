@@ -9,16 +9,17 @@ else by the block's input, which checkpointing keeps (timm).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zinit import compat
-from zinit.adapter.calls import until_return
-from zinit.adapter.scopes import Scope, replaced
-from zinit.adapter.state import AdapterState
+from zinit.adapter.scopes import Scope, replaced, until_return
 from zinit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zinit.adapter.state import AdapterState
 
 
 def blocks_around(site: str) -> list[str]:
@@ -27,23 +28,33 @@ def blocks_around(site: str) -> list[str]:
     return [".".join(parts[: index + 1]) for index, part in enumerate(parts[:-1]) if part.isdigit()]
 
 
-def watch(state: AdapterState, site: str) -> None:
-    """Puts hooks on the blocks around an attention module."""
-    for name in blocks_around(site):
+def watch(state: AdapterState) -> None:
+    """Puts hooks on the blocks around what is adapted: at the first call that may be computed again.
+
+    A model that only answers has none, because every call of a module with a hook costs.
+    """
+    state.watches_blocks = True
+    for name in {block: None for module in (*state.slots, *state.tuned) for block in blocks_around(module)}:
         if name not in state.block_hooks:
             block, calls = state.model.get_submodule(name), BlockCalls(state)
-            state.block_hooks[name] = [block.register_forward_pre_hook(calls.before, with_kwargs=True)]
+            state.block_hooks[name] = block.register_forward_pre_hook(calls.before, with_kwargs=True, prepend=True)
+            calls.last = on_in(state.snapshot())  # a block that is running by now was entered with this on
 
 
 def unwatch(state: AdapterState) -> None:
     """Takes all these hooks off a model that has no prefix any more."""
-    if state.slots:
+    if state.slots or state.tuned:
         return
-    for name, hooks in state.block_hooks.items():
+    for name, hook in state.block_hooks.items():
         compat.unwrap_checkpointing(state.model.get_submodule(name), CarryScope)
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     state.block_hooks.clear()
+    state.watches_blocks = False
+
+
+def on_in(scope: Scope) -> tuple[Any, ...]:
+    """What is on in a scope, as far as the backward pass needs to know."""
+    return scope.on, bool(scope.contexts), scope.route is not None
 
 
 class CarryScope:
@@ -112,7 +123,7 @@ class BlockCalls:
             self.purge_at = max(64, 2 * len(self.seen))
         scope = self.state.snapshot()
         self.seen[call] = (compat.storage_reference(given), scope)
-        self.last = (scope.on, bool(scope.contexts), scope.route is not None)
+        self.last = on_in(scope)
 
     def _check_nothing_differs(self, block: nn.Module) -> None:
         """An input that is not known again is of no matter without scopes.

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from zinit.prefix import Context
 
@@ -132,6 +135,30 @@ def replaced(key: int, scope: Scope | None) -> Iterator[None]:
         yield
     finally:
         _SCOPES.set(before)
+
+
+Open = tuple[nn.Module, AbstractContextManager[None], RemovableHandle]
+_THREAD = threading.local()  # the calls that this thread is in, innermost last
+
+
+def until_return(module: nn.Module, scope: AbstractContextManager[None]) -> None:
+    """Opens a scope that ends when the module's call does, after an error too; asked for by a pre-hook of it."""
+    scope.__enter__()
+    # The hook comes only now, because every call of a module with such a hook costs, and most open no scope.
+    _open().append((module, scope, module.register_forward_hook(_close, always_call=True)))
+
+
+def _close(module: nn.Module, args: Any, output: Any) -> None:
+    if (stack := _open()) and stack[-1][0] is module:
+        _, scope, hook = stack.pop()
+        hook.remove()
+        scope.__exit__(None, None, None)
+
+
+def _open() -> list[Open]:
+    if not hasattr(_THREAD, "stack"):
+        _THREAD.stack = []
+    return _THREAD.stack
 
 
 _PROMPTS: contextvars.ContextVar[str | None] = contextvars.ContextVar("zinit_prompts", default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -69,7 +69,9 @@ class AdapterState:
         open: the scopes that are open in any thread.
         tuned: {module: {adapter: its tuning}}; the hooks that serve them are ``hooks``.
         beside: {tuned module: the attention module whose batch is its too}.
-        block_hooks: {block: the hooks that `zinit.adapter.recompute` has there}.
+        watch: puts the hooks of `zinit.adapter.recompute` there, when the first call may need them.
+        watches_blocks: whether they all are there.
+        block_hooks: {block: its hook of them}.
         entry_hooks: {module: the hook that `zinit.adapter.calls` has there}.
         outside: what a thread without scopes sees, see `snapshot`.
         resolved: {site: the scope, slot and version of the last call there, and what was on}.
@@ -81,6 +83,7 @@ class AdapterState:
     model: nn.Module
     backbone: Backbone
     sites: dict[str, AttentionSite]
+    watch: Callable[[AdapterState], None]
     handles: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, PrefixSlot] = field(default_factory=dict)
     on: tuple[str, ...] = ()
@@ -92,7 +95,8 @@ class AdapterState:
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     beside: dict[str, AttentionSite] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
-    block_hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
+    block_hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+    watches_blocks: bool = False
     entry_hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
@@ -223,6 +227,8 @@ class AdapterState:
         scope = self.scope()
         if context is not None or torch.compiler.is_compiling():
             return self._resolve(scope, slot, context)
+        if not self.watches_blocks and (torch.is_grad_enabled() or self.sites[slot.site].module.training):
+            self.watch(self)  # a call that no hook of `zinit.adapter.calls` has seen
         known = self.resolved.get(slot.site)  # asked at every call of every layer: one token's time counts here
         if known is not None and known[0]() is scope and known[1]() is slot and known[2] == self.version:
             return known[3]

@@ -228,8 +228,10 @@ class PrefixSlot(nn.ModuleDict):
 
         Those computed ahead are used only where no gradient could be wanted and no context came with the call.
         """
-        if context is None and not torch.is_grad_enabled() and (cached := self.cached_kv) is not None:
-            return cached
+        if context is None and self.state is not None and not torch.is_grad_enabled():
+            cached = self.state.cached_at(self)
+            if cached is not None:
+                return cached
         return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype)
 
 
