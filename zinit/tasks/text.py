@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ from zinit.data.packing import pack_sequences, supports_packing
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.models.losses import chunked_cross_entropy, split_head
-from zinit.models.room import check_lengths, check_positions, positions
+from zinit.models.room import check_lengths, check_positions
 from zinit.tasks._images import Digests, TaskImages
+from zinit.tasks.answers import answer_in_batches, by_room, continue_texts
 from zinit.tasks.base import Batch, Evaluation, Stream, Task, TaskInputs
-from zinit.tasks.chat import cut_at
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -203,7 +203,8 @@ class TextTask(Task):
         if not chosen:
             return Evaluation(metrics={})
         predictions = [""] * len(chosen)
-        alike = self._by_room([example.prompt_length for example in chosen])  # the same on every process
+        lengths = [example.prompt_length for example in chosen]
+        alike = by_room(self.model, lengths, self.config.max_new_tokens)  # the same on every process
         for places in alike.values():
             examples = [chosen[place] for place in places]
             found = map_over_ranks(accelerator, len(examples), partial(self._answer_some, examples))
@@ -250,61 +251,22 @@ class TextTask(Task):
         self, encoded: Sequence[list[int]], examples: Sequence[TextExample] | None = None, *, batch_size: int = 32
     ) -> list[str]:
         """Continuations of encoded prompts; with the images of the examples that they belong to."""
-        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-        answers = [""] * len(encoded)
-        for count, alike in self._by_room([len(encoded[index]) for index in order]).items():
-            for start in range(0, len(alike), batch_size):
-                chosen = [order[place] for place in alike[start : start + batch_size]]
-                prompts = [encoded[index] for index in chosen]
-                if self.images is None or examples is None:
-                    texts = self._continue(prompts, count)
-                else:
-                    with self.images.given(self.images.batch([examples[index] for index in chosen])):
-                        texts = self._continue(prompts, count)
-                for index, text in zip(chosen, texts, strict=True):
-                    answers[index] = text.strip()
-        return answers
 
-    def _by_room(self, lengths: Sequence[int]) -> dict[int, list[int]]:
-        """{tokens of the longest answer: places of the prompts with room for it}: no answer ends by another's room.
+        def answer(chosen: list[int], count: int) -> list[str]:
+            prompts = [encoded[index] for index in chosen]
+            if self.images is None or examples is None:
+                return self._continue(prompts, count)
+            with self.images.given(self.images.batch([examples[index] for index in chosen])):
+                return self._continue(prompts, count)
 
-        Args:
-            lengths: of the prompts, in tokens.
-
-        Raises:
-            ConfigError: if a prompt leaves no room at all.
-        """
-        room, most = positions(self.model), self.config.max_new_tokens
-        if room is not None and max(lengths, default=0) >= room:
-            raise ConfigError(
-                f"a prompt has {max(lengths)} tokens, but the model has room for {room}, answer included."
-            )
-        found: dict[int, list[int]] = defaultdict(list)
-        for place, length in enumerate(lengths):
-            found[most if room is None else min(most, room - length)].append(place)
-        return found
+        return answer_in_batches(self.model, encoded, self.config.max_new_tokens, answer, batch_size=batch_size)
 
     def _continue(self, encoded: Sequence[Sequence[int]], count: int) -> list[str]:
         """Greedy continuations of one batch, each of at most ``count`` tokens."""
-        from zinit.models.generation import greedy
-
-        device, eos = next(self.model.parameters()).device, self.tokenizer.eos_token_id
-        longest = max(map(len, encoded))
-        ids = torch.full((len(encoded), longest), eos, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, own in enumerate(encoded):
-            ids[place, longest - len(own) :] = torch.tensor(own)
-            mask[place, longest - len(own) :] = 1
-        generated = self.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=greedy(
-                max_new_tokens=count, eos_token_id=self.stop_tokens, stop_strings=self.stop_strings
-            ),
-            **({"tokenizer": self.tokenizer} if self.stop_strings else {}),
+        stop_tokens, stop_strings = self.stop_tokens, self.stop_strings
+        return continue_texts(
+            self.model, self.tokenizer, encoded, count, stop_tokens=stop_tokens, stop_strings=stop_strings
         )
-        texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
-        return [cut_at(text, self.stop_strings) for text in texts]
 
     @property
     def stop_tokens(self) -> list[int]:
