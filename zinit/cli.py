@@ -175,13 +175,27 @@ def eval(
     limit: Annotated[int | None, typer.Option(help="Examples to generate an answer for.", min=0)] = None,
     output: Annotated[str | None, typer.Option(help="A folder for the answers, as predictions.json.")] = None,
     experts: Experts = None,
+    suite: Annotated[
+        str | None, typer.Option(help="mme, mmbench, pope, vqa (with --data), or lm-eval:TASK,... ; 'zinit ls suites'.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before each question, for lm-eval.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted. Questions without answers (a blind test set) are answered only."""
-    from zinit.runs.evaluate import evaluate_run
     from zinit.ui.console import print_json, print_metrics
 
-    results = evaluate_run(run_dir, data=data, limit=limit, output=output, experts=experts)
+    if suite is None:
+        from zinit.runs.evaluate import evaluate_run
+
+        if fewshot is not None:
+            raise ConfigError("--fewshot is for suites of lm-eval: --suite lm-eval:TASK,...")
+        results = evaluate_run(run_dir, data=data, limit=limit, output=output, experts=experts)
+    else:
+        from zinit.runs.suites import evaluate_suite
+
+        if experts is not None:
+            raise ConfigError("suites are asked without experts. Leave --experts out.")
+        results = evaluate_suite(run_dir, suite, data=data, limit=limit, fewshot=fewshot, output=output)
     if as_json:
         print_json(results)
     else:

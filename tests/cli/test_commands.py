@@ -221,7 +221,7 @@ def test_help_loads_no_models() -> None:
 OPTIONS = {
     "train": {"--backbone", "--task", "--method", "--model", "--encoder", "--data", "--preset", "--config", "--option",
               "--seed", "--output", "--resume", "--json"},
-    "eval": {"--data", "--experts", "--limit", "--output", "--json"},
+    "eval": {"--data", "--suite", "--fewshot", "--experts", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
     "generate": {"--prompt", "--input", "--system", "--image", "--experts", "--raw", "--temperature", "--top-p",

@@ -14,6 +14,9 @@ METRICS = Registry(
         "cider_d": Entry(
             "zinit.metrics.cider_d:CiderD", "CIDEr-D of captions: agreement with people's, rare words counting most."
         ),
+        "contains": Entry(
+            "zinit.metrics.contains:Contains", "How often one of the expected texts is somewhere in the predicted one."
+        ),
         "exact_match": Entry(
             "zinit.metrics.exact_match:ExactMatch", "How often the predicted text is exactly the expected one."
         ),

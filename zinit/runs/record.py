@@ -121,6 +121,7 @@ class Results:
         steps: optimizer steps; None until the run is finished.
         seconds: of training; None until the run is finished.
         num_trainable: how many numbers were trained; None until the run is finished.
+        suites: figures and counts of the suites that a finished run was evaluated on, by name.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -131,11 +132,12 @@ class Results:
     steps: int | None = None
     seconds: float | None = None
     num_trainable: int | None = None
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``metrics.json``; what only a finished run has is left out before."""
-        finished = ("steps", "seconds", "num_trainable")
-        return {name: value for name, value in vars(self).items() if name not in finished or value is not None}
+        finished = ("steps", "seconds", "num_trainable", "suites")
+        return {name: value for name, value in vars(self).items() if name not in finished or value not in (None, {})}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -187,8 +187,11 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
         [name, *(_number(results["metrics"][column].get(name)) for column in columns)]
         for name in results["metrics"][columns[0]]
     ]
-    console.print(table(title, ["held-out", *columns], rows, numbers=True))
+    console.print(table(title, [results.get("suite", "held-out"), *columns], rows, numbers=True))
     counts = results.get("counts", {})
+    if "suite" in results:
+        console.print(f"{', '.join(f'{name} {n}' for name, n in counts.items())}; seed {results['seed']}")
+        return
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
     console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}")
     if "baseline" in results:

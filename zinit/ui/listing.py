@@ -13,6 +13,7 @@ from zinit.methods import METHODS
 from zinit.metrics import METRICS
 from zinit.registry import Registry, did_you_mean
 from zinit.runs.presets import list_presets
+from zinit.suites import SUITES
 from zinit.tasks import TASKS
 from zinit.tasks.conversation.registry import TEMPLATES
 
@@ -26,6 +27,7 @@ REGISTRIES = {
     "encoders": ENCODERS,
     "sources": SOURCES,
     "experts": EXPERTS,
+    "suites": SUITES,
 }
 FILES: dict[str, Callable[[], dict[str, str]]] = {"presets": list_presets, "benchmarks": list_bench_presets}
 
