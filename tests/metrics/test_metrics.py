@@ -130,7 +130,7 @@ def test_metrics_touch_no_disk_and_listing_them_imports_nothing(tmp_path: Path) 
     code = (
         "import os, sys; from zinit.metrics import METRICS; names = list(METRICS)\n"
         "assert 'evaluate' not in sys.modules and 'rouge_score' not in sys.modules\n"
-        "several = ('squad', 'squad_v2', 'bleu', 'caption_rouge_l', 'cider_d')\n"
+        "several = ('squad', 'squad_v2', 'bleu', 'caption_rouge_l', 'cider_d', 'contains')\n"
         "for name in set(names) - {'meteor'}:\n"  # which runs another program
         "    metric = METRICS.get(name)()\n"
         "    for text in 'abcd', 'wxyz':\n"
@@ -279,3 +279,14 @@ def test_tasks_say_the_direction_of_their_figures() -> None:
             "higher",
         )
     assert TASKS.get("squad").direction("best_f1_threshold") is None
+
+
+def test_contains_known_answers() -> None:
+    metric = METRICS.get("contains")()
+    predictions = ["It is a  CAT.", "concatenate", "a dog", ""]
+    assert metric.compute(predictions=predictions, references=[["cat", "x"], ["cat"], ["a  Dog!", "Dog"], ["a"]]) == {
+        "contains": 3 / 4
+    }
+    for references in ([["a"], []], [["a"], [" "]]):
+        with pytest.raises(DataError, match="none of them empty"):
+            metric.compute(predictions=["a", "b"], references=references)
