@@ -365,4 +365,5 @@ class AdapterConfig(JsonConfig):
         return self.parts[ONLY] if plain else self
 
 
-ROLES = ("gates", "prompts", "source", "tuning", "head")  # of what trains
+GATES, WEIGHTS, HEAD = "gates", "weights", "head"  # roles that are told apart by more than their rates
+ROLES = (GATES, "prompts", "source", "tuning", WEIGHTS, HEAD)  # of what trains

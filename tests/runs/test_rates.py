@@ -9,6 +9,7 @@ import pytest
 
 from zinit.runs.config import RunConfig
 from zinit.runs.settings import override, resolve
+from zinit.train.config import RatesConfig
 
 DEMO = 3e-2  # the demo's preset, for zero-init
 
@@ -31,6 +32,17 @@ def rate(*options: str, **said: Any) -> float:
 )
 def test_a_presets_rate_is_its_methods(options: tuple[str, ...], expected: float) -> None:
     assert rate(*options) == expected
+
+
+def test_what_a_method_trains_in_the_model_has_a_rate_beside_the_heads() -> None:
+    shared, apart = RatesConfig(head=0.5), RatesConfig(weights=2.0, head=0.5, groups={"visual": {"head": 3}})
+    assert [rates.factor("main", "weights") for rates in (shared, apart)] == [0.5, 2.0]
+    assert [RatesConfig(groups={"visual": {"head": 3}}).factor("visual", role) for role in ("weights", "head")] == [
+        3,
+        3,
+    ]
+    assert "weights" not in shared.to_dict()  # as earlier versions wrote it
+    assert RatesConfig.from_dict(apart.to_dict()) == apart
 
 
 def test_without_a_preset_and_in_files(tmp_path: Path) -> None:

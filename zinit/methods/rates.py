@@ -25,12 +25,16 @@ Rates = Mapping[str, LearningRate]  # by the role of what trains
 PAPER = "the paper's base rate 9e-3, applied as base x batch / 256 with its batch of 64"
 ZERO_INIT = LearningRate.of_roles(9e-3 * 64 / 256, PAPER, *ROLES)  # its ablations change one thing, and no rate
 HEAD_ONLY = LearningRate.of_roles(1e-3, "ours: the default of Adam (Kingma and Ba, 2015)", "head")
-FULL = LearningRate.of_roles(2e-5, "Stanford Alpaca's full fine-tuning of LLaMA-7B", "head")
-BITFIT = LearningRate.of_roles(1e-3, "the example of Ben Zaken et al.'s code, benzakenelad/BitFit", "head")
-LORA = LearningRate.of_roles(3e-4, "Alpaca-LoRA's finetune.py, the paper's baseline", "head")
+FULL = LearningRate.of_roles(2e-5, "Stanford Alpaca's full fine-tuning of LLaMA-7B", "weights", "head")
+BITFIT = LearningRate.of_roles(1e-3, "the example of Ben Zaken et al.'s code, benzakenelad/BitFit", "weights", "head")
+LORA = LearningRate.of_roles(3e-4, "Alpaca-LoRA's finetune.py, the paper's baseline", "weights", "head")
 PEFT = "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)"
-PROMPT_TUNING = LearningRate.of_roles(3e-2, PEFT, "head")
-BOTTLENECK = LearningRate.of_roles(3e-4, "the example of Houlsby et al.'s code, google-research/adapter-bert", "head")
+PROMPT_TUNING = LearningRate.of_roles(3e-2, PEFT, "weights", "head")
+BOTTLENECK = LearningRate.of_roles(
+    3e-4, "the example of Houlsby et al.'s code, google-research/adapter-bert", "weights", "head"
+)
+COMPARISON = "PEFT's method comparison on MetaMathQA, the better of its two rates for AdaptionPrompt"
+ADAPTION_PROMPT = LearningRate.of_roles(5e-3, COMPARISON, *ROLES)
 NONE: Rates = {}
 
 

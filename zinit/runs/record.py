@@ -17,7 +17,7 @@ from zinit.errors import CheckpointError
 from zinit.files import read_json
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
-RECORD, RESULTS = "run.json", "metrics.json"
+RECORD, RESULTS, EXAMPLES = "run.json", "metrics.json", "examples.json"
 
 
 def versions() -> dict[str, str]:
@@ -56,6 +56,8 @@ class Record:
         models: what tells the task's further models from others, by name.
         counts: what was read, split, truncated and skipped.
         num_trainable: how many numbers train.
+        rates: {role: {"rate": its highest, "numbers": how many train at it}}; "group.role" where there are several
+            groups. Empty for methods that take no steps.
         processes: how many trained.
         strategy: how Accelerate calls what spreads the run.
         launch: torchrun's name of the launch.
@@ -83,6 +85,7 @@ class Record:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
     num_trainable: int | None = None
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)
     processes: int | None = None
     strategy: str | None = None
     launch: str | None = None
@@ -90,8 +93,9 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``run.json``; further models and what was scaled only where there is some."""
-        return {name: value for name, value in vars(self).items() if name not in ("models", "scaled") or value}
+        """The content of ``run.json``; further models, rates and what was scaled only where there are some."""
+        some = ("models", "scaled", "rates")
+        return {name: value for name, value in vars(self).items() if name not in some or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

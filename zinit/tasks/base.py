@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
-from zinit.config import JsonConfig
+from zinit.config import GATES, HEAD, WEIGHTS, JsonConfig
 from zinit.errors import ConfigError
 from zinit.models.quantization import is_quantized
 from zinit.models.several import LoadedModel, ModelSpec, call_loader
@@ -44,7 +44,6 @@ __all__ = [
 
 Batch = dict[str, Tensor]
 MAIN = "main"  # the group of a task that has one
-GATES, HEAD = "gates", "head"  # roles that a task itself tells apart
 OWN_DECAY = ("source", "tuning")  # roles of which vectors (scales, biases, norms) do not decay
 
 
@@ -104,11 +103,14 @@ class Evaluation:
         counts: how many examples each part of it saw.
         samples: a few inputs: "prompt", "expected" and "output", as text. Besides perhaps "instruction", what people
             read in place of a prompt that is made of it, and "image", see `zinit.data.images.thumbnail`.
+        examples: {name of a figure: one (x, y) for each example}, where the figure is the sum of x over the sum of y;
+            what confidence intervals are made of. As many for all figures, in the same order in every run.
     """
 
     metrics: dict[str, float]
     counts: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    examples: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):
@@ -365,12 +367,14 @@ class Task(nn.Module, ABC):
         """{group: {role: parameters}} of all that trains. A stream trains its own group; rates go by role.
 
         A task with several streams declares a group for each. Roles of the prefix are its handle's, such as "gates" and
-        "prompts"; what else trains has the role "head".
+        "prompts"; what else trains in the model are "weights", and the rest has the role "head".
         """
         roles = {} if self.handle is None else dict(self.handle.roles())
         known = {id(parameter) for parameters in roles.values() for parameter in parameters}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        return {MAIN: {**roles, HEAD: rest}}
+        inside = {id(parameter) for parameter in self.model.parameters()}
+        weights = [parameter for parameter in rest if id(parameter) in inside]
+        return {MAIN: {**roles, WEIGHTS: weights, HEAD: [p for p in rest if id(p) not in inside]}}
 
     def parameter_groups(self, weight_decay: float, *, decay_gates: bool) -> Iterator[dict[str, Any]]:
         """Groups for the optimizer, one for each group and role; the gates are last, and can be spared weight decay.

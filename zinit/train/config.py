@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from zinit.config import ROLES, JsonConfig, setting_names
+from zinit.config import HEAD, ROLES, JsonConfig, setting_names
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
 from zinit.validation import Folder, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Rate, Workers
@@ -23,7 +23,8 @@ class RatesConfig(JsonConfig):
         prompts: of prefixes: tables, keys and values, networks that make them.
         source: the module that makes a context.
         tuning: biases, scales and norms.
-        head: everything else.
+        weights: what another method trains in the model: low-rank updates, biases, all of it. None is the head's.
+        head: of the task, and everything else.
         groups: {group: {role: factor}}.
     """
 
@@ -31,6 +32,7 @@ class RatesConfig(JsonConfig):
     prompts: NonNegativeFloat = 1.0
     source: NonNegativeFloat = 1.0
     tuning: NonNegativeFloat = 1.0
+    weights: NonNegativeFloat | None = None
     head: NonNegativeFloat = 1.0
     groups: dict[str, dict[str, NonNegativeFloat]] = field(default_factory=dict)
 
@@ -53,11 +55,13 @@ class RatesConfig(JsonConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, each group's table under its name."""
-        return {**{role: getattr(self, role) for role in ROLES}, **self.groups}
+        own = {role: getattr(self, role) for role in ROLES}
+        return {**{role: factor for role, factor in own.items() if factor is not None}, **self.groups}
 
     def factor(self, group: str, role: str) -> float:
         """The factor of a role in a group; 1 for roles that only a method knows."""
-        return self.groups.get(group, {}).get(role, getattr(self, role) if role in ROLES else 1.0)
+        own = getattr(self, role) if role in ROLES else 1.0
+        return self.groups.get(group, {}).get(role, self.factor(group, HEAD) if own is None else own)
 
 
 @dataclass(frozen=True, kw_only=True)

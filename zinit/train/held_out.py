@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def held_out_loss(
-    task: Task, config: TrainConfig, accelerator: Accelerator, *, runnable: Callable[[Batch], Tensor] | None = None
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    runnable: Callable[[Batch], Tensor] | None = None,
+    parts: list[tuple[float, float]] | None = None,
 ) -> tuple[float, int]:
     """Mean loss per supervised unit over the held-out examples, and how many units there were.
 
@@ -28,6 +33,7 @@ def held_out_loss(
         config: sizes of the micro-batches.
         accelerator: whose processes take the examples in turn.
         runnable: the task as the loop calls it; default: the task itself.
+        parts: gets (summed loss, units) of every micro-batch of this process, longest examples first.
     """
     split = task.held_out_stream
     task.eval()
@@ -39,5 +45,7 @@ def held_out_loss(
         with accelerator.autocast():  # the same precision before, in and after training
             loss = (runnable or task)({k: v.to(accelerator.device) for k, v in batch.items()})
         total += loss.double() if part else 0.0
+        if parts is not None and part:
+            parts.append((loss.item(), float(sum(split.counts[index] for index in part))))
     count = sum(split.counts)
     return sum_over_processes(accelerator, total).item() / max(1, count), count

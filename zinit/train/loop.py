@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from zinit.config import HEAD
 from zinit.distributed import sum_over_processes
 from zinit.errors import ConfigError, ZinitError
 from zinit.models.offload import is_offloaded
-from zinit.tasks.base import HEAD, MAIN, Batch, Task
+from zinit.tasks.base import MAIN, Batch, Task
 from zinit.train import checkpoint
 from zinit.train.batches import Collate, load_batches
 from zinit.train.callbacks import (

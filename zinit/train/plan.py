@@ -172,6 +172,22 @@ class Plan(Draws):
         return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def rates_by_role(task: Task, config: TrainConfig) -> dict[str, dict[str, float]]:
+    """{role: {"rate": its highest, "numbers": how many train at it}}; "group.role" where there are several groups.
+
+    Args:
+        task: what trains.
+        config: the rate, and the factors on it.
+    """
+    several, found = len(task.groups()) > 1, {}
+    for own in task.parameter_groups(0.0, decay_gates=False):
+        name = f"{own['group']}.{own['role']}" if several else own["role"]
+        rate = config.learning_rate * config.rates.factor(own["group"], own["role"])
+        entry = found.setdefault(name, {"rate": rate, "numbers": 0})
+        entry["numbers"] += sum(parameter.numel() for parameter in own["params"])
+    return found
+
+
 def cut(config: TrainConfig, split: Split, examples: Sequence[int], world: int) -> list[list[int]]:
     """Micro-batches: neighbours in length together, a multiple of ``world`` in number (some may be empty).
 
