@@ -28,6 +28,7 @@ OWN = {name: SHORT for name in METHODS if not METHODS.fact(name, "defaults").get
 FEATURES = 8  # width of the features of images
 REFUSED = {  # method: backbones that it cannot be used on, and why
     "bitfit": {"llama": "no bias terms"},
+    "adaption-prompt": dict.fromkeys(("roberta", "clip", "vit", "transformers"), "AdaptionPrompt knows llama"),
     "prompt-tuning": {"vit": "one sequence of tokens", "clip": "one sequence of tokens"},
 }
 

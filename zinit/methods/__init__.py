@@ -77,6 +77,28 @@ METHODS = Registry(
             "Plain prefix tuning: the same prompts without a gate, in one softmax with the words.",
             rates="ZERO_INIT",
         ),
+        "zero-init-tuned": _entry(
+            "prefix:TunedZeroInit",
+            "Zero-init attention with V2's bias tuning: scales, biases and norms of every layer.",
+            rates="ZERO_INIT",
+            defaults="TUNED",
+        ),
+        "bias-tuning": _entry(
+            "prefix:BiasTuning",
+            "V2's bias tuning without prompts: scales and biases of all linear layers, and the norms.",
+            rates="ZERO_INIT",
+            defaults="TUNED",
+        ),
+        "adaption-prompt-recipe": _entry(
+            "prefix:AdaptionPromptRecipe",
+            "PEFT's form of it on any model: N(0, 1), one gate per layer without tanh.",
+            rates="ADAPTION_PROMPT",
+        ),
+        "adaption-prompt": _entry(
+            "adaption_prompt:AdaptionPrompt",
+            "PEFT's AdaptionPrompt, on LLaMA, Mistral and GPT-2.",
+            rates="ADAPTION_PROMPT",
+        ),
         "full": _entry("weights:Full", "Full fine-tuning: every weight, and the head.", rates="FULL", trains_host=True),
         "head-only": _entry(
             "weights:HeadOnly",
@@ -92,6 +114,12 @@ METHODS = Registry(
         "lora": _entry(
             "lora:Lora",
             "Low-rank updates of the query and value projections, or of the fused projection.",
+            rates="LORA",
+            settings="LoraSettings",
+        ),
+        "lora-all": _entry(
+            "lora:LoraAll",
+            "Low-rank updates of every linear layer of the blocks.",
             rates="LORA",
             settings="LoraSettings",
         ),

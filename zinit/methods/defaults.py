@@ -19,6 +19,7 @@ V1_MULTIMODAL: Tables = {
     "prefix": {"prompt": "table+context"},  # P1, Eq. 10
     "context": {"name": "projected-image"},  # P1, Eq. 9
 }
+TUNED: Tables = {"tuning": {"scale": "output"}}  # P2, section 3.1: y = s (W x + b), and all norms
 V2: Tables = {
     "parts": {
         "early": {"length": 20, "layers": [0], "prompt": "context"},  # P2, section 3.2: the first layer, 20 tokens

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022) on the query and value projections, through PEFT."""
+"""LoRA (Hu et al., ICLR 2022) through PEFT: on the query and value projections, or on every linear layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zinit.backbones.base import AttentionSite
+from zinit.backbones.layers import linears_of
 from zinit.errors import ConfigError
 from zinit.methods import rates
 from zinit.methods.base import Adapted, ApplyContext, Method
@@ -23,17 +24,20 @@ class Lora(Method):
     default_rates = rates.LORA
     Config = LoraSettings
 
+    def targets(self, model: nn.Module, context: ApplyContext) -> list[str]:
+        """Full names of the layers that are updated."""
+        return [target for site in context.sites(model) for target in _targets(site)]
+
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         model.requires_grad_(False)
-        chosen = context.sites(model)
         settings = LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,
-            target_modules=[target for site in chosen for target in _targets(site)],
+            target_modules=self.targets(model, context),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
@@ -51,6 +55,18 @@ class Lora(Method):
                     layer.enable_adapters(True)
 
         return Adapted(model=model, disabled=disabled)
+
+
+class LoraAll(Lora):
+    """The same on every linear layer of the blocks: attention and MLP (QLoRA: Dettmers et al., NeurIPS 2023)."""
+
+    name = "lora-all"
+
+    def targets(self, model: nn.Module, context: ApplyContext) -> list[str]:
+        sites = context.sites(model)
+        for site in sites:
+            _targets(site)  # refuses attention that reads a projection's weights without calling it
+        return list(linears_of(model, sites, ["all"]))
 
 
 def _targets(site: AttentionSite) -> list[str]:

@@ -1,4 +1,7 @@
-"""Zero-init attention (LLaMA-Adapter), and two ablations of it: the gate starts at random; no gate at all."""
+"""Zero-init attention (LLaMA-Adapter), alone and with V2's bias tuning, and what tells which part of it does what.
+
+The gate starts at random; no gate at all; the tuning without prompts; PEFT's form of the gate.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import nn
 
 from zinit.adapter.attach import attach, load
 from zinit.config import AdapterConfig, PrefixConfig
-from zinit.methods import rates
+from zinit.methods import defaults, rates
 from zinit.methods.base import Adapted, ApplyContext, Method
 
 
@@ -51,3 +54,31 @@ class PrefixTuning(ZeroInit):
 
     def variant(self, prefix: PrefixConfig) -> PrefixConfig:
         return replace(prefix, gating=False, separate_softmax=False)
+
+
+class AdaptionPromptRecipe(ZeroInit):
+    """The same prompts as PEFT's AdaptionPrompt has them: N(0, 1), one gate per layer, as it stands (no tanh)."""
+
+    name = "adaption-prompt-recipe"
+    default_rates = rates.ADAPTION_PROMPT
+
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
+        form = {"gate": "identity", "gate_per": "layer", "gate_init": 0.0, "init_std": 1.0, "parametrization": "prompt"}
+        return replace(prefix, gating=True, separate_softmax=True, **form)
+
+
+class TunedZeroInit(ZeroInit):
+    """Zero-init attention with V2's bias tuning: scales and biases of all linear layers, and the norms."""
+
+    name = "zero-init-tuned"
+    defaults = defaults.TUNED
+
+
+class BiasTuning(ZeroInit):
+    """V2's bias tuning (arXiv 2304.15010, section 3.1) without any prompts."""
+
+    name = "bias-tuning"
+    defaults = defaults.TUNED
+
+    def attached(self, adapter: AdapterConfig) -> AdapterConfig:
+        return replace(adapter, parts={})
