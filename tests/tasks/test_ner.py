@@ -258,6 +258,7 @@ def test_evaluation_gives_known_figures(tmp_path: Path, monkeypatch: pytest.Monk
         }
     )
     assert found.counts == {"sentences": 2, "words": 7}
+    assert found.examples == {"f1": [(200.0, 4.0), (0.0, 3.0)]}
     assert found.samples[0] == {
         "prompt": "Ada Lovelace saw Rome",
         "expected": "PER: Ada Lovelace; LOC: Rome",
@@ -326,6 +327,13 @@ def test_a_whole_run_learns(tmp_path: Path) -> None:
     assert adapted["accuracy"] > frozen["accuracy"]
     assert set(adapted) == {"loss", "f1", "precision", "recall", "accuracy"}
     assert results["counts"]["read"] == 60
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {role: own["rate"] for role, own in document["rates"].items()} == dict.fromkeys(
+        ("gates", "prompts", "head"), 5e-2
+    )
+    assert sum(own["numbers"] for own in document["rates"].values()) == document["num_trainable"]
+    for name, examples in json.loads((tmp_path / "run" / "examples.json").read_text()).items():
+        assert sum(x for x, _ in examples) / sum(y for _, y in examples) == pytest.approx(adapted[name], rel=1e-5)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["labels"] == LABELS
     assert evaluate_run(tmp_path / "run")["metrics"] == results["metrics"]
     fewer = write(tmp_path / "fewer.json", [{"tokens": ["in", "Rome"], "ner_tags": ["O", "B-LOC"]}])

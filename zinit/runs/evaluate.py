@@ -113,11 +113,14 @@ def write_artifacts(task: Task, folder: Path) -> None:
 
 def evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int | None = None) -> Evaluation:
     """The task as it stands now: its held-out loss, then everything else it reports."""
+    losses: list[tuple[float, float]] = []
     with weights_in_place(task):
-        loss, count = held_out_loss(task, config.train, accelerator)
+        loss, count = held_out_loss(task, config.train, accelerator, parts=losses)
     with accelerator.autocast(), weights_in_place(task):
         evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
     evaluation.metrics = ({"loss": loss, **of_text} if count else {}) | evaluation.metrics
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
+    if count and accelerator.num_processes == 1:
+        evaluation.examples = {"loss": losses, **evaluation.examples}
     return evaluation

@@ -32,13 +32,13 @@ from zinit.runs.directory import (
 from zinit.runs.evaluate import controlled, evaluate
 from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
-from zinit.runs.record import RECORD, RESULTS, Record, Results, versions
+from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
 from zinit.tasks import TASKS
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity, resume_command
 from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
 from zinit.train.loop import Interrupted, fit, ignore
-from zinit.train.plan import Plan
+from zinit.train.plan import Plan, rates_by_role
 from zinit.train.strategy import describe, loading_device, make_accelerator, place
 
 if TYPE_CHECKING:
@@ -199,11 +199,16 @@ def _check_trainable(run: Run) -> None:
         raise ConfigError(
             f"the method {config.method!r} leaves nothing to train: the task {config.task!r} has no head of its own."
         )
-    if type(run.built.method).solve is Method.solve:  # the loop will train
+    if _takes_steps(run):
         Plan.of(task, config.train, config.seed)
         activation_cache.check(task, config.train, run.accelerator)
     elif config.train.activation_cache is not None:
         raise ConfigError(f"train.activation_cache is of no use to the method {config.method!r}, which takes no steps.")
+
+
+def _takes_steps(run: Run) -> bool:
+    """Whether the loop trains, and not a procedure of the method's own."""
+    return type(run.built.method).solve is Method.solve
 
 
 def make_record(run: Run, preset: str | None) -> Record:
@@ -230,6 +235,7 @@ def make_record(run: Run, preset: str | None) -> Record:
         models=run.built.identities,
         counts=task.data_report(),
         num_trainable=run.num_trainable,
+        rates=rates_by_role(task, config.train) if _takes_steps(run) else {},
         processes=accelerator.num_processes,
         strategy=accelerator.distributed_type.value,
         launch=launch_id(),
@@ -317,6 +323,8 @@ def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
     if run.is_main:
         for name, artifact in task.artifacts().items():
             write_json(output / name, artifact)
+        if adapted.examples:
+            write_json(output / EXAMPLES, adapted.examples)
         write_json(output / RESULTS, results.to_dict())
         run.log(Evaluated(steps, adapted.metrics))
         run.log(Ended(steps))

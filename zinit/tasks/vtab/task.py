@@ -218,7 +218,7 @@ class VTAB(Task):
             return Evaluation(metrics={})
         predicted = map_over_ranks(accelerator, count, self._predict, batch_size=EVALUATION_BATCH)
         names = [self.classes[label] for label in predicted]
-        right = sum(name == example.label for name, example in zip(names, self.held_out_examples, strict=False))
+        right = [name == example.label for name, example in zip(names, self.held_out_examples, strict=False)]
         shown = sorted({index * count // 8 for index in range(8)})  # spread: lists are often sorted by class
         samples = [
             {
@@ -230,7 +230,12 @@ class VTAB(Task):
             for index in shown
             for example in [self.held_out_examples[index]]
         ]
-        return Evaluation(metrics={"accuracy": right / count}, counts={"evaluated": count}, samples=samples)
+        return Evaluation(
+            metrics={"accuracy": sum(right) / count},
+            counts={"evaluated": count},
+            samples=samples,
+            examples={"accuracy": [(float(one), 1.0) for one in right]},
+        )
 
     def _predict(self, indices: Sequence[int]) -> list[int]:
         """Class numbers of some held-out images."""
