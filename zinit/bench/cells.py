@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from zinit.config import JsonConfig
+from zinit.config import HEAD, ROLES, WEIGHTS, JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.rates import rate_settings, shares_rates
+from zinit.registry import did_you_mean
 from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
 from zinit.runs.presets import read_preset
 from zinit.runs.settings import resolve
-from zinit.validation import Name, Seed, Words
+from zinit.train.config import TrainConfig
+from zinit.validation import Name, PositiveFloat, Seed, Words
 
 ALL = "all"  # in the place of a method's name: of every method
+MAIN = "main"  # the only group of parameters, see `zinit.tasks.base`
+OWN = "own"  # in the place of a role: every one but the head
 RATES = ("learning_rate", "train.learning_rate")  # a setting that is one method's, unless all are named
 
 
@@ -95,6 +100,21 @@ class Cell:
         )
         return settings
 
+    def at(self, places: Mapping[str, str]) -> Cell:
+        """The cell with the words ``{name}`` of its model, data and options replaced by places on this machine.
+
+        The name of a cell is made without them, so that figures from elsewhere count here.
+
+        Args:
+            places: {"models": "/where/they/are"}.
+        """
+
+        def placed(text: str) -> str:
+            return functools.reduce(lambda found, name: found.replace(f"{{{name}}}", places[name]), places, text)
+
+        sources = {name: text and placed(text) for name, text in (("model", self.model), ("data", self.data))}
+        return replace(self, **sources, options=tuple(map(placed, self.options)))
+
     def command(self) -> str:
         """What a user would type to repeat this cell."""
         return shlex.join(["zinit", "train", *self.arguments()])
@@ -111,6 +131,12 @@ Vary = Annotated[
 ]
 
 
+Factors = Annotated[
+    dict[str, Annotated[list[PositiveFloat], MinLen(1)]],
+    Words('a table that maps "own" or a role to a list of factors, such as {own = [0.3, 1, 3], head = [1, 3]}'),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection(JsonConfig):
     """Settings to choose among, by the metric on other data, before the final runs (first seed only).
@@ -119,11 +145,52 @@ class Selection(JsonConfig):
 
     Args:
         vary: the settings, all combinations: {"train.learning_rate": [1e-3, 1e-2]}.
+        rates: factors on the rates that each method begins with, all combinations of them too: of "own", every role
+            but the head, and of single roles such as "gates" or "head". What a method does not train is left out.
         options: further settings of the runs that choose: ["task.split=train800"].
+        metric: what is chosen by; None is the experiment's.
     """
 
     vary: Vary = field(default_factory=dict)
+    rates: Factors = field(default_factory=dict)
     options: Options = ()
+    metric: Name | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for role in self.rates:
+            if role not in (OWN, *ROLES):
+                raise ConfigError(f"select.rates has no role {role!r}.{did_you_mean(role, (OWN, *ROLES))}")
+
+    def trials(self, method: str) -> list[tuple[dict[str, Any], dict[str, float]]]:
+        """What is tried: values of settings, and factors on rates.
+
+        Args:
+            method: registered name.
+        """
+        trained = set(METHODS.fact(method, "default_rates"))
+        known = trained | ({OWN} if trained - {HEAD} else set())
+        rates = {role: factors for role, factors in self.rates.items() if role in known}
+        return list(itertools.product(combinations(self.vary), combinations(rates)))
+
+
+def rate_options(start: TrainConfig, factors: dict[str, float]) -> Options:
+    """Rates of a run multiplied by role, as its options.
+
+    Args:
+        start: the rates it begins with.
+        factors: see `Selection.rates`.
+    """
+    if not factors:
+        return ()
+    own = factors.get(OWN, 1.0)
+    before = {role: start.rates.factor(MAIN, role) for role in ROLES}
+    after = {role: value * factors.get(role, 1.0) / (own if role == HEAD else 1.0) for role, value in before.items()}
+    changed = {role for role in ROLES if after[role] != before[role]}
+    if start.rates.weights is None and HEAD in changed:
+        changed.add(WEIGHTS)  # which would follow the head otherwise
+    peak = () if own == 1.0 else (f"train.learning_rate={start.learning_rate * own:.6g}",)
+    return (*peak, *(f"train.rates.{role}={after[role]:.6g}" for role in ROLES if role in changed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +256,26 @@ class Experiment(JsonConfig):
 
     def selection_cells(self) -> Iterator[Cell]:
         """The runs that settings are chosen by."""
+        for trials in self.trials().values():
+            yield from (cell for cell, _ in trials)
+
+    def trials(self) -> dict[str, list[tuple[Cell, Options]]]:
+        """By what is chosen for (see `choice_key`): the runs to choose by, and the settings that each stands for."""
         if not self.selects:
-            return
-        for values, method, tried in itertools.product(
-            combinations(self.vary), self.methods, combinations(self.select.vary)
-        ):
-            cell = self._cell(method, self.seeds[0], values)
-            trial = (f"{key}={_toml(value)}" for key, value in tried.items())
-            options = (*cell.options, *self.select.options, *trial)
-            yield replace(cell, experiment=f"{self.name} (selection)", options=options)
+            return {}
+        return {
+            choice_key(method, values): list(self._trials(method, values))
+            for values, method in itertools.product(combinations(self.vary), self.methods)
+        }
+
+    def _trials(self, method: str, values: dict[str, Any]) -> Iterator[tuple[Cell, Options]]:
+        cell = self._cell(method, self.seeds[0], values)
+        for tried, factors in self.select.trials(method):
+            varied = tuple(f"{key}={_toml(value)}" for key, value in tried.items())
+            start = replace(cell, options=(*cell.options, *varied)).resolve().train if factors else TrainConfig()
+            said = (*varied, *rate_options(start, factors))
+            options = (*cell.options, *self.select.options, *said)
+            yield replace(cell, experiment=f"{self.name} (selection)", options=options), said
 
     def _cell(self, method: str, seed: int, values: dict[str, Any]) -> Cell:
         options = (*self.options, *self.method_options.get(ALL, ()), *self.method_options.get(method, ()))

@@ -17,18 +17,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zinit.bench.cells import Cell, Experiment, choice_key, combinations
+from zinit.bench.cells import Cell, Experiment, choice_key
 from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
-from zinit.config import ROLES, to_json
+from zinit.config import ROLES
 from zinit.errors import ConfigError, DataError
-from zinit.files import claim, is_ours
+from zinit.files import claim, is_ours, read_json
 from zinit.runs.directory import write_json
-from zinit.runs.record import Record, Results
+from zinit.runs.record import EXAMPLES, Record, Results
 from zinit.tasks import TASKS
 from zinit.train.events import Evaluated, Step, read_log
 
@@ -46,6 +46,7 @@ class Runner:
         budget: seconds after which no further cell is started; None is no limit.
         on_event: gets {"event": "plan" | "start" | "cell" | "budget", ...}.
         launcher: the command line of zinit.
+        places: see `Cell.at`.
 
     Raises:
         ConfigError: if the folder holds something else, or another benchmark runs in it.
@@ -60,8 +61,9 @@ class Runner:
         budget: float | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         launcher: Sequence[str] = (sys.executable, "-m", "zinit"),
+        places: Mapping[str, str] | None = None,
     ) -> None:
-        self.launcher = list(launcher)
+        self.launcher, self.places = list(launcher), places or {}
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
         self.devices = visible_gpus()
         self.jobs = jobs or len(self.devices) or min(8, os.cpu_count() or 1)
@@ -130,7 +132,7 @@ class Runner:
         run.parent.mkdir(exist_ok=True)
         if run.exists() and not (run / "run.json").exists():
             shutil.rmtree(run)  # cut off before it began
-        arguments = ["--resume", "--output", str(run)] if run.exists() else [*cell.arguments(), "--output", str(run)]
+        arguments = ["--resume"] if run.exists() else cell.at(self.places).arguments()
         environment = {**os.environ, "ZINIT_BENCH_CELL": cell.id}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -142,7 +144,7 @@ class Runner:
             if self.stopping.is_set():
                 return
             process = subprocess.Popen(
-                [*self.launcher, "train", *arguments, "--json"],
+                [*self.launcher, "train", *arguments, "--output", str(run), "--json"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -158,13 +160,21 @@ class Runner:
         document: dict[str, Any] = {"cell": cell.to_dict(), "id": cell.id, "command": cell.command()}
         if process.returncode == 0:
             document |= {"status": "done", **_result(run, json.loads(out))}
+            document["run"] |= {name: self._portable(document["run"][name]) for name in ("model", "data")}
             shutil.rmtree(run / "resume", ignore_errors=True)
         else:
             document |= _failure(process.returncode, out, err, run)
+            document["error"] = self._portable(document["error"])
         document["wall_seconds"] = round(time.monotonic() - started, 2)
         if document["status"] != "failed":
             write_json(self._path(cell), document)
         self.on_event({"event": "cell", **document})
+
+    def _portable(self, text: str | None) -> str | None:
+        """A path as the cell has it; nothing of this machine."""
+        for name, place in self.places.items():
+            text = text and text.replace(place, f"{{{name}}}")
+        return text
 
 
 def _failure(status: int, out: bytes, err: bytes, run: Path) -> dict[str, Any]:
@@ -210,17 +220,18 @@ def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         measured = [(event.step, event.metrics.get(name, math.nan)) for event in log.of(Evaluated)]
         points = [[step, value] for step, value in measured if not math.isnan(value)]
         curves |= {f"held-out {name}": points} if points else {}
-    record = Record.read(run)
+    record, examples = Record.read(run), run / EXAMPLES
     return {
         **{name: getattr(found, name) for name in ("metrics", "counts", "num_trainable", "steps", "seconds")},
-        "rates": _rates(record.config),
+        "rates": {role: own["rate"] for role, own in record.rates.items()} or _rates(record.config),
+        "examples": read_json(examples, DataError, "Run the cell again.") if examples.is_file() else {},
         "curves": {name: _thinned(points) for name, points in curves.items()},
         "run": {name: getattr(record, name) for name in ("model", "data", "demo", "device", "versions", "fingerprint")},
     }
 
 
 def _rates(config: dict[str, Any]) -> dict[str, float]:
-    """The learning rates of a run: {"": of most that trains, role: of what has one of its own}."""
+    """The rates of a run whose record does not say what trains: {"": of most, role: of what has one of its own}."""
     train: dict[str, Any] = config.get("train", {})
     if "learning_rate" not in train:
         return {}
@@ -268,17 +279,15 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
 
 def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """The settings with the best metric, by method and varied values; only where every trial is finished."""
-    trials: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
-    lower = TASKS.get(str(experiment.task)).direction(experiment.metric) == "lower"
-    tried, sign = combinations(experiment.select.vary), -1.0 if lower else 1.0
-    for index, cell in enumerate(experiment.selection_cells()):
-        found = finished.get(cell.id, {})
-        if not found:
-            continue
-        value = ((found.get("metrics") or {}).get("adapted") or {}).get(experiment.metric)
-        settings = tuple(f"{key}={to_json(v)}" for key, v in tried[index % len(tried)].items())
-        key = choice_key(cell.method, cell.vary)
-        score = sign * value if value is not None and math.isfinite(value) else -math.inf  # refused or diverged: last
-        trials.setdefault(key, []).append((score, settings))
-    complete = {key: found for key, found in trials.items() if len(found) == len(tried)}
-    return {key: max(found, key=lambda trial: trial[0])[1] for key, found in complete.items()}
+    metric = experiment.select.metric or experiment.metric
+    sign = -1.0 if TASKS.get(str(experiment.task)).direction(metric) == "lower" else 1.0
+
+    def score(cell: Cell) -> float:
+        value = ((finished[cell.id].get("metrics") or {}).get("adapted") or {}).get(metric)
+        return sign * value if value is not None and math.isfinite(value) else -math.inf  # refused or diverged: last
+
+    return {
+        key: max(trials, key=lambda trial: score(trial[0]))[1]
+        for key, trials in experiment.trials().items()
+        if all(cell.id in finished for cell, _ in trials)
+    }

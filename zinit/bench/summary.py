@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zinit.bench.cells import Cell, Experiment
+from zinit.bench.cells import Cell, Experiment, choice_key
+from zinit.bench.intervals import Examples, interval
 from zinit.bench.plan import REFERENCE, Benchmark
 from zinit.bench.runner import final_cells, read_cells
 from zinit.tasks import TASKS
@@ -33,12 +34,16 @@ class Row:
         base: the metric of the base, mean over the seeds; None where it has none.
         difference: mean of (this - zero-init) over the seeds that both have; None for zero-init itself.
         difference_std: its standard deviation.
+        interval: its 95 % interval, see `zinit.bench.intervals`; None with fewer than 5 seeds.
         pairs: how many seeds both have.
-        rates: the learning rates it trained at: {"": of most that trains, role: of what has one of its own}.
+        rates: the learning rates it trained at, by the role of what trained; "" is of all but those that are named.
         losses: the held-out loss by seed, where the metric is another.
         base_loss: that of the base.
         loss_difference: mean of (this - zero-init) over the seeds that both have.
         loss_difference_std: its standard deviation.
+        loss_interval: its 95 % interval.
+        trials: runs that its settings were chosen by; 0 where none were.
+        examples: {"f1": {seed: (x, y) of each held-out example}} of the metric and the loss.
         num_trainable: parameters.
         samples: examples that the metric is over.
         seconds: of training, mean.
@@ -58,12 +63,16 @@ class Row:
     base: float | None = None
     difference: float | None = None
     difference_std: float | None = None
+    interval: tuple[float, float] | None = None
     pairs: int = 0
     rates: dict[str, float] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     base_loss: float | None = None
     loss_difference: float | None = None
     loss_difference_std: float | None = None
+    loss_interval: tuple[float, float] | None = None
+    trials: int = 0
+    examples: dict[str, dict[int, Examples]] = field(default_factory=dict)
     num_trainable: int | None = None
     samples: int | None = None
     seconds: float | None = None
@@ -83,7 +92,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**vars(self), "mean": self.mean, "std": self.std}
+        own = {name: value for name, value in vars(self).items() if name != "examples"}
+        return {**own, "mean": self.mean, "std": self.std}
 
 
 def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
@@ -115,6 +125,7 @@ def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
     """The rows by key, all seeds missing; also those whose selection is still open."""
     rows: dict[str, Row] = {}
     for experiment in benchmark.experiments:
+        trials = experiment.trials()
         for cell in experiment.cells():
             key = _key(experiment.name, cell.method, cell.vary)
             row = Row(
@@ -123,6 +134,7 @@ def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
                 method=cell.method,
                 vary=cell.vary,
                 dataset=dataset_of(cell),
+                trials=len(trials.get(choice_key(cell.method, cell.vary), ())),
             )
             rows.setdefault(key, row).missing.append(cell.seed)
     return rows
@@ -142,6 +154,9 @@ def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
     loss = cell["metrics"]["adapted"].get(LOSS)
     if loss is not None and row.metric != LOSS:
         row.losses[seed] = loss
+    for name in dict.fromkeys((row.metric, LOSS)):
+        if name in cell.get("examples", {}):
+            row.examples.setdefault(name, {})[seed] = cell["examples"][name]
     row.missing.remove(seed)
     return True
 
@@ -168,6 +183,9 @@ def _compare(row: Row, reference: Row) -> None:
     """Enters the differences from the reference, paired by seed."""
     row.difference, row.difference_std, row.pairs = paired(row.values, reference.values)
     row.loss_difference, row.loss_difference_std, _ = paired(row.losses, reference.losses)
+    row.interval, row.loss_interval = (
+        interval(row.examples.get(name, {}), reference.examples.get(name, {})) for name in (row.metric, LOSS)
+    )
 
 
 def paired(values: dict[int, float], reference: dict[int, float]) -> tuple[float | None, float | None, int]:
@@ -215,15 +233,24 @@ COLUMNS = (
     "trainable",
     "seconds",
 )
+TRIALS = "trials"
 PAPER = "the paper's, on other models and data"
 
 
 def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines; a column for the paper only where one of its figures is known."""
+    """Header and lines; columns for the paper and for runs that settings were chosen by only where there are some."""
     rows = list(rows)
-    if all(row.paper is None for row in rows):
-        return list(COLUMNS), [_line(row) for row in rows]
-    return [*COLUMNS, PAPER], [[*_line(row), show(row.paper)] for row in rows]
+    header: list[str] = list(COLUMNS)
+    lines = [_line(row) for row in rows]
+    further = {
+        TRIALS: [str(row.trials) for row in rows if any(other.trials for other in rows)],
+        PAPER: [show(row.paper) for row in rows if any(other.paper is not None for other in rows)],
+    }
+    for name, cells in further.items():
+        if cells:
+            header.append(name)
+            lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
+    return header, lines
 
 
 def _line(row: Row) -> list[str]:
@@ -239,22 +266,27 @@ def _line(row: Row) -> list[str]:
         seeds,
         "-" if row.samples is None else str(row.samples),
         show(row.base),
-        _difference(row.difference, row.difference_std, row.pairs),
+        _difference(row.difference, row.difference_std, row.interval, row.pairs),
         show(statistics.fmean(row.losses.values()) if row.losses else None),
         show(row.base_loss) if row.losses else "-",
-        _difference(row.loss_difference, row.loss_difference_std, row.pairs),
+        _difference(row.loss_difference, row.loss_difference_std, row.loss_interval, row.pairs),
         show_rates(row.rates),
         "-" if row.num_trainable is None else f"{row.num_trainable:,}",
         show(row.seconds, 1),
     ]
 
 
-def _difference(mean: float | None, std: float | None, pairs: int) -> str:
+def _difference(mean: float | None, std: float | None, within: tuple[float, float] | None, pairs: int) -> str:
+    """With its 95 % interval, or else its standard deviation, and how many seeds it is over."""
+    if within is not None:
+        return f"{show(mean, sign='+')} [{show(within[0], sign='+')}, {show(within[1], sign='+')}] ({pairs})"
     return show(mean, sign="+") + (f" ± {show(std)} ({pairs})" if std is not None else "")
 
 
 def show_rates(rates: dict[str, float]) -> str:
-    """Learning rates for a table: ``0.03, gates 0.3``."""
+    """Learning rates for a table: ``gates 0.3, prompts 0.03``; one that all roles share stands alone."""
+    if len(set(rates.values())) == 1:
+        return f"{next(iter(rates.values())):.3g}"
     return ", ".join(f"{role} {rate:.3g}".strip() for role, rate in rates.items()) or "-"
 
 

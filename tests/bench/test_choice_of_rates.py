@@ -1,0 +1,111 @@
+"""Rates chosen for every method alike: the same factors on its own rates, by role, on a part that is not reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.test_summary import benchmark, finish
+from zinit.bench.cells import rate_options
+from zinit.bench.runner import Runner, choose, read_cells
+from zinit.bench.summary import summarise, table
+from zinit.errors import ConfigError
+from zinit.train.config import RatesConfig, TrainConfig
+
+PLAN = """
+seeds = [0, 1]
+methods = ["zero-init", "lora", "head-only"]
+[[experiment]]
+name = "chosen"
+backbone = "roberta"
+task = "ner"
+model = "{models}/encoder"
+data = "{parts}/train.conll"
+metric = "f1"
+options = ["task.held_out_data={data}/test.conll"]
+[experiment.method_options]
+zero-init = ["train.learning_rate=0.25", "train.rates.gates=8", "train.rates.head=0.5"]
+lora = ["train.learning_rate=0.125"]
+head-only = ["train.learning_rate=0.5"]
+[experiment.select]
+options = ["task.held_out_data={parts}/validation.conll"]
+rates = { own = [1, 4], head = [1, 0.5] }
+metric = "loss"
+"""
+
+
+def test_every_method_gets_the_same_factors_on_its_own_rates(tmp_path: Path) -> None:
+    [experiment] = benchmark(tmp_path, PLAN).experiments
+    found: dict[str, list[dict[str, float]]] = {}
+    for cell in experiment.selection_cells():
+        run = cell.resolve()
+        rates = {role: run.train.learning_rate * run.train.rates.factor("main", role) for role in ROLES[cell.method]}
+        found.setdefault(cell.method, []).append(rates)
+        assert run.options.held_out_data == "{parts}/validation.conll"
+    assert found == {
+        "zero-init": [
+            {"gates": own * 2, "prompts": own * 0.25, "head": head * 0.125} for own in (1, 4) for head in (1, 0.5)
+        ],
+        "lora": [{"weights": own * 0.125, "head": head * 0.125} for own in (1, 4) for head in (1, 0.5)],
+        "head-only": [{"head": 0.5}, {"head": 0.25}],
+    }
+
+
+ROLES = {"zero-init": ("gates", "prompts", "head"), "lora": ("weights", "head"), "head-only": ("head",)}
+
+
+def test_what_was_best_is_run_with_every_seed_on_other_data(tmp_path: Path) -> None:
+    plan = benchmark(tmp_path, PLAN)
+    [experiment] = plan.experiments
+    assert choose(experiment, {}) == {}
+    losses = {"zero-init": [3, 2, 1, 4], "lora": [1, 2, 3, 4], "head-only": [2, 1]}
+    for trials in experiment.trials().values():
+        for (cell, _), loss in zip(trials, losses[trials[0][0].method], strict=True):
+            finish(tmp_path, cell, loss=loss, f1=loss)  # the f1 would choose others
+    finals = list(experiment.cells(chosen=choose(experiment, {cell["id"]: cell for cell in read_cells(tmp_path)})))
+    assert {cell.seed for cell in finals} == {0, 1}
+    rates = {}
+    for cell in finals:
+        run = cell.resolve()
+        assert run.options.held_out_data == "{data}/test.conll"
+        rates[cell.method] = [run.train.learning_rate * run.train.rates.factor("main", r) for r in ROLES[cell.method]]
+    assert rates == {"zero-init": [8, 1, 0.125], "lora": [0.125, 0.125], "head-only": [0.25]}
+    header, lines = table(summarise(plan, tmp_path))
+    assert [line[header.index("trials")] for line in lines] == ["4", "4", "2"]
+
+
+def test_weights_keep_their_rate_when_the_heads_changes() -> None:
+    start = TrainConfig(learning_rate=0.5)
+    assert rate_options(start, {"own": 1, "head": 1}) == ()
+    assert rate_options(start, {"head": 2}) == ("train.rates.weights=1", "train.rates.head=2")
+    assert rate_options(start, {"own": 2}) == (
+        "train.learning_rate=1",
+        "train.rates.weights=1",
+        "train.rates.head=0.5",
+    )
+    said = TrainConfig(learning_rate=0.5, rates=RatesConfig(weights=0.25, gates=3))
+    assert rate_options(said, {"gates": 2, "own": 3, "head": 3}) == ("train.learning_rate=1.5", "train.rates.gates=6")
+
+
+def test_wrong_roles_are_refused(tmp_path: Path) -> None:
+    for wrong, message in (
+        ("gate = [1]", "select.rates has no role 'gate'. Did you mean 'gates'"),
+        ("own = []", 'rates must be a table that maps "own" or a role'),
+        ("own = [0]", 'rates must be a table that maps "own" or a role'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            benchmark(tmp_path, PLAN.replace("own = [1, 4], head = [1, 0.5]", wrong))
+
+
+def test_places_are_of_the_machine_and_no_cell_names_them(tmp_path: Path) -> None:
+    plan = benchmark(tmp_path, PLAN)
+    cell = next(iter(plan.experiments[0].cells()))
+    here = cell.at({"models": "/m", "parts": "/p", "data": "/d"})
+    assert (here.model, here.data) == ("/m/encoder", "/p/train.conll")
+    assert "task.held_out_data=/d/test.conll" in here.options
+    places = {"models": str(tmp_path / "m"), "data": "/d"}
+    runner = Runner(plan, tmp_path / "out", places=places)
+    assert runner._portable(f"there is no {tmp_path}/m/encoder") == "there is no {models}/encoder"
+    assert "/m" not in json.dumps(cell.to_dict()).replace("{models}", "")
