@@ -1,0 +1,178 @@
+"""Really pretrained models: every method at rates chosen on a validation part, five seeds, paired intervals.
+
+    python -m benchmarks.real --models DIR --data DIR [--only "MiniLM: named entities"] [--budget MINUTES]
+
+``--models`` holds minilm_l6, dinov2_small and gemma3_270m, ``--data`` wnut17, sign_digits and alpaca;
+docs/real-weights.md says where both are from.
+Finished cells are in ``benchmarks/results/real/cells``: the same command goes on from there.
+``--page`` writes the tables into docs/real-weights.md from what is finished, without models and data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from zinit.bench.cells import Experiment
+from zinit.bench.plan import Benchmark, make_benchmark
+from zinit.bench.runner import Event, Runner
+from zinit.bench.summary import summarise, table
+
+OUTPUT = RESULTS / "real"
+PLAN = Path(__file__).with_suffix(".toml")
+PAGE = Path(__file__).parents[1] / "docs" / "real-weights.md"
+TABLES = "<!-- tables: python -m benchmarks.real --page -->"
+WEIGHTS = "model.safetensors"
+COLUMNS = (
+    *("method", "mean", "std", "minus zero-init", "loss", "loss minus zero-init", "rate", "trials", "trainable"),
+    *("seeds", "samples"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", action="append", default=[], help="name of an experiment; repeatable")
+    parser.add_argument("--method", action="append", default=[], help="repeatable")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--budget", type=float, help="minutes after which no further run starts")
+    parser.add_argument("--page", action="store_true", help="write the tables into the page and stop")
+    options = parser.parse_args()
+    benchmark = make_benchmark(config_file=str(PLAN))
+    if options.page:
+        write_page(benchmark)
+        return
+    if options.models is None or options.data is None:
+        parser.error("name the folders: --models DIR --data DIR")
+    kept = [narrowed(e, options.method) for e in benchmark.experiments if e.name in (options.only or [e.name])]
+    parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
+    make_parts(options.data, parts)
+    note_models(options.models)
+    places = {"models": str(options.models.absolute()), "parts": str(parts), "data": str(options.data.absolute())}
+    runner = Runner(
+        replace(benchmark, experiments=tuple(kept)),
+        OUTPUT,
+        jobs=options.jobs,
+        budget=None if options.budget is None else 60 * options.budget,
+        on_event=report,
+        places=places,
+    )
+    runner.run()
+    write_page(benchmark)
+
+
+def narrowed(experiment: Experiment, methods: list[str]) -> Experiment:
+    """The experiment by some of its methods; all if none is named."""
+    return replace(experiment, methods=tuple(m for m in experiment.methods if m in (methods or [m])))
+
+
+def report(event: Event) -> None:
+    """A line for each finished cell; what its run left is removed, as weights of whole models are among it."""
+    if event["event"] != "cell":
+        return
+    found = event["error"] if event["status"] != "done" else event["metrics"]["adapted"]
+    print(f"{event['status']} {event['id']} ({event['wall_seconds']:.0f} s) {found}", flush=True)
+    shutil.rmtree(OUTPUT / "runs" / event["id"], ignore_errors=True)
+
+
+# --- the data: parts that are the same on every machine ---
+
+
+def make_parts(data: Path, parts: Path) -> None:
+    """Training, validation and test parts of the data, made once."""
+    if parts.is_dir():
+        return
+    with tempfile.TemporaryDirectory(dir=parts.parent) as folder:
+        made = Path(folder) / "parts"
+        for name, sizes in (("wnut17", (400, 200, 400)), ("sign_digits", (8, 4, 12)), ("alpaca", (256, 64, 64))):
+            (made / name).mkdir(parents=True)
+            MAKERS[name](data / name, made / name, sizes)
+        made.rename(parts)
+
+
+def sentences(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
+    """Two parts of the training sentences, drawn once, and the first of the development part, which are reported."""
+
+    def read(name: str) -> list[str]:
+        return [block for block in re.split(r"\n\s*\n", (source / name).read_text("utf-8")) if block.strip()]
+
+    parts = [*drawn(read("wnut17train.conll"), sizes[:2]), read("dev_first600.conll")[: sizes[2]]]
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
+        (target / f"{name}.conll").write_text("\n\n".join(part) + "\n", "utf-8")
+
+
+def pictures(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
+    """So many of each class."""
+    for folder in sorted((source / "Dataset").iterdir()):
+        for name, part in zip(("train", "val", "test"), drawn(sorted(folder.iterdir()), sizes), strict=True):
+            (target / name / folder.name).mkdir(parents=True)
+            for picture in part:
+                shutil.copyfile(picture, target / name / folder.name / picture.name)
+
+
+def instructions(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
+    """Of the 5,000, those with an output."""
+    records = [record for record in json.loads((source / "alpaca_5000.json").read_text("utf-8")) if record["output"]]
+    for name, part in zip(("train", "validation", "test"), drawn(records, sizes), strict=True):
+        (target / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), "utf-8")
+
+
+MAKERS: dict[str, Callable[[Path, Path, tuple[int, ...]], None]] = {
+    "wnut17": sentences,
+    "sign_digits": pictures,
+    "alpaca": instructions,
+}
+
+
+def drawn(things: list[Any], sizes: tuple[int, ...]) -> list[list[Any]]:
+    """Parts of these sizes, drawn without replacement, each in the source's order."""
+    order = random.Random(0).sample(range(len(things)), sum(sizes))
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [[things[index] for index in sorted(order[a:b])] for a, b in itertools.pairwise(ends)]
+
+
+# --- what is shown ---
+
+
+def note_models(models: Path) -> None:
+    """Writes which weights were measured, beside the cells; refuses others than those of the cells that are there."""
+    path, found = RESULTS / "real-models.json", {}
+    for folder in sorted(path for path in models.iterdir() if (path / WEIGHTS).is_file()):
+        found[folder.name] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if other := [name for name in found.keys() & known.keys() if found[name] != known[name]]:
+        raise SystemExit(f"{other[0]} is not the model that was measured before (sha256 {known[other[0]]}).")
+    path.write_text(json.dumps(known | found, indent=2) + "\n")
+
+
+def write_page(benchmark: Benchmark) -> None:
+    """Puts the tables of what is finished into the page, behind the line `TABLES`."""
+    rows, parts = summarise(benchmark, OUTPUT), []
+    for experiment in benchmark.experiments:
+        own = [row for row in rows if row.experiment == experiment.name]
+        header, lines = table(own)
+        kept = [header.index(name) for name in COLUMNS if name in header]
+        cells = [[header[place] for place in kept], ["---"] * len(kept)]
+        cells += [[line[place] for place in kept] for line in lines]
+        parts += [f"### {experiment.name} ({own[0].metric})", f"{experiment.note}."]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+        parts += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
+    text = PAGE.read_text("utf-8")
+    head = text[: text.index(TABLES) + len(TABLES)]
+    PAGE.write_text("\n\n".join([head, *parts]) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
