@@ -72,8 +72,13 @@ def test_what_was_best_is_run_with_every_seed_on_other_data(tmp_path: Path) -> N
         assert run.options.held_out_data == "{data}/test.conll"
         rates[cell.method] = [run.train.learning_rate * run.train.rates.factor("main", r) for r in ROLES[cell.method]]
     assert rates == {"zero-init": [8, 1, 0.125], "lora": [0.125, 0.125], "head-only": [0.25]}
+    for cell in finals:
+        finish(tmp_path, cell, f1=1.0, drift=0.5 + cell.seed, known_loss=4.5 if cell.method == "lora" else None)
+        file = tmp_path / "cells" / f"{cell.id}.json"
+        file.write_text(file.read_text().replace('"base": {', '"base": {"drift": 0.0, "known_loss": 4.0, '))
     header, lines = table(summarise(plan, tmp_path))
     assert [line[header.index("trials")] for line in lines] == ["4", "4", "2"]
+    assert [line[header.index("forgetting")] for line in lines] == ["1.0000", "0.5000", "1.0000"]
 
 
 def test_weights_keep_their_rate_when_the_heads_changes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -133,6 +134,24 @@ def test_loss_equals_that_of_full_logits(model: LlamaForCausalLM, tmp_path: Path
         expected = expected + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert sum(t.train_stream.counts[index] for index in indices) > 0
+
+
+def test_the_loss_on_texts_that_the_model_knows_is_transformers_own(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    texts = ["The river is long.", "A stone\nfalls into it. " * 20]
+    (tmp_path / "known.txt").write_text("\n\n \n".join(texts) + "\n\n")
+    said = {"known_texts": str(tmp_path / "known.txt"), "max_length": 256, "evaluation_limit": 0}
+    t = task(model, some(10), tmp_path, **said)
+    summed, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[0, *byte_tokenizer()(text.strip())["input_ids"]]])[:, :256]
+        with torch.no_grad():
+            summed += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert t.evaluate(Accelerator(cpu=True)).metrics == {"known_loss": pytest.approx(summed / count, rel=1e-5)}
+    assert t.data_report()["known_paragraphs"] == 2
+    (tmp_path / "known.txt").write_text(" \n\n \n")
+    with pytest.raises(DataError, match=r"known\.txt"):
+        task(model, some(10), tmp_path, **said)
 
 
 def test_answers_do_not_depend_on_the_batch(model: LlamaForCausalLM, tmp_path: Path) -> None:

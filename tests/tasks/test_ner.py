@@ -319,13 +319,15 @@ def test_a_whole_run_learns(tmp_path: Path) -> None:
         data=write(tmp_path / "data.json", rows(60)),
         prefix=PrefixConfig(length=4, parametrization="key_value"),
         train=TrainConfig(steps=40, batch_size=16, micro_batch_size=8, learning_rate=5e-2, warmup_steps=0),
-        options=TokenClassificationConfig(max_length=64, stride=8),
+        options=TokenClassificationConfig(max_length=64, stride=8, drift=3),
     )
     results = train_run(config, tmp_path / "run")
     frozen, adapted = results["metrics"]["base"], results["metrics"]["adapted"]
     assert adapted["loss"] < frozen["loss"] / 1.5
     assert adapted["accuracy"] > frozen["accuracy"]
-    assert set(adapted) == {"loss", "f1", "precision", "recall", "accuracy"}
+    assert set(adapted) == {"loss", "f1", "precision", "recall", "accuracy", "drift"}
+    assert frozen["drift"] == pytest.approx(0, abs=1e-12)
+    assert 1e-4 < adapted["drift"] < 2
     assert results["counts"]["read"] == 60
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {role: own["rate"] for role, own in document["rates"].items()} == dict.fromkeys(

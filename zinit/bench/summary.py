@@ -17,6 +17,7 @@ from zinit.bench.runner import final_cells, read_cells
 from zinit.tasks import TASKS
 
 LOSS = "loss"
+FORGETTING = ("known_loss", "drift")
 SAMPLES = ("evaluated", "answered", "questions", "sentences", "test", "held_out")  # names of the count of examples
 
 
@@ -44,6 +45,8 @@ class Row:
         loss_interval: its 95 % interval.
         trials: runs that its settings were chosen by; 0 where none were.
         examples: {"f1": {seed: (x, y) of each held-out example}} of the metric and the loss.
+        forgetting: mean over the seeds of how much the loss on texts that the base knew has risen ("known_loss"), or
+            features have moved ("drift"); None where it was not measured.
         num_trainable: parameters.
         samples: examples that the metric is over.
         seconds: of training, mean.
@@ -73,6 +76,7 @@ class Row:
     loss_interval: tuple[float, float] | None = None
     trials: int = 0
     examples: dict[str, dict[int, Examples]] = field(default_factory=dict)
+    forgetting: float | None = None
     num_trainable: int | None = None
     samples: int | None = None
     seconds: float | None = None
@@ -168,9 +172,17 @@ def _average(row: Row, cells: list[dict[str, Any]]) -> None:
     row.rates = cells[0].get("rates", {})
     row.samples = next((cells[0]["counts"][name] for name in SAMPLES if name in (cells[0]["counts"] or {})), None)
     row.seconds = statistics.fmean(cell["seconds"] for cell in cells)
+    row.forgetting = next((value for name in FORGETTING if (value := _rise(cells, name)) is not None), None)
     measured = [cell["metrics"]["adapted"] for cell in cells]
     names = [name for name in measured[0] if all(m.get(name) is not None for m in measured)]
     row.metrics = {name: statistics.fmean(m[name] for m in measured) for name in names}
+
+
+def _rise(cells: list[dict[str, Any]], metric: str) -> float | None:
+    """A metric of the adapted model minus that of the base, mean over the seeds."""
+    pairs = [(cell["metrics"]["adapted"].get(metric), cell["metrics"]["base"].get(metric)) for cell in cells]
+    known = [after - before for after, before in pairs if after is not None and before is not None]
+    return statistics.fmean(known) if len(known) == len(cells) else None
 
 
 def _base(cells: list[dict[str, Any]], metric: str) -> float | None:
@@ -233,16 +245,17 @@ COLUMNS = (
     "trainable",
     "seconds",
 )
-TRIALS = "trials"
+FORGETS, TRIALS = "forgetting", "trials"
 PAPER = "the paper's, on other models and data"
 
 
 def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines; columns for the paper and for runs that settings were chosen by only where there are some."""
+    """Header and lines; further columns only where there is something to show."""
     rows = list(rows)
     header: list[str] = list(COLUMNS)
     lines = [_line(row) for row in rows]
     further = {
+        FORGETS: [show(row.forgetting, 4) for row in rows if any(other.forgetting is not None for other in rows)],
         TRIALS: [str(row.trials) for row in rows if any(other.trials for other in rows)],
         PAPER: [show(row.paper) for row in rows if any(other.paper is not None for other in rows)],
     }

@@ -18,7 +18,7 @@ from zinit.runs.directory import write_json
 CSV_COLUMNS = (
     *("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "base"),
     *("difference", "difference_std", "losses", "base_loss", "loss_difference", "loss_difference_std", "rates"),
-    *("num_trainable", "seconds", "paper", "interval", "loss_interval", "trials"),
+    *("num_trainable", "seconds", "paper", "interval", "loss_interval", "trials", "forgetting"),
 )
 
 

@@ -276,7 +276,9 @@ def _with_absolute_argument(words: Any) -> Any:
 def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
     task = values.get("task", {})
-    task |= {name: absolute_path(task[name]) for name in ("held_out_data", "image_folder") if name in task}
+    task |= {
+        name: absolute_path(task[name]) for name in ("held_out_data", "image_folder", "known_texts") if name in task
+    }
     if isinstance(experts := split_at_commas(task.get("experts")), list | tuple):
         task["experts"] = [_with_absolute_argument(words) for words in experts]
     encoder = values.get("encoder", {})

@@ -52,10 +52,19 @@ MAY_CHANGE_ON_RESUME = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
     *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.image_folder", "task.evaluation_limit", "offload"),
+    *("task.known_texts", "task.drift"),
     *("encoder.source", "encoder.revision", "encoder.cache", "encoder.cache_limit"),
 )
 # Processes may have them elsewhere: what is in them is compared.
-PLACES = ("model", "data", "task.held_out_data", "task.image_folder", "encoder.source", "encoder.cache")
+PLACES = (
+    "model",
+    "data",
+    "task.held_out_data",
+    "task.image_folder",
+    "task.known_texts",
+    "encoder.source",
+    "encoder.cache",
+)
 SAME_MODEL = 0.999  # cosine of two samples of the weights
 
 

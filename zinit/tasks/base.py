@@ -154,7 +154,7 @@ class Task(nn.Module, ABC):
     labels: list[str] | None = None
     baseline = "the frozen model"
     metric = "accuracy"
-    lower_is_better: tuple[str, ...] = ("loss", "perplexity")
+    lower_is_better: tuple[str, ...] = ("loss", "perplexity", "known_loss", "drift")
     without_direction: tuple[str, ...] = ()
     generates = False
     reads_several = False

@@ -22,12 +22,15 @@ class TextConfig(JsonConfig):
         max_new_tokens: longest generated answer.
         packing: pack the short examples of a micro-batch into sequences of at most ``max_length`` tokens. Pays where
             micro-batches are large; on a CPU, 8 examples of like length at a time, its masks cost what it saves.
+        known_texts: a text file of paragraphs, blank lines between them, that the model is taken to know already: the
+            loss on them, per token, tells what it forgets.
     """
 
     max_length: Tokens = 512
     evaluation_limit: NonNegativeInt = 200
     max_new_tokens: PositiveInt = 128
     packing: bool = False
+    known_texts: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

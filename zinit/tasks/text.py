@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from zinit.compat import attention_implementation
 from zinit.data.packing import pack_sequences, supports_packing
+from zinit.data.records import read_text
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
+from zinit.files import local_path
 from zinit.models.losses import chunked_cross_entropy, split_head
 from zinit.models.room import check_lengths, check_positions
 from zinit.tasks._images import Digests, TaskImages
@@ -114,6 +117,7 @@ class TextTask(Task):
         self.train_stream = _stream("train", self.train_examples)
         self.held_out_stream = _stream("held_out", self.held_out_examples)
         check_lengths(model, self.train_stream.lengths, self.held_out_stream.lengths)
+        self._known = _stream("known", self._paragraphs())
         self.images = TaskImages.of(inputs, self.train_examples, self.held_out_examples, packing=config.packing)
 
     @abstractmethod
@@ -131,6 +135,35 @@ class TextTask(Task):
             return [replace(example, images=()) for example in examples]
         self._counts[f"{part}_with_image"] = sum(bool(example.images) for example in examples)
         return [replace(example, digests=self._digests(example.images)) for example in examples]
+
+    def _paragraphs(self) -> list[TextExample]:
+        """The paragraphs of ``known_texts``, cut to ``max_length``; every token but BOS carries loss."""
+        if self.config.known_texts is None:
+            return []
+        text = read_text(local_path(self.config.known_texts))
+        paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+        encoded = [self.encode_prompt(self.tokenizer, text)[: self.config.max_length] for text in paragraphs]
+        examples = [
+            TextExample(ids=ids, answers=((1, len(ids)),), instruction="", prompt="", response="")
+            for ids in encoded
+            if len(ids) > 1
+        ]
+        if not examples:
+            raise DataError(f"{self.config.known_texts} holds no paragraph of two tokens. Leave task.known_texts out.")
+        self._counts |= {"known_paragraphs": len(examples), "known_skipped_short": len(encoded) - len(examples)}
+        return examples
+
+    @torch.no_grad()
+    def known_loss(self) -> dict[str, float]:
+        """The loss per token on ``known_texts``, as "known_loss"; nothing where there are none."""
+        if not len(self._known):
+            return {}
+        self.eval()
+        device, total = next(self.model.parameters()).device, 0.0
+        for index in range(len(self._known)):
+            batch = self.collate(self._known, [index])
+            total += self({name: tensor.to(device) for name, tensor in batch.items()}).item()
+        return {"known_loss": total / sum(self._known.counts)}
 
     # --- the loss ---
 
@@ -201,7 +234,7 @@ class TextTask(Task):
         limit = self.config.evaluation_limit if limit is None else limit
         chosen = self.asked()[:limit]
         if not chosen:
-            return Evaluation(metrics={})
+            return Evaluation(metrics=self.known_loss())
         predictions = [""] * len(chosen)
         lengths = [example.prompt_length for example in chosen]
         alike = by_room(self.model, lengths, self.config.max_new_tokens)  # the same on every process
@@ -211,6 +244,7 @@ class TextTask(Task):
             for place, text in zip(places, found, strict=True):
                 predictions[place] = text
         evaluation = self.score(chosen, predictions)
+        evaluation.metrics |= self.known_loss()
         evaluation.counts = {"answered": len(chosen), **evaluation.counts}
         evaluation.samples = [self._sample(e, t) for e, t in zip(chosen[:SHOWN], predictions, strict=False)]
         return evaluation

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zinit.bench.plan import Benchmark
 from zinit.bench.runner import Event, Runner
-from zinit.bench.summary import PAPER, TRIALS, Row, table
+from zinit.bench.summary import FORGETS, PAPER, TRIALS, Row, table
 from zinit.bench.write import write_summary
 from zinit.ui.console import SafeConsole, output_width, print_table
 
 SHARED = ("metric", "setting", "seeds", "samples", "base", "base loss")  # said once where all lines have the same
 LEFT_OUT = (  # on a narrow terminal, in this order
     *("seconds", "trainable", "samples", "base loss", "base", "std", "metric", "seeds", "loss minus zero-init", "loss"),
-    *(TRIALS, PAPER, "rate", "minus zero-init"),
+    *(TRIALS, FORGETS, PAPER, "rate", "minus zero-init"),
 )
 COLUMNS = (
     TextColumn("{task.description}"),

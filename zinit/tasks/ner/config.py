@@ -31,6 +31,7 @@ class TokenClassificationConfig(JsonConfig):
             the training data's, "O" first.
         held_out: which part of the sentences to hold out, such as 0.1.
         held_out_data: a source of its own for the held-out sentences instead.
+        drift: held-out windows to measure by how much their features moved; 0 measures nothing.
     """
 
     max_length: Tokens = 128
@@ -41,6 +42,7 @@ class TokenClassificationConfig(JsonConfig):
     labels: Labels | None = None
     held_out: Annotated[float, Gt(0), Lt(1), Words("a number between 0 and 1, both excluded")] = 0.1
     held_out_data: str | None = None
+    drift: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

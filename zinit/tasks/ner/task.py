@@ -17,6 +17,7 @@ from zinit.data.records import count_sources
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.models.room import check_lengths
+from zinit.tasks._drift import Drift
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure
 from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.ner.config import TokenClassificationConfig
@@ -58,6 +59,7 @@ class TokenClassification(Task):
         self.held_out_stream = _stream("held_out", self.held_out_windows)
         check_lengths(self.model, *([len(w.ids) for w in part] for part in (self.train_windows, self.held_out_windows)))
         self._predictions: list[list[str]] = []
+        self._drift = Drift()
 
     @classmethod
     def read_data(
@@ -114,6 +116,25 @@ class TokenClassification(Task):
         logits = head_logits(self.model, self.head, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
 
+    def prepare(self) -> None:
+        """Remembers the frozen model's features, if they are asked for."""
+        self._moved()
+
+    @torch.no_grad()
+    def _moved(self) -> dict[str, float]:
+        """How far the words' features of the first held-out windows are from the frozen model's."""
+        chosen = range(min(self.config.drift, len(self.held_out_windows)))
+        if not chosen:
+            return {}
+        self.eval()
+        device = next(self.model.parameters()).device
+        found = []
+        for index in chosen:  # one at a time: padding would round otherwise
+            batch = pad(self.tokenizer, [self.held_out_windows[index].ids])
+            hidden = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).last_hidden_state
+            found.append(hidden[0])
+        return {"drift": self._drift.measure(torch.cat(found))}
+
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Precision, recall and F1 of whole entities, over all of them, and accuracy of the tags; all in percent.
@@ -151,7 +172,7 @@ class TokenClassification(Task):
         ]
         counts = {"sentences": len(sentences), "words": sum(map(len, expected))}
         return Evaluation(
-            metrics={name: 100 * float(value) for name, value in metrics.items()},
+            metrics={name: 100 * float(value) for name, value in metrics.items()} | self._moved(),
             counts=counts,
             samples=samples,
             examples={"f1": [_overlap(*tags) for tags in zip(expected, predicted, strict=True)]},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from zinit.config import JsonConfig
-from zinit.validation import CommaSeparated, Name, NoneIsAWord, OnBad, PositiveFloat, Rate, Size, Words
+from zinit.validation import CommaSeparated, Name, NoneIsAWord, NonNegativeInt, OnBad, PositiveFloat, Rate, Size, Words
 
 Split = Literal["train800val200", "train800"]
 Columns = Annotated[tuple[Name, Name], CommaSeparated, Words("a list of two names: the columns of image and label")]
@@ -31,6 +31,7 @@ class VTABConfig(JsonConfig):
             frozen features give, so that with closed gates training starts at the frozen model with its own best
             linear head (linear probing before tuning: Kumar et al., ICLR 2022); VTAB-1k's protocols do not.
         head_C: inverse strength of that regression's L2 penalty, on standardised features.
+        drift: held-out images to measure by how much their features moved; 0 measures nothing.
         drop_path: rate of stochastic depth of the last layer, growing linearly from 0 at the first (FacT: 0.1).
     """
 
@@ -44,4 +45,5 @@ class VTABConfig(JsonConfig):
     image_size: Annotated[Size, Words("a whole number of at least 1 (pixels)")] | None = None
     head_init: Literal["normal", "logistic-regression"] = "normal"
     head_C: PositiveFloat = 1.0
+    drift: NonNegativeInt = 0
     drop_path: Rate = 0.0

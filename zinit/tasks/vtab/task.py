@@ -19,6 +19,7 @@ from zinit.data.labelled.parts import Labelled, Parts, Reading
 from zinit.data.labelled.sources import read_images
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
+from zinit.tasks._drift import Drift
 from zinit.tasks._linear_probe import solve_head
 from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.vtab.config import VTABConfig
@@ -86,6 +87,7 @@ class VTAB(Task):
         generator = torch.Generator().manual_seed(inputs.seed)
         nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
+        self._drift = Drift()
 
     def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.config.normalisation == "none":
@@ -189,9 +191,20 @@ class VTAB(Task):
         return F.cross_entropy(self._logits(batch["images"]), batch["labels"], reduction="sum")
 
     def prepare(self) -> None:
-        """Starts the head from the frozen features, if that is asked for."""
+        """Starts the head from the frozen features, if that is asked for, and remembers some of them."""
+        self._moved()
         if self.config.head_init == "logistic-regression" and len(self.train_stream):
             solve_head(self.head, self.features(self.train_stream), self.train_labels, C=self.config.head_C)
+
+    @torch.no_grad()
+    def _moved(self) -> dict[str, float]:
+        """How far the features of the first held-out images are from the frozen model's."""
+        chosen = range(min(self.config.drift, len(self.held_out_stream)))
+        if not chosen:
+            return {}
+        self.eval()
+        images = self.collate(self.held_out_stream, chosen)["images"].to(self.head.weight.device)
+        return {"drift": self._drift.measure(self._pooled(images))}
 
     @contextmanager
     def frozen_baseline(self) -> Iterator[None]:
@@ -231,7 +244,7 @@ class VTAB(Task):
             for example in [self.held_out_examples[index]]
         ]
         return Evaluation(
-            metrics={"accuracy": sum(right) / count},
+            metrics={"accuracy": sum(right) / count, **self._moved()},
             counts={"evaluated": count},
             samples=samples,
             examples={"accuracy": [(float(one), 1.0) for one in right]},

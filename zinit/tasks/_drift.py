@@ -1,0 +1,23 @@
+"""How far training moves the features of a frozen encoder: what it forgets, where it has no loss of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Drift:
+    """Remembers the features of the frozen model, which the first call hands in."""
+
+    def __init__(self) -> None:
+        self.base: Tensor | None = None
+
+    def measure(self, features: Tensor) -> float:
+        """1 - cosine of every feature vector to that of the frozen model, on average: 0 to 2.
+
+        Args:
+            features: of the same places at every call, (N, C).
+        """
+        features = features.detach().double().cpu()
+        self.base = features if self.base is None else self.base
+        return 1 - F.cosine_similarity(features, self.base, dim=-1).mean().item()
