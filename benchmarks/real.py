@@ -2,7 +2,7 @@
 
     python -m benchmarks.real --models DIR --data DIR [--only "MiniLM: named entities"] [--budget MINUTES]
 
-``--models`` holds minilm_l6, dinov2_small and gemma3_270m, ``--data`` wnut17, sign_digits and alpaca;
+``--models`` holds minilm_l6, dinov2_small and gemma3_270m, ``--data`` wnut17, sign_digits, alpaca and squad;
 docs/real-weights.md says where both are from.
 Finished cells are in ``benchmarks/results/real/cells``: the same command goes on from there.
 ``--page`` writes the tables into docs/real-weights.md from what is finished, without models and data.
@@ -34,8 +34,20 @@ PLAN = Path(__file__).with_suffix(".toml")
 PAGE = Path(__file__).parents[1] / "docs" / "real-weights.md"
 TABLES = "<!-- tables: python -m benchmarks.real --page -->"
 WEIGHTS = "model.safetensors"
+SIZES = {"wnut17": (400, 200, 400), "sign_digits": (8, 4, 12), "alpaca": (256, 64, 64), "squad": (24,)}
 COLUMNS = (
-    *("method", "mean", "std", "minus zero-init", "loss", "loss minus zero-init", "rate", "trials", "trainable"),
+    *(
+        "method",
+        "mean",
+        "std",
+        "minus zero-init",
+        "loss",
+        "loss minus zero-init",
+        "forgetting",
+        "rate",
+        "trials",
+        "trainable",
+    ),
     *("seeds", "samples"),
 )
 
@@ -96,7 +108,7 @@ def make_parts(data: Path, parts: Path) -> None:
         return
     with tempfile.TemporaryDirectory(dir=parts.parent) as folder:
         made = Path(folder) / "parts"
-        for name, sizes in (("wnut17", (400, 200, 400)), ("sign_digits", (8, 4, 12)), ("alpaca", (256, 64, 64))):
+        for name, sizes in SIZES.items():
             (made / name).mkdir(parents=True)
             MAKERS[name](data / name, made / name, sizes)
         made.rename(parts)
@@ -129,10 +141,19 @@ def instructions(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
         (target / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), "utf-8")
 
 
+def paragraphs(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
+    """English paragraphs of XQuAD: text of the kind that language models were trained on."""
+    articles = json.loads((source / "xquad.en.json").read_text("utf-8"))["data"]
+    texts = [" ".join(paragraph["context"].split()) for article in articles for paragraph in article["paragraphs"]]
+    [part] = drawn(texts, sizes)
+    (target / "paragraphs.txt").write_text("\n\n".join(part) + "\n", "utf-8")
+
+
 MAKERS: dict[str, Callable[[Path, Path, tuple[int, ...]], None]] = {
     "wnut17": sentences,
     "sign_digits": pictures,
     "alpaca": instructions,
+    "squad": paragraphs,
 }
 
 
