@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
+from zinit.serve.command import serve
 
 
 class OnceEach(TyperCommand):
@@ -264,6 +265,9 @@ def chat(
         experts=experts,
     )
     session.converse(image or ())
+
+
+app.command()(serve)
 
 
 @app.command()

@@ -262,6 +262,33 @@ def unguard_tied_weights(model: nn.Module) -> None:
                 vars(module)["_tied_weights_keys"] = guarded.before
 
 
+def logits_processors(model: Any, config: Any, ids: Tensor) -> Any:
+    """What ``generate`` does to the scores of the next token under a configuration, warpers of sampling included.
+
+    ``_get_logits_processor`` and ``_prepare_special_tokens`` (transformers 4.40): ``generate`` chooses all tokens of a
+    batch itself, and nothing public makes its list of processors for one sequence.
+
+    Args:
+        model: of transformers.
+        config: complete in itself; with ``max_new_tokens``. Not changed.
+        ids: (1, T) of the prompt.
+    """
+    import copy
+
+    import torch
+
+    own = copy.copy(config)
+    own.max_length = ids.shape[1] + config.max_new_tokens
+    model._prepare_special_tokens(own, True, device=ids.device)
+    return model._get_logits_processor(
+        generation_config=own,
+        input_ids_seq_length=ids.shape[1],
+        encoder_input_ids=ids,
+        device=ids.device,
+        model_kwargs={"attention_mask": torch.ones_like(ids)},
+    )
+
+
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,12 @@ class Handle:
             yield
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """This adapter and no other while inside, for this thread; which one is active plays no part."""
+        with self.state.opened(SwitchOn(self.state.key, (self.name,))):
+            yield
+
+    @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Gives each sample of a batch its own adapter while inside, `generate` included.
 

@@ -70,17 +70,12 @@ def build_model(
         load_to: where its weights are read to; default: ``device``.
         saved: a finished run's folder to load the prefix from; None attaches a fresh one.
     """
-    import torch
     from torch import nn
 
     method: Method = METHODS.get(config.method)(config.method_options)
-    name = config.dtype
-    low = device.type == "cuda" and not method.trains_host
-    dtype = (torch.bfloat16 if low else torch.float32) if name == "auto" else getattr(torch, name)
-    source = demo_model(config.backbone) if config.model is None else config.model
     task: type[Task] = TASKS.get(config.task)
-    loading: Loading = {"dtype": dtype, "device": load_to or device, "quantize": config.quantize}
-    model, processor = load_host(task, source, trains=method.trains_host, **{**loading, "revision": config.revision})
+    loading = _loading(config, method, load_to or device, device)
+    model, processor = load_base(config, device, load_to=load_to)
     models = load_models(task.further_models(config.options), **loading)
     identities = {name: identify(loaded.model) for name, loaded in models.items()}
     try:
@@ -112,6 +107,29 @@ def build_model(
         models=models,
         identities=identities,
     )
+
+
+def load_base(config: RunConfig, device: torch.device, *, load_to: torch.device | str | None = None) -> tuple[Any, Any]:
+    """A run's model as its method finds it, and what prepares its inputs.
+
+    Args:
+        config: the run's settings.
+        device: that it will run on; decides the dtype "auto".
+        load_to: where its weights are read to; default: ``device``.
+    """
+    method: Method = METHODS.get(config.method)(config.method_options)
+    source = demo_model(config.backbone) if config.model is None else config.model
+    loading = {**_loading(config, method, load_to or device, device), "revision": config.revision}
+    return load_host(TASKS.get(config.task), source, trains=method.trains_host, **loading)
+
+
+def _loading(config: RunConfig, method: Method, load_to: torch.device | str, device: torch.device) -> Loading:
+    import torch
+
+    low = device.type == "cuda" and not method.trains_host
+    automatic = torch.bfloat16 if low else torch.float32
+    dtype = automatic if config.dtype == "auto" else getattr(torch, config.dtype)
+    return {"dtype": dtype, "device": load_to, "quantize": config.quantize}
 
 
 def check_models(directory: str | Path, record: Record, built: Built) -> None:

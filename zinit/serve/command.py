@@ -1,0 +1,128 @@
+"""The command ``zinit serve``: loads, listens, and goes down in order. Heavy modules are imported inside."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zinit.errors import ConfigError, install_extra
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+SHORTEST_KEY = 16
+
+
+def serve(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Folders or Hub ids, all of one base; NAME=FOLDER.")
+    ],
+    host: Annotated[str, typer.Option(help="Any but this machine's own needs --api-key-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[str | None, typer.Option(help="A file with a key on each line.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base lies, if elsewhere now.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="For adapters without a run; see 'zinit ls templates'.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Answers that are generated at once.", min=1)] = 64,
+    queue: Annotated[int, typer.Option(help="Answers that may wait.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for.", min=1)] = 4096,
+    max_seconds: Annotated[float, typer.Option(help="Longest time of a request.", min=1)] = 600.0,
+) -> None:
+    """Serve adapters over OpenAI's API: one base in memory, many adapters in one batch.
+
+    Every adapter is a model by the name of its folder; "base" is the model without one.
+
+    Examples:
+      zinit serve runs/my-run
+      zinit serve chat=runs/a tone=runs/b --host 0.0.0.0 --api-key-file keys.txt
+    """
+    keys = read_keys(api_key_file)
+    names = name_sources(sources)
+    check_address(host, keys)
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise ConfigError(f"zinit serve needs {package}. {install_extra('serve')}")
+    from zinit.serve.engine import Engine
+    from zinit.serve.requests import Limits
+    from zinit.serve.served import Models
+
+    models = Models(next(iter(names.values())), model=model, template=template)
+    for name, source in names.items():
+        models.add(name, source)
+    limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
+    engine = Engine(models, limits).start()
+    print(f"serving {', '.join(models.by_name)}", file=sys.stderr)
+    listen(engine, host=host, port=port, keys=keys)
+
+
+def listen(engine: Any, *, host: str, port: int, keys: frozenset[str]) -> None:
+    """Answers requests until it is told to stop; what is being answered then has some seconds to end."""
+    import uvicorn
+
+    from zinit.serve.http import make_app
+
+    app = make_app(engine, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset(), on_stop=engine.stop)
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10, server_header=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_address(host: str, keys: frozenset[str]) -> None:
+    """Others may reach the server with a key only.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if not is_loopback(host) and not keys:
+        raise ConfigError(
+            f"--host {host} lets others reach the server: give them keys, with --api-key-file FILE (one on each line), "
+            f"or listen on 127.0.0.1."
+        )
+
+
+def read_keys(file: str | None) -> frozenset[str]:
+    """The keys of a file, one on each line.
+
+    Raises:
+        ConfigError: if it cannot be read, holds none, or one that is easily guessed.
+    """
+    if file is None:
+        return frozenset()
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file} cannot be read: {error}.") from error
+    if not lines or min(map(len, lines)) < SHORTEST_KEY or not all(line.isascii() for line in lines):
+        raise ConfigError(
+            f"--api-key-file {file}: expected a key of {SHORTEST_KEY} or more ASCII characters on each line. Make one: "
+            f"python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return frozenset(lines)
+
+
+def name_sources(sources: list[str]) -> dict[str, str]:
+    """The name of each source in requests: what stands before "=", or the last part of its path.
+
+    Raises:
+        ConfigError: if two have the same.
+    """
+    found: dict[str, str] = {}
+    for source in sources:
+        name, equals, where = source.partition("=")
+        if not equals or "/" in name:
+            where = source
+            name = Path(source).name or Path(source).absolute().name
+        if name in found:
+            raise ConfigError(f"{found[name]} and {where} are both named {name!r}. Name them: NAME=FOLDER.")
+        found[name] = where
+    return found
