@@ -229,6 +229,17 @@ def test_transformers_keeps_a_blocks_checkpointing_function() -> None:
     assert vars(block)["_gradient_checkpointing_func"] is own
 
 
+def test_transformers_makes_generates_processors_of_scores() -> None:
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model, ids = LlamaForCausalLM(config), torch.tensor([[1, 2]])
+    plain = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": [4]}
+    assert not compat.logits_processors(model, GenerationConfig(**plain), ids)
+    found = compat.logits_processors(model, GenerationConfig(**{**plain, "min_new_tokens": 1}), ids)
+    assert found(ids, torch.zeros(1, 8))[0].isinf().nonzero().tolist() == [[4]]
+
+
 def test_timm_gives_biases_of_relative_position() -> None:
     from timm.models.beit import Attention as Beit
     from timm.models.swin_transformer import WindowAttention

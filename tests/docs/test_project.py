@@ -18,7 +18,7 @@ LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/new-backbone.md",
                                   "docs/new-task.md", "docs/other-libraries.md", "docs/scaling.md",
-                                  "docs/image-text-tasks.md", "docs/suites.md",
+                                  "docs/image-text-tasks.md", "docs/suites.md", "docs/serving.md",
                                   "zinit/demo/README.md"])  # fmt: skip
 def test_paths_in_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -53,6 +53,7 @@ def test_extras_hold_what_tests_of_options_need() -> None:
     extras = {name: {re.split(r"[<>=\[]", item)[0] for item in items}
               for name, items in PROJECT["project"]["optional-dependencies"].items()}  # fmt: skip
     assert extras["quantize"] | extras["tensorboard"] <= extras["test"]
+    assert "zinit[serve]" in PROJECT["project"]["optional-dependencies"]["test"]
     always = {re.split(r"[<>=\[]", item)[0] for item in PROJECT["project"]["dependencies"]}
     assert not always & set.union(*extras.values()), "a dependency of all is no extra"
     assert len(always) == len(PROJECT["project"]["dependencies"]), "a dependency is listed twice"

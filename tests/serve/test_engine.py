@@ -221,8 +221,7 @@ def test_adapters_come_and_go_while_others_answer(engine: Engine, expected: dict
     late.join(60)
     assert ended.failure.message == "the model 'again' was taken away."
     assert [one.wait()[0].answer for one in asked] == [expected[key]] * 3
-    assert "served" in repr(engine._models.get("anna").handle)
-    with pytest.raises(Refused, match=r"there is no model 'again'. Did you mean"):
+    with pytest.raises(Refused, match="there is no model 'again'"):
         ask(engine, "again", "e")
     with pytest.raises(Refused, match="the base cannot be taken away"):
         engine.unload("base")
@@ -311,7 +310,7 @@ def test_adapters_of_another_base_are_refused(tmp_path: Any) -> None:
 
     zinit.attach(causal_lm("Llama"), zinit.PrefixConfig(length=2)).save(tmp_path / "other")
     made = models()
-    with pytest.raises(CheckpointError, match="made for another model"):
+    with pytest.raises(CheckpointError, match="made for other weights of the same shape"):
         made.add("other", str(tmp_path / "other"))
     assert list(made.by_name) == ["base"]
     with pytest.raises(CheckpointError, match="does not say which model it was made for: --model"):

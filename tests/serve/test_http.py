@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import json
+import os
 import random
 import socket
 import threading
@@ -253,7 +255,7 @@ def test_keys_hosts_and_sizes(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_a_fault_shows_nothing_of_itself(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault(*_: Any) -> None:
+    def fault(*_: Any, **__: Any) -> None:
         raise RuntimeError("/home/somebody/secret")
 
     monkeypatch.setattr(engine, "_submit", fault)
@@ -296,7 +298,7 @@ def mutated(draw: random.Random) -> bytes:
                 if isinstance(place, dict) and draw.random() < 0.3:
                     place[str(draw.choice(WORDS))] = place.pop(key)
                 else:
-                    place[key] = draw.choice(WORDS)
+                    place[key] = copy.deepcopy(draw.choice(WORDS))
                 break
             place = place[key]
     text = json.dumps(body).encode()
@@ -311,7 +313,7 @@ def test_malformed_bodies_are_refused_in_one_document(engine: Engine) -> None:
     draw, app = random.Random(0), make_app(engine)
     secret = ask(engine, "base", SECRET, max_tokens=400)
     statuses = []
-    for _ in range(1000):
+    for _ in range(int(os.environ.get("ZINIT_FUZZ", "300"))):
         path = draw.choice(["/v1/chat/completions", "/v1/completions"])
         status, answer = call(app, "POST", path, mutated(draw))
         statuses.append(status)
@@ -321,7 +323,7 @@ def test_malformed_bodies_are_refused_in_one_document(engine: Engine) -> None:
             assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
             assert b"Traceback" not in answer
             assert b"/zinit" not in answer
-    assert 30 < statuses.count(200) < 700
+    assert 0.05 < statuses.count(200) / len(statuses) < 0.7
     assert secret.ticket is not None
     secret.ticket.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,9 @@ from transformers import LlamaForCausalLM
 
 import zinit
 from tests.encoders.test_encoders import saved
-from tests.tiny import save_records, save_tiny_llama
+from tests.tiny import save_tiny_llama
+from zinit.runs.record import RECORD, Record
 from zinit.runs.settings import resolve
-from zinit.runs.train import train_run
 from zinit.serve.engine import Engine
 from zinit.serve.requests import Event, Failed, Limits, Piece, Sampling, Ticket, Turn
 from zinit.serve.served import Models
@@ -28,23 +29,8 @@ def folders() -> dict[str, Path]:
     """{name: folder}: three finished runs, an adapter with tuning and one that sees; and "model"."""
     root = Path(mkdtemp())
     found = {"model": save_tiny_llama(root / "model")}
-    data = save_records(root / "data.json", 12)
-    common = [
-        "train.steps=1",
-        "prefix.layers=2",
-        "prefix.length=4",
-        "task.max_length=400",
-        "task.evaluation_limit=1",
-        "task.max_new_tokens=4",
-    ]
     for seed, (name, task) in enumerate(RUNS.items()):
-        more = ["task.template=chat65b"] if task == "conversation" else []
-        given: dict[str, Any] = {"model": str(found["model"]), "data": [str(data)], "options": [*common, *more]}
-        config, _ = resolve(backbone="llama", task=task, seed=seed, **given)
-        found[name] = root / name
-        train_run(config, found[name])
-        model: Any = LlamaForCausalLM.from_pretrained(found["model"])
-        _open(zinit.load(model, found[name]), seed).save(found[name])
+        found[name] = _run(root / name, found["model"], task, seed)
     part = zinit.PrefixConfig(length=3, layers=2)
     tuned = zinit.AdapterConfig(parts={"prefix": part}, tuning=zinit.TuningConfig())
     sees = zinit.AdapterConfig(
@@ -57,6 +43,17 @@ def folders() -> dict[str, Path]:
         found[name] = root / name
         _open(zinit.attach(model, config, seed=7, **more), 7).save(found[name])
     return found
+
+
+def _run(folder: Path, model: Path, task: str, seed: int) -> Path:
+    """A finished run as far as serving and chatting look at one: its record and its adapter."""
+    options = ["prefix.layers=2", "prefix.length=4", *(["task.template=chat65b"] if task == "conversation" else [])]
+    config, _ = resolve(backbone="llama", task=task, model=str(model), data=["none"], options=options, seed=seed)
+    adapter = LlamaForCausalLM.from_pretrained(model)
+    _open(zinit.attach(adapter, config.prefix, seed=seed), seed).save(folder)
+    record = Record(config=config.to_dict(), backbone="llama", task=task, model=str(model), seed=seed)
+    (folder / RECORD).write_text(json.dumps(vars(record)))
+    return folder
 
 
 @torch.no_grad()

@@ -33,25 +33,27 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.own(key_states, value_states)
-            return self.keys, self.values
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
+            return self.memory
+        used = self.used
+        end = used[0].shape[2] + key_states.shape[2]
         if end > self.memory[0].shape[2]:
-            self.own(*(F.pad(x, (0, 0, 0, max(ROOM, start // 2))) for x in (self.keys, self.values)))
+            self.memory = tuple(F.pad(x, (0, 0, 0, max(ROOM, end // 2))) for x in used)  # pyright: ignore
         for memory, new in zip(self.memory, (key_states, value_states), strict=True):
-            memory[:, :, start:end] = new
+            memory[:, :, end - new.shape[2] : end] = new
         self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+        return self.used
+
+    @property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """The keys and values in use."""
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def own(self, keys: Tensor, values: Tensor) -> None:
         """Takes over memory, all of whose columns are in use."""
         self.memory = (keys, values)
         self.keys, self.values = keys, values
-
-
-def kept(x: Tensor, rows: Tensor, start: int) -> Tensor:
-    """The rows of a cache that stay, without columns that all of them pad."""
-    return x[rows, :, start:]
 
 
 class Batch:
@@ -110,7 +112,7 @@ class Batch:
         self.lengths = [self.lengths[row] for row in rows]
         index, start = torch.tensor(rows, device=self.model.device), width - self.width
         for layer in self._cache.layers if rows else ():
-            layer.own(*(x[:, :, start:].index_select(0, index) for x in (layer.keys, layer.values)))
+            layer.own(*(x[:, :, start:].index_select(0, index) for x in layer.used))
 
     def join(self, other: Batch) -> None:
         """Takes over all rows of another batch, behind its own."""
@@ -119,7 +121,7 @@ class Batch:
             return
         width = max(self.width, other.width)
         for layer, new in zip(self._cache.layers, other._cache.layers, strict=True):
-            pairs = zip((layer.keys, layer.values), (new.keys, new.values), strict=True)
+            pairs = zip(layer.used, new.used, strict=True)
             layer.own(*(torch.cat([_padded(x, width) for x in pair]) for pair in pairs))
         self.lengths = self.lengths + other.lengths
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from zinit.errors import ConfigError, install_extra
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 SHORTEST_KEY = 16
+GRACE = 10  # seconds
 
 
 def serve(
@@ -23,9 +25,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Any but this machine's own needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[str | None, typer.Option(help="A file with a key on each line.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the base lies, if elsewhere now.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the base lies, if elsewhere now.")] = None,
     template: Annotated[str, typer.Option(help="For adapters without a run; see 'zinit ls templates'.")] = "auto",
     batch: Annotated[int, typer.Option(help="Answers that are generated at once.", min=1)] = 64,
     queue: Annotated[int, typer.Option(help="Answers that may wait.", min=1)] = 256,
@@ -50,23 +50,49 @@ def serve(
     from zinit.serve.requests import Limits
     from zinit.serve.served import Models
 
-    models = Models(next(iter(names.values())), model=model, template=template)
-    for name, source in names.items():
-        models.add(name, source)
-    limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
-    engine = Engine(models, limits).start()
-    print(f"serving {', '.join(models.by_name)}", file=sys.stderr)
-    listen(engine, host=host, port=port, keys=keys)
+    with bound(host, port) as listener:
+        models = Models(next(iter(names.values())), model=model, template=template)
+        for name, source in names.items():
+            models.add(name, source)
+        limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
+        engine = Engine(models, limits).start()
+        print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)
+        listen(engine, listener, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset())
 
 
-def listen(engine: Any, *, host: str, port: int, keys: frozenset[str]) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that waits for connections.
+
+    Raises:
+        ConfigError: if the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Stop that, or take another "
+            f"--port (0 is a free one)."
+        ) from error
+
+
+def address(listener: socket.socket) -> str:
+    """Where a socket listens."""
+    host, port, *_ = listener.getsockname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listen(engine: Any, listener: socket.socket, *, keys: frozenset[str], hosts: frozenset[str]) -> None:
     """Answers requests until it is told to stop; what is being answered then has some seconds to end."""
     import uvicorn
 
     from zinit.serve.http import make_app
 
-    app = make_app(engine, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset(), on_stop=engine.stop)
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10, server_header=False)
+    app = make_app(engine, keys=keys, hosts=hosts, on_stop=engine.stop)
+    settings = uvicorn.Config(
+        app, access_log=False, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:

@@ -6,13 +6,10 @@ import hmac
 import json
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN = ("/health",)  # needs no key
-
-
-class TooLarge(Exception):
-    """A body beyond the limit."""
 
 
 class Guard:
@@ -29,6 +26,7 @@ class Guard:
     def __init__(self, app: ASGIApp, *, keys: frozenset[str], hosts: frozenset[str], most: int) -> None:
         self.app, self.hosts, self.most = app, hosts, most
         self.keys = [key.encode() for key in keys]
+        self._too_large = f"the body has more than {most:,} bytes."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -40,18 +38,7 @@ class Guard:
         if refusal is not None:
             await _answer(send, *refusal)
             return
-        started = False
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self.app(scope, self._limited(receive), noted)
-        except TooLarge:
-            if not started:
-                await _answer(send, 413, f"the body has more than {self.most:,} bytes.")
+        await self.app(scope, self._limited(receive), send)
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -66,7 +53,7 @@ class Guard:
             length = int(headers.get(b"content-length", b"0"))
         except ValueError:
             return 400, "content-length is no number."
-        return (413, f"the body has more than {self.most:,} bytes.") if length > self.most else None
+        return (413, self._too_large) if length > self.most else None
 
     def _limited(self, receive: Receive) -> Receive:
         taken = 0
@@ -76,7 +63,7 @@ class Guard:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.most:
-                raise TooLarge
+                raise HTTPException(413, self._too_large)
             return message
 
         return limited

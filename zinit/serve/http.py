@@ -73,7 +73,11 @@ def make_app(
         started = time.perf_counter()
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        ticket = await run_in_threadpool(ask, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = await run_in_threadpool(ask, deliver)
         watched = metrics.watch(body.model, ticket, _events(events, ticket), started)
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage

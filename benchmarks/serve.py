@@ -1,0 +1,184 @@
+"""Serving: 64 requests over 16 adapters in one batch, against one after another, and against one adapter alone.
+
+The engine is measured without HTTP. Every way answers the same requests, greedily, and the answers are compared; gates
+are open, so that adapters differ. One after another: ``model.generate`` for each request, under its adapter.
+
+    python -m benchmarks.serve                                   # the demo's LLaMA
+    python -m benchmarks.serve --model DIR --tokens 32 --rate 2  # another base
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zinit
+from benchmarks.common import RESULTS, save
+from zinit.demo import instructions, llama_path
+from zinit.models.loading import load_causal_lm
+from zinit.serve.engine import Engine
+from zinit.serve.requests import Failed, Limits, Piece, Sampling, Turn
+from zinit.serve.served import Models
+
+Request = tuple[str, str]  # adapter, text
+
+
+def make_adapters(options: argparse.Namespace, folder: Path) -> None:
+    """Adapters with open gates; the first ones tune the host too."""
+    model, _ = load_causal_lm(options.model, dtype=torch.float32)
+    for number in range(options.adapters):
+        part = zinit.PrefixConfig(length=options.prefix_length, layers=options.layers, gate_init=0.3)
+        config: Any = part
+        if number < options.tuned:
+            config = zinit.AdapterConfig(parts={"prefix": part}, tuning=zinit.TuningConfig())
+        handle = zinit.attach(model, config, seed=number)
+        handle.save(folder / f"user{number}")
+        handle.detach()
+
+
+def in_batches(
+    engine: Engine, requests: list[Request], tokens: int, rate: float | None, seed: int = 0
+) -> dict[str, Any]:
+    """All requests at once, or as a Poisson process of so many a second."""
+    draw, lock, over = random.Random(seed), threading.Lock(), threading.Event()
+    first: dict[int, float] = {}
+    whole: dict[int, float] = {}
+    answers: dict[int, tuple[int, ...]] = {}
+
+    def receiver(number: int, started: float) -> Any:
+        def take(event: Piece | Failed) -> None:
+            now = time.perf_counter()
+            assert isinstance(event, Piece), event
+            with lock:
+                first.setdefault(number, now - started)
+                if event.reason is not None:
+                    whole[number], answers[number] = now - started, tuple(event.tokens)
+                    if len(answers) == len(requests):
+                        over.set()
+
+        return take
+
+    began = time.perf_counter()
+    due = began
+    for number, (adapter, text) in enumerate(requests):
+        if rate is not None:
+            due += draw.expovariate(rate)
+            time.sleep(max(0.0, due - time.perf_counter()))
+        how = Sampling(max_tokens=tokens, temperature=0)
+        engine.chat(adapter, [Turn(role="user", text=text)], how, receiver(number, time.perf_counter()))
+    assert over.wait(3600)
+    seconds = time.perf_counter() - began
+    made = [answers[number] for number in range(len(requests))]
+    return {**figures(made, seconds, list(first.values()), list(whole.values())), "answers": made}
+
+
+def one_after_another(engine: Engine, requests: list[Request], tokens: int) -> dict[str, Any]:
+    """As a loop over ``zinit generate`` would, with the model loaded once."""
+    models = engine._models
+    whole: list[float] = []
+    answers: list[tuple[int, ...]] = []
+    began = time.perf_counter()
+    for adapter, text in requests:
+        served = models.get(adapter)
+        from zinit.data.conversations import Conversation, Round
+
+        prompt = served.format.prompt(Conversation(rounds=(Round(question=text),)))
+        config = engine._generation(served, prompt, Sampling(max_tokens=tokens, temperature=0))
+        config.eos_token_id = list(dict.fromkeys([*config.eos_token_id, *served.format.stop_tokens]))
+        ids = torch.tensor([prompt])
+        assert served.handle is not None
+        with served.handle.alone():
+            found = models.base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        answers.append(tuple(found[0, len(prompt) :].tolist()))
+        whole.append(time.perf_counter() - began)
+    return {**figures(answers, time.perf_counter() - began, [], whole), "answers": answers}
+
+
+def figures(answers: list[tuple[int, ...]], seconds: float, first: list[float], whole: list[float]) -> dict[str, Any]:
+    def quantiles(values: list[float]) -> dict[str, float]:
+        ordered = sorted(values)
+        return {f"p{p}": round(ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 4) for p in (50, 99)}
+
+    count = sum(map(len, answers))
+    found: dict[str, Any] = {
+        "tokens": count,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(count / seconds, 1),
+    }
+    found |= {"first_token": quantiles(first)} if first else {}
+    return found | {"whole": quantiles(whole)}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default=str(llama_path()), help="default: the demo's")
+    options.add_argument("--requests", type=int, default=64)
+    options.add_argument("--adapters", type=int, default=16)
+    options.add_argument("--tuned", type=int, default=0, help="how many of them tune the host")
+    options.add_argument("--prefix-length", type=int, default=10, help="K")
+    options.add_argument("--layers", type=int, default=None, help="L; default: all")
+    options.add_argument("--tokens", type=int, default=64, help="longest answer")
+    options.add_argument("--rate", type=float, default=20.0, help="requests a second of the Poisson process")
+    options.add_argument("--rounds", type=int, default=5, help="interleaved; medians are reported")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--output", type=Path, default=None)
+    options = options.parse_args()
+    options.device = "cpu"
+    torch.set_num_threads(options.threads)
+    texts = [record["instruction"] for record in instructions()[0]]
+    random.Random(0).shuffle(texts)
+    names = [f"user{number}" for number in range(options.adapters)]
+    mixed = [(names[number % len(names)], texts[number]) for number in range(options.requests)]
+    single = [(names[-1], texts[number]) for number in range(options.requests)]
+    with tempfile.TemporaryDirectory() as folder:
+        make_adapters(options, Path(folder))
+        models = Models(
+            str(Path(folder) / names[0]), model=options.model, template="alpaca", device=torch.device("cpu")
+        )
+        for name in names:
+            models.add(name, str(Path(folder) / name))
+    engine = Engine(models, Limits(batch=options.requests, queue=4 * options.requests)).start()
+    ways = {
+        "one_after_another": lambda: one_after_another(engine, mixed, options.tokens),
+        "mixed": lambda: in_batches(engine, mixed, options.tokens, None),
+        "one_adapter": lambda: in_batches(engine, single, options.tokens, None),
+        "poisson": lambda: in_batches(engine, mixed, options.tokens, options.rate),
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    in_batches(engine, mixed[:8], 8, None)  # warms up
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            found[name].append(way())
+    engine.stop()
+    equal = sum(
+        a == b for a, b in zip(found["mixed"][0]["answers"], found["one_after_another"][0]["answers"], strict=True)
+    )
+    report: dict[str, Any] = {"answers_equal": f"{equal} of {len(mixed)}"}
+    for name, rounds in found.items():
+        rounds.sort(key=lambda each: each["tokens_per_second"])
+        report[name] = {key: value for key, value in rounds[len(rounds) // 2].items() if key != "answers"}
+
+    def speed(over: str, under: str) -> float:
+        return round(
+            statistics.median(a["tokens_per_second"] for a in found[over])
+            / statistics.median(b["tokens_per_second"] for b in found[under]),
+            3,
+        )
+
+    report["mixed_over_one_after_another"] = speed("mixed", "one_after_another")
+    report["one_adapter_over_mixed"] = speed("one_adapter", "mixed")
+    options.model = Path(options.model).name
+    options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
+    save("serve", options, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""``zinit serve`` before it serves: names, keys, addresses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.world import folders
+from zinit.errors import CheckpointError, ConfigError
+from zinit.serve import command
+from zinit.serve.command import address, bound, check_address, is_loopback, name_sources, read_keys, serve
+
+
+def test_models_are_named_after_their_folders() -> None:
+    assert name_sources(["runs/one/", "two=runs/b", "me/hub"]) == {"one": "runs/one/", "two": "runs/b", "hub": "me/hub"}
+    assert name_sources(["a/b=c"]) == {"b=c": "a/b=c"}
+    with pytest.raises(ConfigError, match=r"x/a and y/a are both named 'a'. Name them: NAME=FOLDER"):
+        name_sources(["x/a", "y/a"])
+
+
+def test_keys_are_lines_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("abcdefghijklmnop\n\n  0123456789abcdef0  \n")
+    assert read_keys(str(file)) == {"abcdefghijklmnop", "0123456789abcdef0"}
+    assert read_keys(None) == frozenset()
+    for text in ("", "short", "abcdefghijklmnop\nshort", "ähnlichwieeinschlüssel"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="expected a key of 16 or more ASCII characters on each line"):
+            read_keys(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(str(tmp_path / "gone"))
+
+
+def test_others_need_a_key() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.org")] == (
+        [True] * 3 + [False] * 3
+    )
+    check_address("127.0.0.1", frozenset())
+    check_address("0.0.0.0", frozenset({"key"}))
+    with pytest.raises(ConfigError, match=r"--host 0.0.0.0 lets others reach the server: .*--api-key-file FILE"):
+        check_address("0.0.0.0", frozenset())
+
+
+def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with bound("127.0.0.1", 0) as taken:
+        port = int(address(taken).rpartition(":")[2])
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}: .*take another --port"):
+            serve(["runs/x"], port=port)
+    with pytest.raises(CheckpointError, match="there is no adapter folder"):
+        serve([str(tmp_path / "x")], port=0)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+    with pytest.raises(ConfigError, match=r"zinit serve needs uvicorn. .*pip install -e '.\[serve\]'"):
+        serve(["runs/x"])
+
+
+def test_it_serves_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: the signal that ends it is sent by the client, whose answer is complete."""
+    answers: list[Any] = []
+    listen = command.listen
+
+    def with_client(engine: Any, listener: Any, **more: Any) -> None:
+        def talk() -> None:
+            client = openai.OpenAI(base_url=f"{address(listener)}/v1", api_key="none")
+            asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+            answers.append(client.chat.completions.create(model="mine", **asked))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=talk).start()
+        listen(engine, listener, **more)
+
+    monkeypatch.setattr(command, "listen", with_client)
+    with pytest.raises(KeyboardInterrupt):
+        serve([f"mine={folders()['anna']}"], port=0)
+    assert answers[0].usage.completion_tokens == 4
+    assert "serving base, mine on http://127.0.0.1:" in capsys.readouterr().err
