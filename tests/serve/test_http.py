@@ -221,6 +221,7 @@ def test_health_and_metrics(client: openai.OpenAI, engine: Engine) -> None:
     status, found = call(app, "POST", "/v1/chat/completions", body)
     assert status == 200
     usage = json.loads(found)["usage"]
+    assert idle(engine)
     assert call(app, "GET", "/health") == (200, b'{"status":"ok"}')
     lines = call(app, "GET", "/metrics")[1].decode().splitlines()
     assert 'zinit_requests_total{end="answered",model="bert"} 1.0' in lines

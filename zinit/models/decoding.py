@@ -33,7 +33,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.own(key_states, value_states)
-            return self.memory
+            return key_states, value_states
         used = self.used
         end = used[0].shape[2] + key_states.shape[2]
         if end > self.memory[0].shape[2]:
