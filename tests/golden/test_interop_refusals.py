@@ -263,7 +263,7 @@ def test_a_litgpt_file_that_does_not_fit(tmp_path, layer, tensor, value, reason)
     ("names", "reason"),
     [
         (["image_bind_proj.weight", "prefix_query.weight"], "ImageBind-LLM"),
-        (["cap_adapter_query.weight", "adapter_query.weight", "visual_blocks.0.norm1.bias"], "V1 caption"),
+        (["cap_adapter_query.weight", "adapter_query.weight", "visual_blocks.0.norm1.bias"], "no visual_query.weight"),
         (
             ["visual_query.weight", "adapter_query.weight", "llama.layers.0.attention.wq.bias"],
             "V2 multi-modal.*format='official-v2'",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ from tests.golden.formats import (
     state,
     trained,
 )
+from zinit.adapter.encoding import Features
 from zinit.adapter.registries import FORMATS
 from zinit.interop.convert import convert
 
@@ -178,7 +181,7 @@ def test_equal_gates_per_head_fit_peft_and_gates_of_one_fit_without_gating(tmp_p
             {"gate_per": "layer"},
             "model is 'qwen2'",
         ),
-        ("litgpt", llama, {}, "reads 'litgpt' but does not write it. Formats it writes: official-v1, peft"),
+        ("litgpt", llama, {}, r"reads 'litgpt' but does not write it. Formats it writes: litgpt-v2, .*peft"),
     ],
 )
 def test_what_a_format_cannot_express_is_not_written(tmp_path, format, make, settings, reason):
@@ -186,6 +189,99 @@ def test_what_a_format_cannot_express_is_not_written(tmp_path, format, make, set
     with pytest.raises(zinit.CheckpointError, match=reason):
         handle.export(tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+TABLE = zinit.PrefixConfig(length=K, layers=L)
+SEES = zinit.PrefixConfig(length=K, layers=L, prompt="table+context")
+BRIDGE = {"feature_width": 6, "hidden": 8, "blocks": 1, "heads": 2}
+
+
+def tuned(make=llama, part: zinit.PrefixConfig | None = None, **settings) -> zinit.Handle:
+    images = {"context": "visual-tokens", "context_options": BRIDGE} if part and part.prompt != "table" else {}
+    options = settings.pop("context_options", {})
+    if options:
+        images["context_options"] = BRIDGE | options
+    parts = {} if part is None else {"prefix": part}
+    config = zinit.AdapterConfig(parts=parts, tuning=zinit.TuningConfig(**settings), **images)
+    handle = zinit.attach(make(), config, seed=2)
+    with torch.no_grad():
+        for seed, parameter in enumerate(handle.parameters()):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return handle
+
+
+WRITTEN = {  # what a format expresses though its files usually hold more: the rest is written as what changes nothing
+    "official-v2-chat": [
+        (None, {"scale": "input", "norms": "blocks"}),
+        (TABLE, {"scale": "input", "bias": False, "linears": ("q_proj", "down_proj"), "norms": False}),
+        (None, {"scale": "none", "bias": False}),
+    ],
+    "official-v2": [
+        (SEES, {"scale": "none", "linears": ("q_proj", "up_proj")}),
+        (SEES, {"scale": "none", "bias": False, "norms": False, "lora_rank": 2, "lora_linears": ("k_proj",)}),
+    ],
+    "litgpt-v2": [(None, {}), (None, {"scale": "none", "linears": ("k_proj", "head"), "norms": False})],
+    "litgpt-v2-legacy": [(TABLE, {"linears": ("v_proj", "o_proj")}), (None, {"norms": "blocks"})],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*wrong rows")
+@pytest.mark.parametrize(("format", "part", "settings"), [(f, *how) for f, all in WRITTEN.items() for how in all])
+def test_a_tuned_adapter_is_the_same_function_after_writing(tmp_path, format, part, settings):
+    handle = tuned(part=part, **settings)
+    handle.export(tmp_path / "file", format=format)
+    heads = {"heads": 2} if format == "official-v2" else {}
+    again = zinit.import_adapter(llama(), tmp_path / "file", format=format, length=K, **heads)
+    features = Features(tokens=torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(5)))
+    found = []
+    for one in (handle, again):
+        with one.given(features=features) if part is SEES else nullcontext():
+            found.append(logits(one.model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], logits(llama()), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("format", "part", "settings", "reason"),
+    [
+        ("official-v1", None, {}, "several parts, images or a tuning"),
+        ("official-v2-chat", None, {"scale": "output"}, "scales the output .* the format scales the input"),
+        ("official-v2-chat", None, {"scale": "input", "lora_rank": 2}, "it has LoRA"),
+        ("official-v2-chat", None, {"scale": "input", "linears": ("all", "head")}, "tunes the output head"),
+        ("official-v2-chat", SEES, {"scale": "input"}, "it takes images"),
+        ("official-v2-chat", TABLE, {"scale": "input", "prompts_through": "base"}, "pass the base's projections"),
+        ("official-v2", SEES, {"scale": "input"}, "scales the input .* the format has no scales"),
+        ("official-v2", SEES, {"scale": "none"}, "bias of self_attn.k_proj, and the format has none"),
+        ("official-v2", TABLE, {"scale": "none"}, "adds the tokens of 'visual-tokens'"),
+        ("official-v2", SEES, {"scale": "none", "linears": ("q_proj",), "context_options": {"mlp_ratio": 2.0}},
+         "mlp_ratio=2.0, and the format's have 4"),
+        ("litgpt-v2", TABLE, {}, "wrong rows"),
+        ("litgpt-v2-legacy", TABLE, {"scale": "input"}, "scales the input .* the format scales the output"),
+        ("litgpt-v2-legacy", SEES, {}, "prompts come from 'table.context'"),
+        ("litgpt-v2-legacy", replace(TABLE, layers=(0, 1)), {}, r"layers \[0, 1\] of 4.*topmost"),
+    ],
+)  # fmt: skip
+def test_a_tuning_that_a_format_cannot_express_is_not_written(tmp_path, format, part, settings, reason):
+    handle = tuned(part=part, **settings)
+    with pytest.raises(zinit.CheckpointError, match=reason):
+        handle.export(tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_encoders_and_untuned_adapters_are_not_written_as_tuned_llamas(tmp_path):
+    bare = zinit.attach(llama(), TABLE)
+    seeing = tuned(part=SEES, scale="none", linears=("q_proj",))
+    seeing.encoder_identity = {"source": "somewhere", "bgr": False}
+    for handle, format, reason in (
+        (bare, "official-v2-chat", "it tunes nothing"),
+        (tuned(mistral), "litgpt-v2", "model is 'mistral'"),
+        (tuned(lambda: llama(num_key_value_heads=2), scale="input"), "official-v2-chat", "2 of them with keys"),
+        (seeing, "official-v2", r"channels in reverse \(bgr\)"),
+    ):
+        with pytest.raises(zinit.CheckpointError, match=reason):
+            handle.export(tmp_path / "out", format=format)
+    seeing.encoder_identity["bgr"] = True
+    seeing.export(tmp_path / "out", format="official-v2")
 
 
 def test_prompts_that_are_more_than_a_table_are_not_written(tmp_path):
@@ -314,7 +410,7 @@ def test_the_function_attach_is_not_hidden_by_its_module():
 
 def test_every_format_is_one_that_convert_knows():
     assert set(FORMATS) == {*TENSORS, "peft"}
-    assert {name for name in FORMATS if FORMATS.get(name).write} == {"official-v1", "peft"}
+    assert {name for name in FORMATS if not FORMATS.get(name).write} == {"litgpt", "litgpt-legacy"}
     assert all(FORMATS.get(name).title for name in FORMATS)
 
 

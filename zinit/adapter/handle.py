@@ -364,7 +364,7 @@ class Handle:
         self.to_file().write(directory)
 
     def export(self, path: str | Path, *, format: str, **options: Any) -> None:
-        """Writes the adapter in another implementation's format ("official-v1", "peft").
+        """Writes the adapter in another implementation's format; ``zinit ls formats`` says which are written.
 
         Raises:
             CheckpointError: if that format cannot express this adapter; the message says why.

@@ -32,14 +32,15 @@ FORMATS = Registry(
     "adapter format",
     {
         "official-v1": Entry(
-            "zinit.interop.official:OFFICIAL_V1", "OpenGVLab/LLaMA-Adapter, V1 text: read and written."
+            "zinit.interop.official:OFFICIAL_V1", "OpenGVLab/LLaMA-Adapter, V1: read; its text adapters written."
         ),
         "official-v2": Entry(
             "zinit.interop.official_v2:MULTIMODAL",
-            "OpenGVLab/LLaMA-Adapter, V2 with images, its BIAS and LORA files: read.",
+            "OpenGVLab/LLaMA-Adapter, V2 with images, its BIAS and LORA files: read and written.",
         ),
         "official-v2-chat": Entry(
-            "zinit.interop.official_v2:CHAT", "OpenGVLab/LLaMA-Adapter, V2 chat: biases, input scales, norms: read."
+            "zinit.interop.official_v2:CHAT",
+            "OpenGVLab/LLaMA-Adapter, V2 chat: biases, input scales, norms: read and written.",
         ),
         "imagebind-llm": Entry(
             "zinit.interop.imagebind:IMAGEBIND_LLM", "OpenGVLab/LLaMA-Adapter, ImageBind-LLM: read and written."
@@ -47,7 +48,11 @@ FORMATS = Registry(
         "peft": Entry("zinit.interop.peft:PEFT", "Hugging Face PEFT, AdaptionPrompt: read and written."),
         "litgpt": Entry("zinit.interop.litgpt:LITGPT", "LitGPT 0.5.5 and later, adapter: read."),
         "litgpt-legacy": Entry("zinit.interop.litgpt:LITGPT_LEGACY", "LitGPT before 0.5.5, adapter: read."),
-        "litgpt-v2": Entry("zinit.interop.litgpt_v2:LITGPT_V2", "LitGPT 0.5.5 and later, adapter_v2: read."),
-        "litgpt-v2-legacy": Entry("zinit.interop.litgpt_v2:LITGPT_V2_LEGACY", "LitGPT before 0.5.5, adapter_v2: read."),
+        "litgpt-v2": Entry(
+            "zinit.interop.litgpt_v2:LITGPT_V2", "LitGPT 0.5.5 and later, adapter_v2: read; written without prompts."
+        ),
+        "litgpt-v2-legacy": Entry(
+            "zinit.interop.litgpt_v2:LITGPT_V2_LEGACY", "LitGPT before 0.5.5, adapter_v2: read and written."
+        ),
     },
 )

@@ -131,9 +131,13 @@ KINDS = (  # the first match counts; the modules of this package describe each
     ),
     Kind(
         "an official V1 caption adapter",
-        (),
-        "its prompts are the sum of a table and a projected CLIP image, made by layers that are in the file too",
+        ("official-v1",),
+        "",
         lambda name: name.startswith("cap_adapter_query.") or name.endswith(".attention.cap_gate"),
+        lambda name: (
+            name.startswith(("cap_adapter_query.", "adapter_query.", "clip_proj", "visual_"))
+            or name.endswith((".attention.cap_gate", ".attention.gate"))
+        ),
     ),
     Kind(
         "an official V2 multi-modal adapter",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.parts import Part
 from zinit.adapter.state import state_of
 from zinit.backbones import find_backbone
 from zinit.backbones.base import AttentionSite
@@ -102,13 +103,14 @@ def _check_gate(gate: Tensor | None, layer: int, site: AttentionSite, count: int
 class LayerOfPrompts:
     """One adapted layer to export: ``prompt`` (K, C), ``gate`` (H,) as stored, and ``effective`` (H,) after squashing.
 
-    Without gating both gates are ones.
+    Without gating both gates are ones. ``squashed`` is whether tanh makes one of the other.
     """
 
     site: AttentionSite
     prompt: Tensor
     gate: Tensor
     effective: Tensor
+    squashed: bool
 
 
 def plain_config(handle: Handle, format: str) -> PrefixConfig:
@@ -119,40 +121,53 @@ def plain_config(handle: Handle, format: str) -> PrefixConfig:
     """
     config = handle.config
     if not isinstance(config, PrefixConfig):
-        raise cannot(format, "it has several parts or a tuning, and the format holds one prefix")
+        raise cannot(format, "it has several parts, images or a tuning, and the format holds one prefix")
     if config.prompt != "table" or config.prompts != "table":
         raise cannot(format, f"its prompts come from {config.prompt!r} and {config.prompts!r}, and it holds tables")
     return config
 
 
-def topmost_layers(handle: Handle, format: str) -> list[LayerOfPrompts]:
+def topmost_layers(
+    handle: Handle, format: str, part: Part | None = None, *, prompt: str = "table"
+) -> list[LayerOfPrompts]:
     """Prompts and gates of the topmost layers, lowest first: for formats that have no list of layers.
+
+    Args:
+        handle: the adapter.
+        format: for messages.
+        part: of it; None is an adapter that is nothing else.
+        prompt: where the part's prompts come from.
 
     Raises:
         CheckpointError: if the adapter has another form; the message says why.
     """
-    config, every = plain_config(handle, format), list(handle.state.sites.values())
+    config = plain_config(handle, format) if part is None else part.config
+    if config.prompt != prompt or config.prompts != "table":
+        raise cannot(format, f"its prompts come from {config.prompt!r} and {config.prompts!r}, and it holds tables")
+    every, prefixes = list(handle.state.sites.values()), handle.prefixes if part is None else part.prefixes
+    sites = [site for site in every if site.name in prefixes]
     if config.parametrization != "prompt":
         raise cannot(format, "it learns keys and values directly, and the format holds prompts")
     if not config.separate_softmax:
         raise cannot(
             format, "its prompts share one softmax with the words, and the format's prompts have a softmax of their own"
         )
-    if handle.sites != every[-len(handle.sites) :]:
+    if sites != every[-len(sites) :]:
         raise cannot(
             format,
             f"it adapts layers {list(config.layers) if isinstance(config.layers, tuple) else config.layers} "
             f"of {len(every)}, and the format holds the topmost layers only, without a gap",
         )
     layers = []
-    for site in handle.sites:
-        prefix = handle.prefixes[site.name]
+    for site in sites:
+        prefix = prefixes[site.name]
         tensors = {name: value.detach().to("cpu", torch.float32) for name, value in prefix.named_parameters()}
         if not tensors.keys() <= {"prompt.weight", "gate"}:
             raise cannot(format, f"its prompts come from {type(prefix.prompt).__name__}, and the format holds a table")
         effective = prefix.gates().detach().to("cpu", torch.float32).contiguous()
         gate = tensors["gate"].expand(site.num_heads).contiguous() if "gate" in tensors else effective
-        layers.append(LayerOfPrompts(site, tensors["prompt.weight"], gate, effective))
+        squashed = config.gating and config.gate == "tanh"
+        layers.append(LayerOfPrompts(site, tensors["prompt.weight"], gate, effective, squashed))
     return layers
 
 

@@ -26,7 +26,7 @@ class LlamaPaths:
         CheckpointError: if it is not.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], path: Path) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], path: Path | str) -> None:
         self.blocks = [block_of(site, sites) for site in sites]
         inside = dict(model.get_submodule(self.blocks[0]).named_modules())
         self.last_norm = self.blocks[0].split(".layers.")[0] + ".norm"
@@ -37,7 +37,7 @@ class LlamaPaths:
                 f"another way: its blocks have no {', '.join(missing) or self.last_norm}."
             )
 
-    def block(self, layer: int, path: Path) -> str:
+    def block(self, layer: int, path: Path | str) -> str:
         """The path of a block by its number.
 
         Raises:

@@ -68,7 +68,7 @@ class Format:
 
         Args:
             handle: the adapter.
-            path: the file ("official-v1") or folder ("peft").
+            path: the file, or the folder ("peft").
             format: this format's name.
             options: the format's own. "official-v1" takes ``reader="training"`` (the default) or ``"inference"``: the
                 project's trainer squashes the stored gates, its released inference script does not.

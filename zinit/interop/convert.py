@@ -43,7 +43,7 @@ def convert(
         source: the file or folder to read.
         destination: the file or folder to write.
         source_format: a format of `FORMATS`, or "zinit".
-        target_format: "zinit", "official-v1" or "peft".
+        target_format: "zinit", or a format that is written, see ``zinit ls formats``.
         model: the model, or a folder or Hub id of one. Default: the one that a source in zinit's format names.
         length: see `import_adapter`.
         gate: see `import_adapter`.

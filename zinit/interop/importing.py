@@ -41,7 +41,8 @@ def import_adapter(
             released inference script does. Its oldest files, with one gate per layer, are always read as "identity".
         name: of the adapter on this model.
         encoder: of images, for formats that take them; see `zinit.attach`. Without one, `Handle.given` takes features.
-        options: the format's own. "official-v2" takes ``heads=16``, of its visual blocks, which the file does not say.
+        options: the format's own. "official-v2" takes ``heads=16``, of its visual blocks, which the file does not say;
+            "official-v1" that too, for a file that takes images, and ``branch="text"`` for the other adapter in it.
 
     Returns:
         The handle, as from `zinit.attach`.

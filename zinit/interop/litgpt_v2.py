@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zinit.adapter.handle import Handle
 from zinit.adapter.select import select_sites
 from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import HEAD, linears_of
-from zinit.config import TuningConfig
+from zinit.config import AdapterConfig, TuningConfig
 from zinit.errors import CheckpointError
+from zinit.files import write_atomically
 from zinit.interop import _llama as llama
-from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
-from zinit.interop._layers import sites_of
+from zinit.interop._files import adapter_tensors, pickled, read_pickle, tensors_in
+from zinit.interop._layers import cannot, sites_of, topmost_layers
+from zinit.interop._tuned import TunedLlama
 from zinit.interop.base import Format, Gate, Imported, ImportedAdapter
-from zinit.interop.litgpt import fused_rows, prompts_by_layer, warn_of_wrong_rows
+from zinit.interop.litgpt import GATE, PROMPT, fused_rows, prompts_by_layer, warn_of_wrong_rows
 
 LAYERS = {"attn.proj": llama.OUT, "mlp.fc_1": llama.GATE, "mlp.fc_2": llama.UP, "mlp.proj": llama.DOWN}
 NORMS = {"norm_1.weight": llama.ATTENTION_NORM, "norm_2.weight": llama.MLP_NORM}
@@ -130,5 +133,62 @@ def _split(fused: Tensor, site: AttentionSite, path: Path, *, legacy: bool) -> t
     return query, key, value
 
 
-LITGPT_V2 = Format("LitGPT 0.5.5 and later, adapter_v2", read, needs_weights=True)
-LITGPT_V2_LEGACY = Format("LitGPT before 0.5.5, adapter_v2", read_legacy)
+def write(handle: Handle, path: Path) -> None:
+    """Writes a file for version 0.5.5 or later: of an adapter without prompts, whose place closed gates take.
+
+    Raises:
+        CheckpointError: if the format cannot express the adapter.
+    """
+    if AdapterConfig.of(handle.config).parts:
+        raise cannot(
+            "litgpt-v2",
+            "LitGPT 0.5.5 and later reads a prompt's keys and values from the wrong rows of the fused projection, "
+            "which are not those of this adapter's prompts ('litgpt-v2-legacy' can hold prompts)",
+        )
+    _write(handle, path, "litgpt-v2", legacy=False)
+
+
+def write_legacy(handle: Handle, path: Path) -> None:
+    """Writes a file for a version before 0.5.5; see `write`. Gates are written as they act, not squashed."""
+    _write(handle, path, "litgpt-v2-legacy", legacy=True)
+
+
+def _write(handle: Handle, path: Path, format: str, *, legacy: bool) -> None:
+    own = TunedLlama(handle, format)
+    own.refuse_lora()
+    own.refuse_scale("output")
+    own.refuse_bare_prompts()
+    tensors: dict[str, Tensor] = {}
+    layers = [] if own.part is None else topmost_layers(handle, format, own.part)
+    prompts = {layer.site.name: (layer.prompt, layer.effective) for layer in layers}
+    if own.part is None:
+        prompts = {site.name: (torch.zeros(1, site.width), torch.zeros(site.num_heads)) for site in own.sites}
+    for index, (block, site) in enumerate(zip(own.blocks, own.sites, strict=True)):
+        layer = f"transformer.h.{index}"
+        if site.name in prompts:
+            tensors[layer + PROMPT], gate = prompts[site.name]
+            tensors[layer + GATE] = gate.view(1, 1, -1, 1)
+        for theirs, mine in KINDS.items():
+            parts = [own.vector(f"{block}.{name}", mine) for name in (llama.QUERY, llama.KEY, llama.VALUE)]
+            tensors[f"{layer}.{FUSED_BEFORE if legacy else FUSED}.{theirs}"] = _join(parts, site, legacy=legacy)
+            for name, linear in LAYERS.items():
+                tensors[f"{layer}.{name}.{theirs}"] = own.vector(f"{block}.{linear}", mine)
+        for name, norm in NORMS.items():
+            tensors[f"{layer}.{name}"] = own.norm(f"{block}.{norm}")
+    head = next(iter(linears_of(handle.model, own.sites, [HEAD])))
+    tensors |= {f"lm_head.{theirs}": own.vector(head, mine) for theirs, mine in KINDS.items()}
+    tensors[LAST_NORM] = own.norm(own.last_norm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, pickled({"model": {name: tensor.contiguous() for name, tensor in tensors.items()}}))
+
+
+def _join(parts: list[Tensor], site: AttentionSite, *, legacy: bool) -> Tensor:
+    """The other way of `_split`."""
+    if not legacy:
+        return torch.cat(parts)
+    groups = [part.view(site.num_kv_heads, -1, site.head_dim) for part in parts]
+    return torch.cat(groups, dim=1).flatten()
+
+
+LITGPT_V2 = Format("LitGPT 0.5.5 and later, adapter_v2", read, write, needs_weights=True)
+LITGPT_V2_LEGACY = Format("LitGPT before 0.5.5, adapter_v2", read_legacy, write_legacy)

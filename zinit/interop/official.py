@@ -5,6 +5,10 @@ adapted layer first, and ``layers.{i}.attention.gate`` for every layer i of the 
 used. The file holds neither K nor L, only their product. A full training checkpoint holds the same names, among
 LLaMA's own, under ``model``, next to the trainer's arguments.
 
+A file of the caption demo holds a second table, ``cap_adapter_query.weight``, gates ``cap_gate`` and a bridge of ViT
+blocks, whose K visual tokens are added to all prompts of that table. What is known of it comes from a mirror of the
+demo.
+
 A gate is (1, H, 1, 1), one number per head, which the project's trainer squashes with tanh and its released inference
 script does not (issue 39 there); or (1,), from the first release, which had no tanh.
 """
@@ -12,7 +16,9 @@ script does not (issue 39 there); or (1,), from the first release, which had no 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -21,17 +27,29 @@ from torch import Tensor, nn
 
 from zinit.adapter.handle import Handle
 from zinit.backbones.base import AttentionSite
+from zinit.config import ONLY, AdapterConfig
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import write_atomically
+from zinit.interop._bridge import QUERIES, read_bridge
 from zinit.interop._files import adapter_tensors, pickled, read_pickle, tensors_in
-from zinit.interop._layers import cannot, model_type, plain_config, sites_of, to_prefix, topmost_layers
-from zinit.interop.base import Format, Gate, Imported
+from zinit.interop._layers import LayerOfPrompts, cannot, model_type, sites_of, to_prefix, topmost_layers
+from zinit.interop.base import Format, Gate, Imported, ImportedAdapter
 
 FORMAT = "official-v1"
 TABLE, GATE = "adapter_query.weight", "layers.{}.attention.gate"
+FACTOR = "layers.{}.attention.new_gate"
+CAPTION_TABLE = "cap_adapter_query.weight"
 
 
-def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
+def read(
+    path: Path,
+    model: nn.Module,
+    *,
+    length: int,
+    gate: Gate,
+    branch: Literal["caption", "text"] | None = None,
+    heads: int = 16,
+) -> ImportedAdapter:
     """Reads a V1 adapter, or the adapter in a full training checkpoint.
 
     Args:
@@ -40,13 +58,37 @@ def read(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Imported:
         length: K.
         gate: "tanh" for the model that was trained, "identity" for what the released inference script computes. A
             file with one gate per layer is always read as "identity": no trainer for it was ever published.
+        branch: of a file of the caption demo: "caption", which takes images, or "text". Default: caption if there is
+            one.
+        heads: of the caption branch's visual blocks. The demo's have 16.
 
     Raises:
         CheckpointError: if the file is damaged, of another kind, or does not fit ``length`` or the model.
+        ConfigError: if there is no such branch.
     """
+    if branch not in (None, "caption", "text"):
+        raise ConfigError(f"branch must be 'caption' or 'text'; got {branch!r}.")
     tensors = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
-    tensors = adapter_tensors(tensors, path, FORMAT)
-    return prompts_by_layer(tensors, sites_of(model), path, length=length, gate=gate)
+    tensors, sites = adapter_tensors(tensors, path, FORMAT), sites_of(model)
+    chosen = branch or ("caption" if CAPTION_TABLE in tensors else "text")
+    if (wanted := CAPTION_TABLE if chosen == "caption" else TABLE) not in tensors:
+        raise CheckpointError(f"{path} has no {wanted}, so no {chosen} branch. Leave branch out.")
+    if branch is None and {TABLE, CAPTION_TABLE} <= tensors.keys():
+        warnings.warn(
+            f"{path} holds two adapters, one for captions and one for text. The one for captions was imported; for the "
+            f"other pass branch='text'.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if chosen == "text":
+        return prompts_by_layer(tensors, sites, path, length=length, gate=gate)
+    options, bridge = read_bridge(tensors, heads, path)
+    own = {TABLE: tensors[CAPTION_TABLE]} | {
+        name.replace("cap_gate", "gate"): tensor for name, tensor in tensors.items() if name.endswith(".cap_gate")
+    }
+    config, named = prompts_by_layer(own, sites, path, length=len(tensors[QUERIES]), gate=gate)
+    part = dataclasses.replace(config, prompt="table+context")
+    return AdapterConfig(parts={ONLY: part}, context="visual-tokens", context_options=options), named | bridge
 
 
 def prompts_by_layer(
@@ -108,14 +150,12 @@ def write(handle: Handle, path: Path, *, reader: Literal["training", "inference"
         raise ConfigError(f"reader must be 'training' or 'inference'; got {reader!r}.")
     layers = topmost_layers(handle, FORMAT)
     check_base(handle, FORMAT)
-    config = plain_config(handle, FORMAT)
-    squashed = config.gating and config.gate == "tanh"
     tensors: dict[str, Tensor] = {TABLE: torch.cat([layer.prompt for layer in layers])}
     for index, layer in enumerate(layers, start=len(handle.state.sites) - len(layers)):
         if reader == "inference":
             gate = layer.effective
         else:
-            gate = layer.gate if squashed else _before_tanh(layer.effective, index)
+            gate = layer.gate if layer.squashed else _before_tanh(layer.effective, index)
         tensors[GATE.format(index)] = gate.view(1, -1, 1, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, pickled(tensors))
@@ -132,8 +172,58 @@ def _before_tanh(effective: Tensor, index: int) -> Tensor:
     return effective.double().atanh().float()
 
 
-def check_base(handle: Handle, format: str) -> None:
+def write_prompts(
+    layers: list[LayerOfPrompts], sites: list[AttentionSite], *, factors: bool = False
+) -> dict[str, Tensor]:
+    """The table and the gates of V2's files, whose readers take the tanh of what is stored.
+
+    Args:
+        layers: of the prompts.
+        sites: all of the model.
+        factors: whether each layer has a factor beside its gates, ``new_gate``.
+    """
+    tensors = {TABLE: torch.cat([layer.prompt for layer in layers])}
+    for index, layer in enumerate(layers, start=len(sites) - len(layers)):
+        if factors:
+            gate, factor = _with_factor(layer.effective)
+            tensors[FACTOR.format(index)] = torch.full((1, 1, 1, 1), factor)
+        else:
+            gate = layer.gate if layer.squashed else _before_tanh(layer.effective, index)
+        tensors[GATE.format(index)] = gate.view(1, -1, 1, 1)
+    return tensors
+
+
+def _with_factor(effective: Tensor) -> tuple[Tensor, float]:
+    """Gates and a power of two whose product with their tanh is the effective gates, to the bit if any power does."""
+    found: tuple[Tensor, float] | None = None
+    for power in range(128):
+        factor = 2.0**power
+        wanted = effective / factor
+        if wanted.abs().max() >= 0.9:
+            continue
+        gate = near = wanted.double().atanh().float()
+        for towards in (torch.inf, -torch.inf):  # not every number is a tanh, but a neighbour's may be
+            neighbour = near
+            for _ in range(2):
+                neighbour = torch.nextafter(neighbour, torch.tensor(towards))
+                gate = torch.where(gate.tanh() == wanted, gate, neighbour)
+        gate = torch.where(gate.tanh() == wanted, gate, near)
+        found = found or (gate, factor)
+        if torch.equal(gate.tanh() * factor, effective):
+            return gate, factor
+        if factor > 64 * found[1]:
+            break
+    assert found is not None
+    return found
+
+
+def check_base(handle: Handle, format: str, sites: list[AttentionSite] | None = None) -> None:
     """The project's code only runs the first LLaMA: no shared key/value heads, no biases.
+
+    Args:
+        handle: the adapter.
+        format: for messages.
+        sites: that are looked at; by default those with a prefix.
 
     Raises:
         CheckpointError: if the adapter's model is another one.
@@ -142,7 +232,7 @@ def check_base(handle: Handle, format: str) -> None:
         raise cannot(
             format, f"the code that reads it runs LLaMA only, and this adapter's model is {model_type(handle)!r}"
         )
-    for site in handle.sites:
+    for site in handle.sites if sites is None else sites:
         if site.num_kv_heads != site.num_heads or site.num_heads * site.head_dim != site.width:
             raise cannot(
                 format,
@@ -156,4 +246,4 @@ def check_base(handle: Handle, format: str) -> None:
 
 _GATE = re.compile(re.escape(GATE).replace(r"\{\}", r"(\d{1,6})"))
 
-OFFICIAL_V1 = Format("OpenGVLab/LLaMA-Adapter, V1 text", read, write)
+OFFICIAL_V1 = Format("OpenGVLab/LLaMA-Adapter, V1", read, write)

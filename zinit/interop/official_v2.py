@@ -18,17 +18,24 @@ import argparse
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from zinit.adapter.handle import Handle
+from zinit.adapter.visual import VisualTokens
 from zinit.backbones.base import AttentionSite
-from zinit.config import PrefixConfig, TuningConfig
+from zinit.config import AdapterConfig, PrefixConfig, TuningConfig
 from zinit.errors import CheckpointError
+from zinit.files import write_atomically
 from zinit.interop import _llama as llama
-from zinit.interop._files import adapter_tensors, read_pickle, tensors_in
-from zinit.interop._layers import sites_of
+from zinit.interop._bridge import QUERIES, read_bridge, write_bridge
+from zinit.interop._files import adapter_tensors, pickled, read_pickle, tensors_in
+from zinit.interop._layers import cannot, sites_of, topmost_layers
+from zinit.interop._tuned import TunedLlama
 from zinit.interop.base import Format, Gate, ImportedAdapter
-from zinit.interop.official import TABLE, prompts_by_layer
+from zinit.interop.official import TABLE, check_base, prompts_by_layer, write_prompts
 
 LAYERS = {
     "attention.wq": llama.QUERY, "attention.wk": llama.KEY, "attention.wv": llama.VALUE, "attention.wo": llama.OUT,
@@ -73,16 +80,8 @@ def read_chat(path: Path, model: nn.Module, *, length: int, gate: Gate) -> Impor
     return llama.tuned_adapter(prefix, config, tuned)
 
 
-BRIDGE = {
-    "clip_proj": "proj_in", "clip_proj_norm": "norm_in", "visual_proj": "proj_out", "visual_proj_norm": "norm_out",
-}  # fmt: skip
-BLOCK = {
-    "norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
-}  # fmt: skip
-_BLOCK = re.compile(r"visual_blocks\.(\d{1,6})\.(.+)\.(weight|bias)")
 _BIAS = re.compile(r"layers\.(\d{1,6})\.(\w+\.w[qkvo123])\.(bias)")
 _LORA = re.compile(r"layers\.(\d{1,6})\.(attention|feed_forward)\.lora_(w[qkvo123])_l([12])\.weight")
-QUERIES = "visual_query.weight"
 
 
 def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, heads: int = 16) -> ImportedAdapter:
@@ -101,27 +100,18 @@ def read_multimodal(path: Path, model: nn.Module, *, length: int, gate: Gate, he
     stored = tensors_in(read_pickle(path, allow=(argparse.Namespace,)), path, unwrap="model")
     stored = adapter_tensors(stored, path, "official-v2")
     tensors = {re.sub(r"^ll[am]+a\.", "", name): tensor for name, tensor in stored.items()}
-    missing = [name for name in (TABLE, QUERIES, "clip_proj.weight", LAST_NORM) if name not in tensors]
+    missing = [name for name in (TABLE, LAST_NORM) if name not in tensors]
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}, which a V2 adapter with images holds.")
     sites = sites_of(model)
-    paths, queries = llama.LlamaPaths(model, sites, path), tensors[QUERIES]
-    if queries.dim() != 2:
-        raise CheckpointError(f"{path} has visual queries of shape {tuple(queries.shape)}. Expected (K, width).")
-    prefix, own = prompts_by_layer(tensors, sites, path, length=queries.shape[0], gate="tanh")
+    paths = llama.LlamaPaths(model, sites, path)
+    options, bridge = read_bridge(tensors, heads, path)
+    prefix, own = prompts_by_layer(tensors, sites, path, length=len(tensors[QUERIES]), gate="tanh")
     prefix = _with_factors(dataclasses.replace(prefix, prompt="table+context"), own, tensors, sites)
-    bridge = _bridge(tensors)
     tuned, config = released_tuning(tensors, paths, sites, path)
     adapter, named = llama.tuned_adapter((prefix, own), config, tuned)
-    blocks = {int(found[1]) for name in tensors if (found := _BLOCK.fullmatch(name))}
-    if not blocks or blocks != set(range(len(blocks))):
-        raise CheckpointError(f"{path} has the visual blocks {sorted(blocks)}. Expected all from 0 on.")
-    options = {
-        "feature_width": tensors["clip_proj.weight"].shape[1], "hidden": queries.shape[1], "blocks": len(blocks),
-        "heads": heads,
-    }  # fmt: skip
     adapter = dataclasses.replace(adapter, context="visual-tokens", context_options=options)
-    return adapter, named | {f"shared.context.{name}": tensor.float() for name, tensor in bridge.items()}
+    return adapter, named | bridge
 
 
 def _with_factors(
@@ -136,20 +126,6 @@ def _with_factors(
             factor = factors[index]
             own[name] = own[name].tanh() * (1.0 if factor is None else factor.float().view(()))
     return dataclasses.replace(config, gate="identity")
-
-
-def _bridge(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `zinit.adapter.visual.VisualTokens`."""
-    made = {"query": tensors[QUERIES]}
-    for name, tensor in tensors.items():
-        own, _, kind = name.rpartition(".")
-        if own in BRIDGE:
-            made[f"{BRIDGE[own]}.{kind}"] = tensor
-        elif (found := _BLOCK.fullmatch(name)) and found[2] == "attn.qkv":
-            made[f"blocks.{found[1]}.self_attn.in_proj_{kind}"] = tensor
-        elif found and found[2] in BLOCK:
-            made[f"blocks.{found[1]}.{BLOCK[found[2]]}.{kind}"] = tensor
-    return made
 
 
 def released_tuning(
@@ -183,5 +159,95 @@ def released_tuning(
     )
 
 
-MULTIMODAL = Format("OpenGVLab/LLaMA-Adapter, V2 with images", read_multimodal, bgr=True)
-CHAT = Format("OpenGVLab/LLaMA-Adapter, V2 chat", read_chat)
+def write_chat(handle: Handle, path: Path) -> None:
+    """Writes a V2 chat adapter, with prompts if it has any. What is not learned is written as what changes nothing.
+
+    Raises:
+        CheckpointError: if the format cannot express the adapter.
+    """
+    own = TunedLlama(handle, "official-v2-chat")
+    own.refuse_lora()
+    own.refuse_scale("input")
+    own.refuse_head()
+    own.refuse_bare_prompts()
+    check_base(handle, own.format, own.sites)
+    if own.part is not None and own.part.config.prompt != "table":
+        raise cannot(own.format, "it takes images, and the format does not")
+    tensors = {} if own.part is None else write_prompts(topmost_layers(handle, own.format, own.part), own.sites)
+    for index, block in enumerate(own.blocks):
+        for name, linear in LAYERS.items():
+            if own.config.bias or own.config.scale == "none":
+                tensors[f"layers.{index}.{name}_bias"] = _metas(own.vector(f"{block}.{linear}", "bias"), linear, own)
+            if own.config.scale != "none":
+                tensors[f"layers.{index}.{name}_scale"] = own.vector(f"{block}.{linear}", "scale")
+        for name, norm in NORMS.items():
+            tensors[f"layers.{index}.{name}"] = own.norm(f"{block}.{norm}")
+    if own.config.norms is True:
+        tensors[LAST_NORM] = own.norm(own.last_norm)
+    _write(path, {"model": tensors})
+
+
+def write_multimodal(handle: Handle, path: Path) -> None:
+    """Writes a V2 adapter that takes images. What is not learned is written as what changes nothing.
+
+    Raises:
+        CheckpointError: if the format cannot express the adapter.
+    """
+    own = TunedLlama(handle, "official-v2")
+    own.refuse_scale()
+    own.refuse_head()
+    check_base(handle, own.format, own.sites)
+    bridge = _bridge_of(handle, own)
+    assert own.part is not None
+    layers = topmost_layers(handle, own.format, own.part, prompt="table+context")
+    tensors = write_prompts(layers, own.sites, factors=bool(own.config.lora_rank))
+    for index, block in enumerate(own.blocks):
+        for name, linear in LAYERS.items():
+            room, _, kind = name.partition(".")
+            bias = own.vector(f"{block}.{linear}", "bias")
+            if linear not in (llama.KEY, llama.VALUE):
+                tensors[f"layers.{index}.{name}.bias"] = _metas(bias, linear, own)
+            elif bias.count_nonzero():
+                raise cannot(own.format, f"it learns a bias of {linear}, and the format has none of keys and values")
+            if own.config.lora_rank:
+                where = f"layers.{index}.{room}.lora_{kind}"
+                tensors[f"{where}_l1.weight"] = own.vector(f"{block}.{linear}", "lora_down")
+                tensors[f"{where}_l2.weight"] = _metas(own.vector(f"{block}.{linear}", "lora_up"), linear, own)
+        for name, norm in NORMS.items():
+            tensors[f"layers.{index}.{name}"] = own.norm(f"{block}.{norm}")
+    tensors[LAST_NORM] = own.norm(own.last_norm)
+    language = {name if name == TABLE else f"llama.{name}": tensor for name, tensor in tensors.items()}
+    rank = own.config.lora_rank
+    config = {"w_bias": True, "w_lora": bool(rank), "lora_rank": rank or 16}
+    _write(path, {"model": language | bridge, "config": config})
+
+
+def _bridge_of(handle: Handle, own: TunedLlama) -> dict[str, Tensor]:
+    source = handle.shared.get("context")
+    if own.part is None or own.part.config.prompt != "table+context" or not isinstance(source, VisualTokens):
+        raise cannot(own.format, "the format adds the tokens of 'visual-tokens' to prompts, prompt='table+context'")
+    options = AdapterConfig.of(handle.config).context_options
+    if options.get("mlp_ratio", 4.0) != 4.0:
+        raise cannot(own.format, f"its blocks have mlp_ratio={options['mlp_ratio']}, and the format's have 4")
+    if handle.encoder_identity is not None and not handle.encoder_identity.get("bgr"):
+        raise cannot(
+            own.format,
+            "its encoder takes images as they are, and the code that reads the format gives them with their channels "
+            "in reverse (bgr)",
+        )
+    return write_bridge({name: p.detach().to("cpu", torch.float32) for name, p in source.named_parameters()})
+
+
+def _metas(x: Tensor, linear: str, own: TunedLlama) -> Tensor:
+    """What acts on a layer's output, in Meta's order of rows."""
+    return llama.interleaved(x, own.sites[0].head_dim) if linear in (llama.QUERY, llama.KEY) else x
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    content["model"] = {name: tensor.contiguous() for name, tensor in content["model"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, pickled(content))
+
+
+MULTIMODAL = Format("OpenGVLab/LLaMA-Adapter, V2 with images", read_multimodal, write_multimodal, bgr=True)
+CHAT = Format("OpenGVLab/LLaMA-Adapter, V2 chat", read_chat, write_chat)

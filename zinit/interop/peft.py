@@ -12,13 +12,15 @@ skips the output projection, which is another function.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zinit.adapter.handle import Handle
+from zinit.adapter.scopes import prompts_of
 from zinit.backbones.base import AttentionSite
 from zinit.compat import commit_hash, name_or_path
 from zinit.errors import CheckpointError
@@ -72,18 +74,39 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder} holds neither {TENSORS} nor {LEGACY_TENSORS}.")
 
 
-def _check_same_function(modules: Collection[str], sites: list[AttentionSite], path: Path) -> None:
+def _check_same_function(modules: Mapping[str, Tensor], sites: list[AttentionSite], path: Path) -> None:
     """PEFT computes what a gated prefix computes in these modules."""
     if any(module.endswith(".attn") for module in modules):
         raise CheckpointError(
             f"{path} is an AdaptionPrompt of GPT-2, which zinit does not import: PEFT adds its branch after the output "
-            f"projection without passing it through, so it is another function than a gated prefix."
+            f"projection without passing it through, so it is another function than a gated "
+            f"prefix{_off_by(modules, sites)}."
         )
     if any(_output_bias(site) for site in sites):
         raise CheckpointError(
             f"{path} cannot be imported onto this model: its output projection has a bias, which PEFT adds a second "
             f"time in every adapted layer. The imported adapter would not be the one that was trained."
         )
+
+
+@torch.no_grad()
+def _off_by(modules: Mapping[str, Tensor], sites: list[AttentionSite]) -> str:
+    """By how much passing the projection changes what the prompts' values add, in words; "" where it cannot be told."""
+    ratios = []
+    for name, prompt in modules.items():
+        site = next((site for site in sites if name.endswith(f".{site.name}")), None)
+        project = getattr(site.module, "c_proj", None) if site else None
+        if site is None or project is None or prompt.is_meta or prompt.shape[-1] != site.width:
+            return ""
+        weight = next(project.parameters())
+        if weight.is_meta:
+            return ""
+        with prompts_of(""):  # the base's
+            _, value = site.project_kv(site.module, prompt.to(weight).view(-1, site.width))
+            added = value[0].transpose(0, 1).flatten(1)
+            passed = project(added) - project(torch.zeros_like(added))
+        ratios.append(float((passed - added).norm() / added.norm()))
+    return f" (here what the prompts add would be off by up to {max(ratios):.0%} of its size)" if ratios else ""
 
 
 def write(handle: Handle, path: Path) -> None:
