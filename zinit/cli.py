@@ -206,8 +206,11 @@ def eval(
 @app.command()
 def generate(
     run_dir: RunDirectory,
-    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    prompt: Annotated[str | None, typer.Option(help="The instruction.")] = None,
     input: Annotated[str, typer.Option(help="Further context for the instruction.")] = "",
+    data: Annotated[str | None, typer.Option(help="A file of records instead; the answers go to --output.")] = None,
+    output: Annotated[str | None, typer.Option(help="A new file, a JSON object on each line.")] = None,
+    batch: Annotated[int, typer.Option(help="Answers that are generated at once, with --data.", min=1)] = 32,
     system: System = "",
     image: Images = None,
     experts: Experts = None,
@@ -219,20 +222,31 @@ def generate(
     frozen: Frozen = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one instruction; the answer streams to the standard output."""
-    from zinit.ui.chat import ChatSession
+    """Answer one instruction, which streams to the standard output, or a file of them.
+
+    Examples:
+      zinit generate runs/my-run --prompt "Name three colours."
+      zinit generate runs/my-run --data questions.jsonl --output answers.jsonl
+    """
     from zinit.ui.console import print_json
 
-    session = ChatSession(
-        run_dir,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        base=frozen,
-        system=system,
-        experts=experts,
-    )
+    how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    how |= {"base": frozen, "system": system}
+    if data is not None:
+        alone = {"--prompt": prompt, "--input": input, "--image": image, "--experts": experts, "--raw": raw}
+        if given := [flag for flag, value in alone.items() if value]:
+            raise ConfigError(f"{', '.join(given)} is for one instruction: leave it out, or --data.")
+        if output is None:
+            raise ConfigError("say where the answers go: --output FILE.jsonl.")
+        from zinit.ui.answers import run_file
+
+        run_file(run_dir, data, output, batch=batch, quiet=as_json, **how)
+        return
+    if prompt is None or output is not None:
+        raise ConfigError("give either --prompt TEXT, or --data FILE --output FILE.jsonl.")
+    from zinit.ui.chat import ChatSession
+
+    session = ChatSession(run_dir, experts=experts, **how)
     answer = session.answer(prompt, input=input, images=image or (), raw=raw, stream=not as_json)
     if as_json:
         shown = {"system": system, "images": image or []}
@@ -420,9 +434,9 @@ def convert(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: versions, devices, the embedded demo, and that a closed gate changes nothing."""
+    """Check this machine: versions, extras, devices, what they compute, a training step, the embedded demos."""
     from zinit.ui.console import print_json, print_table, say
-    from zinit.ui.inspection import examine
+    from zinit.ui.doctor import examine
 
     report = examine()
     if as_json:

@@ -194,7 +194,13 @@ def test_doctor_finds_all_well(zinit: Zinit) -> None:
     assert done.code == 0, done.out
     document = json.loads(done.out)
     assert not document["problems"]
-    assert "closed gate exact" in document["found"]["demo llama"]
+    found = document["found"]
+    assert "closed gate exact" in found["demo llama"]
+    assert found["cpu step"].startswith("loss ")
+    assert "float32, bfloat16" in found["cpu dtypes"]
+    assert "math" in found["cpu attention"]
+    assert found["extra serve"] == "installed"
+    assert not any(name.startswith("extra test") for name in found)
 
 
 def test_tensorboard(zinit: Zinit, model: Path, data: Path, tmp_path: Path) -> None:
@@ -224,9 +230,11 @@ OPTIONS = {
     "eval": {"--data", "--suite", "--fewshot", "--experts", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
-    "generate": {"--prompt", "--input", "--system", "--image", "--experts", "--raw", "--temperature", "--top-p",
-                 "--max-new-tokens", "--seed", "--frozen", "--json"},
+    "generate": {"--prompt", "--input", "--data", "--output", "--batch", "--system", "--image", "--experts", "--raw",
+                 "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen", "--json"},
     "chat": {"--system", "--image", "--experts", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen"},
+    "serve": {"--host", "--port", "--api-key-file", "--model", "--template", "--batch", "--queue", "--max-tokens",
+              "--max-seconds"},
     "inspect": {"--backbone", "--option", "--json"},
     "ls": {"--json"},
     "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--json"},

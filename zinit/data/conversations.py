@@ -125,6 +125,61 @@ def read_conversations(
     return found
 
 
+def read_questions(source: str, *, counts: Counter[str], image_folder: str | Path | None = None) -> list[Conversation]:
+    """Conversations whose last answer is asked for, one for each record, in order.
+
+    Records are as `read_conversations` takes them, or have a ``prompt``. An answer to the last question is left out.
+
+    Args:
+        source: of the records.
+        counts: see `read_conversations`; "answer_left_out" counts such answers.
+        image_folder: what the paths of images are relative to; None is the file's own folder.
+
+    Raises:
+        DataError: if the source cannot be read, or a record asks nothing; it names the record.
+    """
+    records, name = read_document(source)
+    if isinstance(records, dict | str):
+        raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
+    folder = Path(image_folder) if image_folder is not None else Path(name).parent if is_file(name) else None
+    found: list[Conversation] = []
+    for index, record in enumerate(each_record(_undecoded(records), name), start=1):
+        where = f"{name}, record {index}"
+        try:
+            found.append(_question(record, where, folder, counts))
+        except _Unusable as reason:
+            raise DataError(f"{where} asks nothing that can be answered: {str(reason).replace('_', ' ')}.") from reason
+    if not found:
+        raise DataError(f"{name} holds no records.")
+    counts["read"] = len(found)
+    return found
+
+
+def _question(record: Any, where: str, folder: Path | None, counts: Counter[str]) -> Conversation:
+    form = next(
+        (name for name in (*FORMS, "prompt") if isinstance(record, dict) and record.get(name) is not None), None
+    )
+    if form is None:
+        has = f"it has {', '.join(map(str, record)) or 'none'}" if isinstance(record, dict) else describe(record)
+        raise DataError(f"{where}: expected one of the fields {', '.join(FORMS)} and prompt; {has}.")
+    counts.update(unused_fields(record, (form, *FORMS.get(form, FORMS["messages"]))))
+    images = _Images(record, folder, where)
+    system = [_text(record, "system", where)]
+    if form in ("instruction", "prompt"):
+        counts["answer_left_out"] += bool(record.get("output"))
+        rounds = _alpaca_rounds({**record, "instruction": record[form], "output": ""}, images, where)
+    else:
+        turns = list(_turns(record[form], form, where, images, counts))
+        while turns and turns[0][0] == SYSTEM:
+            system.append(turns.pop(0)[1])
+        if turns and turns[-1][0] == ASSISTANT:
+            turns.pop()
+            counts["answer_left_out"] += 1
+        rounds = _pair([*turns, (ASSISTANT, "")])
+    told = "\n\n".join(filter(str.strip, system))
+    return Conversation(rounds=tuple(rounds), system=told, images=images.all())
+
+
 def from_alpaca(record: Mapping[str, str], *, number: int = 0) -> Conversation:
     """An Alpaca record without history as a conversation of one round."""
     only = Round(question=record["instruction"], input=record["input"], answer=record["output"])

@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from zinit.data.conversations import Conversation, Round
-from zinit.data.images import Encoded, read_image
+from zinit.data.images import Encoded, ImageSource, read_image
 from zinit.errors import ConfigError, DataError
 from zinit.models.decoding import Chooser
 from zinit.models.generation import conversational
@@ -73,9 +74,17 @@ class Engine:
 
     def chat(self, model: str, turns: Sequence[Turn], sampling: Sampling, deliver: Deliver) -> Ticket:
         """See `Service.chat`."""
-        served = self._models.get(model)
         talk = _conversation(turns)
-        images = self._read_images(served, turns)
+        images = [
+            Encoded(f"image {number}", lambda data=data: data)
+            for number, data in enumerate((image for turn in turns for image in turn.images), start=1)
+        ]
+        return self.ask(model, replace(talk, images=tuple(images)), sampling, deliver)
+
+    def ask(self, model: str, talk: Conversation, sampling: Sampling, deliver: Deliver) -> Ticket:
+        """Asks for answers to the last question of a conversation; see `Service.chat`."""
+        served = self._models.get(model)
+        images = self._read_images(served, talk.images)
         with self._tokenizing, _told():
             prompt = served.format.prompt(talk)
         return self._submit(served, [prompt], sampling, deliver, images=images)
@@ -106,17 +115,13 @@ class Engine:
 
     # --- taking a request ---
 
-    def _read_images(self, served: Served, turns: Sequence[Turn]) -> list[Any]:
-        given = [image for turn in turns for image in turn.images]
+    def _read_images(self, served: Served, given: Sequence[ImageSource]) -> list[Any]:
         if given and served.blind:
             raise Refused(f"the model {served.name!r} takes no images: {served.blind}.", parameter="messages")
         if len(given) > self.limits.images:
             raise Refused(f"{len(given)} images are more than the {self.limits.images} allowed.", parameter="messages")
         try:
-            return [
-                read_image(Encoded(f"image {number}", lambda data=data: data), max_pixels=self.limits.pixels)
-                for number, data in enumerate(given, start=1)
-            ]
+            return [read_image(image, max_pixels=self.limits.pixels) for image in given]
         except DataError as error:
             raise Refused(str(error), parameter="messages") from error
 

@@ -1,0 +1,209 @@
+"""Answers to a file of questions: in batches, in the order of the file, and gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zinit.adapter.file import DESCRIPTION
+from zinit.config import to_json
+from zinit.data.conversations import Conversation, read_questions
+from zinit.data.images import content_digest
+from zinit.errors import ConfigError
+from zinit.files import claim, local_path, write_atomically
+from zinit.serve.engine import Engine
+from zinit.serve.requests import BASE, Event, Failed, Limits, Refused, Sampling
+from zinit.serve.served import Models
+from zinit.ui.console import QUIET_SECONDS, print_json, say
+
+ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+NO_LIMIT = 10**9
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What decides the answers, the questions aside.
+
+    Args:
+        run_dir: of a finished run.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        max_new_tokens: longest answer.
+        seed: of the sampling; the answer to record i depends on ``seed + i``.
+        base: switch the adapter off.
+        system: what the assistant is told where a record does not say.
+    """
+
+    run_dir: str
+    temperature: float = 0.1
+    top_p: float = 0.75
+    max_new_tokens: int = 256
+    seed: int = 0
+    base: bool = False
+    system: str = ""
+
+
+def answer_file(
+    asking: Asking, data: str, output: str, *, batch: int = 32, progress: Callable[[int, int], None] = lambda *_: None
+) -> dict[str, int]:
+    """Answers every record of a file; the answers appear as a whole, when all are there.
+
+    Until then they are in a folder beside ``output``, from which the same call goes on.
+
+    Args:
+        asking: how.
+        data: see `read_questions`.
+        output: a new file; a JSON object on each line.
+        batch: answers that are generated at once.
+        progress: called with the answers so far and all there will be.
+
+    Returns:
+        Counts: "read", "answered", "refused" (their lines say why) and what `read_questions` counts.
+
+    Raises:
+        ConfigError: if the output exists, or was begun with other settings or data.
+        DataError: if a record asks nothing.
+    """
+    path = local_path(output)
+    if path.exists():
+        raise ConfigError(f"{output} exists already. Name another --output, or remove it.")
+    counts: Counter[str] = Counter()
+    talks = [
+        talk if talk.system else replace(talk, system=asking.system) for talk in read_questions(data, counts=counts)
+    ]
+    folder = path.with_name(f"{path.name}.part")
+    with claim(folder, tell=lambda text: None):
+        done = _begun(folder, {**asdict(asking), "run": _identity(asking.run_dir), "data": _digest(talks)})
+        if len(done) < len(talks):
+            with (
+                (folder / ANSWERS).open("ab") as file,
+                closing(_answers(asking, talks, done=len(done), batch=batch)) as lines,
+            ):
+                for line in lines:
+                    file.write(to_json(line).encode() + b"\n")
+                    file.flush()
+                    done.append(line)
+                    progress(len(done), len(talks))
+        os.replace(folder / ANSWERS, path)
+        (folder / SETTINGS).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+    refused = sum("error" in line for line in done)
+    return {**counts, "answered": len(done) - refused, "refused": refused}
+
+
+def run_file(run_dir: str, data: str, output: str, *, batch: int, quiet: bool, **how: Any) -> None:
+    """`answer_file` for the command line: progress on the standard error stream, counts at the end."""
+    last = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal last
+        if not quiet and (done == of or time.monotonic() - last > QUIET_SECONDS):
+            last = time.monotonic()
+            say(f"{done} of {of} answered", error=True)
+
+    try:
+        counts = answer_file(Asking(run_dir=run_dir, **how), data, output, batch=batch, progress=progress)
+    except KeyboardInterrupt:
+        say("stopped; the answers so far are kept, and the same command goes on.", error=True)
+        raise
+    if quiet:
+        print_json({"output": output, **counts})
+        return
+    say(f"wrote {output}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+
+def _identity(run_dir: str) -> str:
+    return hashlib.sha256((Path(run_dir) / DESCRIPTION).read_bytes()).hexdigest()
+
+
+def _digest(talks: Sequence[Conversation]) -> str:
+    """Tells these questions from all others, images by their content."""
+    found = hashlib.sha256()
+    for talk in talks:
+        texts = [talk.system, *(text for each in talk.rounds for text in (each.question, each.input, each.answer))]
+        found.update(repr((texts, [content_digest(image) for image in talk.images])).encode())
+    return found.hexdigest()
+
+
+def _begun(folder: Path, settings: dict[str, Any]) -> list[Line]:
+    """The answers that there are; a torn line is cut off."""
+    if not (folder / SETTINGS).exists():
+        write_atomically(folder / SETTINGS, to_json(settings).encode())
+        (folder / ANSWERS).write_bytes(b"")
+        return []
+    before = json.loads((folder / SETTINGS).read_bytes())
+    if other := [name for name, value in settings.items() if before.get(name) != value and name != "run_dir"]:
+        raise ConfigError(
+            f"{folder} was begun with another {', '.join(other)}. Give the same, remove the folder, or name another "
+            f"--output."
+        )
+    content = (folder / ANSWERS).read_bytes() if (folder / ANSWERS).exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_atomically(folder / ANSWERS, whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _answers(asking: Asking, talks: Sequence[Conversation], *, done: int, batch: int) -> Generator[Line, None, None]:
+    """A line for each record from a number on, in order."""
+    models = Models(asking.run_dir)
+    if not asking.base:
+        models.add("run", asking.run_dir)
+    limits = Limits(batch=batch, queue=NO_LIMIT, new_tokens=NO_LIMIT, seconds=float(NO_LIMIT), images=NO_LIMIT)
+    engine = Engine(models, limits).start()
+    try:
+        name = BASE if asking.base else "run"
+        waiting: list[_Asked] = []
+        for number, talk in enumerate(itertools.islice(talks, done, None), start=done):
+            waiting.append(_Asked(engine, name, number, talk, asking))
+            while len(waiting) >= 4 * batch:
+                yield waiting.pop(0).line()
+        for asked in waiting:
+            yield asked.line()
+    finally:
+        engine.stop()
+
+
+class _Asked:
+    """One record that is being answered."""
+
+    def __init__(self, engine: Engine, model: str, number: int, talk: Conversation, asking: Asking) -> None:
+        self.number, self.question, self.over = number, talk.rounds[-1].asked, threading.Event()
+        self.found: Line = {}
+        how = Sampling(
+            max_tokens=asking.max_new_tokens,
+            temperature=asking.temperature,
+            top_p=asking.top_p,
+            seed=asking.seed + number,
+        )
+        try:
+            engine.ask(model, talk, how, self._take)
+        except Refused as error:
+            self._end({"error": str(error)})
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Failed):
+            self._end({"error": event.message})
+        elif event.reason is not None:
+            self._end({"answer": event.answer, "finish_reason": event.reason, "tokens": len(event.tokens)})
+
+    def _end(self, found: Line) -> None:
+        self.found = found
+        self.over.set()
+
+    def line(self) -> Line:
+        """What came of it."""
+        self.over.wait()
+        return {"index": self.number, "question": self.question, **self.found}
