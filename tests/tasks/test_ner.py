@@ -418,3 +418,19 @@ def test_memory_of_a_long_sentence_grows_with_its_length() -> None:
     finally:
         tracemalloc.stop()
     assert sum(len(window.words) for window in made) == words
+
+
+def test_fields_and_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    more = [row | {"id": str(i), "pos_tags": ["NN"] * (i % 2), "lemma": None} for i, row in enumerate(rows())]
+    counts = make(tmp_path, more).data_report()
+    assert {name: n for name, n in counts.items() if "unused" in name} == {
+        "unused_field_id": 20,
+        "unused_field_pos_tags": 10,
+    }
+    unused: Counter[str] = Counter()
+    path = write(tmp_path / "a.txt", COLUMNS)
+    lines = [line for line in COLUMNS.splitlines() if line.strip() and not line.startswith("-DOC")]
+    read_sentences(path, columns=(0, -1), fields=("tokens", "ner_tags"), labels=None, unused=unused)
+    assert unused == {"unused_field_column_1": len(lines), "unused_field_column_2": len(lines)}
+    text = "".join(f"Ada{i} NNP B-PER\nslept VB O\n\n" for i in range(5))
+    assert make(tmp_path, text).data_report()["unused_field_column_1"] == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,26 @@ def test_answers_that_are_not_where_the_data_says(tmp_path: Path, text: str, sta
         read_questions(write(tmp_path / "bad.json", content))
     with pytest.raises(DataError, match="holds no questions; 1 were left out as bad"):
         read_questions(write(tmp_path / "bad.json", content), skip_bad=True)
+
+
+def test_fields_that_are_not_read_are_counted_at_every_level(tmp_path: Path) -> None:
+    official: dict[str, Any] = document(4) | {"license": "CC BY-SA 4.0", "note": " "}
+    paragraph = official["data"][0]["paragraphs"][1]
+    paragraph["source"] = "a book"
+    paragraph["qas"][0]["answers"] = [answer | {"rank": 1} for answer in paragraph["qas"][0]["answers"] * 2]
+    paragraph["qas"][1]["plausible_answers"] = [{"text": "Ada", "answer_start": 3}]
+    paragraph["qas"][0]["plausible_answers"] = []
+    names = ("license", "title", "paragraphs.source", "answers.rank", "qas.plausible_answers")
+    unused: Counter[str] = Counter()
+    read_questions(write(tmp_path / "a.json", official), unused=unused)
+    assert unused == dict.fromkeys((f"unused_field_{name}" for name in names), 1)
+    flat = [
+        {"id": i, "context": f"House {i}.", "question": "Which?", "title": "Street",
+         "answers": {"text": ["House"], "answer_start": [0], "rank": [1]}, "hint": "x" * (i % 2)}
+        for i in range(6)
+    ]  # fmt: skip
+    counts = make(tmp_path, flat).data_report()
+    assert [counts[f"unused_field_{name}"] for name in ("title", "answers.rank", "hint")] == [6, 6, 3]
+    assert sum(name.startswith("unused_field") for name in counts) == 3
+    assert not any("unused" in name for name in make(tmp_path, [{**row, "title": "", "hint": None, "answers":
+        {"text": ["House"], "answer_start": [0]}} for row in flat]).data_report())  # fmt: skip

@@ -253,7 +253,7 @@ def _turns(turns: Any, form: str, where: str, images: _Images, counts: Counter[s
         role, content = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str):
             raise DataError(f"{where}: a turn needs role and content, or from and value; got {describe(turn)}.")
-        unused.update(f"unused_field_{form}.{name[13:]}" for name in unused_fields(turn, (role_key, text_key)))
+        unused.update(unused_fields(turn, (role_key, text_key), within=form))
         known = ROLES.get(role.strip().lower())
         if known is None:
             counts.update(unused)

@@ -55,9 +55,16 @@ def read_records(
     return found
 
 
-def unused_fields(record: Mapping[Any, Any], used: Sequence[str]) -> list[str]:
-    """Names, for a report, of the fields of a record that hold something and are not used."""
-    return [f"unused_field_{name}" for name, value in record.items() if name not in used and _has_content(value)]
+def unused_fields(record: Mapping[Any, Any], used: Sequence[str], *, within: str = "") -> list[str]:
+    """Names, for a report, of the fields of a record that hold something and are not used.
+
+    Args:
+        record: by field.
+        used: the names of those that are.
+        within: the field that the record is in, if it is a part of another.
+    """
+    start = f"unused_field_{within}." if within else "unused_field_"
+    return [f"{start}{name}" for name, value in record.items() if name not in used and _has_content(value)]
 
 
 def same_text(*texts: str) -> tuple[str, ...]:

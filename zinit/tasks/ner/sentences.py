@@ -17,6 +17,7 @@ from zinit.data.records import (
     plain_text,
     read_document,
     read_text,
+    unused_fields,
     whole_number,
 )
 from zinit.errors import DataError
@@ -50,6 +51,7 @@ def read_sentences(
     fields: tuple[str, ...],
     labels: Sequence[str] | None,
     skipped: Counter[str] | None = None,
+    unused: Counter[str] | None = None,
 ) -> tuple[list[Sentence], int]:
     """The sentences of a file in columns, of a JSON, JSON lines, CSV or Parquet file, or of a Hub id.
 
@@ -60,6 +62,7 @@ def read_sentences(
         fields: what records call the list of tokens and the list of tags.
         labels: the names that tags given as numbers stand for, unless the data itself names them.
         skipped: counts the lines of comments.
+        unused: counts the records, or the lines with a token, in which a further field or column holds something.
 
     Returns:
         The sentences, and how many records held none.
@@ -68,18 +71,21 @@ def read_sentences(
         DataError: naming file, line or record, and what is wrong.
     """
     path = local_path(source)
+    skipped, unused = Counter() if skipped is None else skipped, Counter() if unused is None else unused
     if is_file(path) and path.suffix not in SUFFIXES:
-        read = list(_from_columns(path, columns, Counter() if skipped is None else skipped))
+        read = list(_from_columns(path, columns, skipped, unused))
     else:
         document, name = read_document(source)
-        read = list(_from_records(document, name, fields, labels))
+        read = list(_from_records(document, name, fields, labels, unused))
     found = [sentence for sentence in read if sentence.tokens]
     if not found:
         raise DataError(f"{source} holds no sentences.")
     return found, len(read) - len(found)
 
 
-def _from_columns(path: Path, columns: tuple[int, int], skipped: Counter[str]) -> Iterator[Sentence]:
+def _from_columns(
+    path: Path, columns: tuple[int, int], skipped: Counter[str], unused: Counter[str]
+) -> Iterator[Sentence]:
     words: list[tuple[str, str]] = []
     begin, width, first = 0, 0, 0
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
@@ -107,6 +113,8 @@ def _from_columns(path: Path, columns: tuple[int, int], skipped: Counter[str]) -
                 f"tag in column {columns[1]} (the first is 0, the last is -1): -o task.token_column=N "
                 f"-o task.tag_column=N."
             )
+        used = {column % width for column in columns}
+        unused.update(f"unused_field_column_{index}" for index in range(width) if index not in used)
         begin = begin if words else number
         words.append((cells[columns[0]], cells[columns[1]]))
 
@@ -117,7 +125,7 @@ def _ends_in_tag(cells: list[str], column: int) -> bool:
 
 
 def _from_records(
-    document: Any, name: str, fields: tuple[str, ...], labels: Sequence[str] | None
+    document: Any, name: str, fields: tuple[str, ...], labels: Sequence[str] | None, unused: Counter[str]
 ) -> Iterator[Sentence]:
     if isinstance(document, dict | str) or not hasattr(document, "__iter__"):
         raise DataError(f"{name}: expected a list of records with {' and '.join(fields)}; got {describe(document)}.")
@@ -133,6 +141,7 @@ def _from_records(
                     f"{where} has no field {field!r}; it has {', '.join(map(str, record)) or 'none'}. If the data "
                     f"calls its fields otherwise: -o task.fields=TOKENS,TAGS."
                 )
+        unused.update(unused_fields(record, fields))
         tokens, tags = (record[field] for field in fields)
         if isinstance(tokens, str) and isinstance(tags, str):  # as tables have them
             tokens, tags = tokens.split(), tags.split()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zinit.data.records import count_sources
+from zinit.data.records import count_sources, most_unused
 from zinit.distributed import map_over_ranks
 from zinit.errors import ConfigError, DataError
 from zinit.models.room import check_lengths
@@ -260,13 +260,13 @@ def _split(
     config: TokenClassificationConfig, sources: Sequence[str], seed: int, *, train: bool, labels: list[str] | None
 ) -> tuple[list[Sentence], list[Sentence], dict[str, int]]:
     """Training and held-out sentences; none is in both, unless the data is given in two parts that share some."""
-    empty, skipped = 0, Counter[str]()
+    empty, skipped, unused = 0, Counter[str](), Counter[str]()
 
     def read(source: str) -> list[Sentence]:
         nonlocal empty
         columns = (config.token_column, config.tag_column)
         sentences, without = read_sentences(
-            source, columns=columns, fields=config.fields, labels=labels, skipped=skipped
+            source, columns=columns, fields=config.fields, labels=labels, skipped=skipped, unused=unused
         )
         empty += without
         return sentences
@@ -292,7 +292,7 @@ def _split(
     shared = {sentence.tokens for sentence in held_out}
     both = sum(sentence.tokens in shared for sentence in training)
     counts = {"read": len(training) + len(held_out) + empty, "skipped_empty": empty}
-    counts |= {**count_sources(by_source), **skipped}
+    counts |= {**count_sources(by_source), **skipped, **most_unused(unused)}
     if config.held_out_data is not None:  # the parts of a benchmark stay as they are
         return training, held_out, {**counts, "train_also_held_out": both}
     training = [sentence for sentence in training if sentence.tokens not in shared]

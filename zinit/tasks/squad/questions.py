@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from zinit.data.records import SUFFIXES, check_text, describe, each_record, read_document, whole_number
+from zinit.data.records import (
+    SUFFIXES,
+    check_text,
+    describe,
+    each_record,
+    read_document,
+    unused_fields,
+    whole_number,
+)
 from zinit.errors import DataError
 from zinit.files import is_folder, local_path, parsing
 
+OF_QUESTION = ("id", "question", "answers", "is_impossible")
+OF_ANSWER = ("text", "answer_start")
 SKIP = "Correct it, or leave such questions out: -o task.on_bad=skip."
 
 
@@ -42,7 +53,12 @@ class _BadQuestionError(DataError):
 
 
 def read_questions(
-    source: str, *, skip_bad: bool = False, blind: bool = False, seen: dict[str, str] | None = None
+    source: str,
+    *,
+    skip_bad: bool = False,
+    blind: bool = False,
+    seen: dict[str, str] | None = None,
+    unused: Counter[str] | None = None,
 ) -> tuple[list[Question], int]:
     """The questions of a JSON, JSON lines, CSV or Parquet file, of a folder with one such file, or of a Hub id.
 
@@ -52,6 +68,7 @@ def read_questions(
             instead of refusing them.
         blind: allow data in which no question has a field ``answers``.
         seen: {id: where} of the questions of other sources, which is added to: ids are unique among all.
+        unused: counts the articles, paragraphs and questions in which a field that is not read holds something.
 
     Returns:
         The questions, and how many were left out.
@@ -60,11 +77,17 @@ def read_questions(
         DataError: naming file, paragraph and question.
     """
     document, name = read_document(source)
-    return parse_questions(document, name, skip_bad=skip_bad, blind=blind, seen=seen)
+    return parse_questions(document, name, skip_bad=skip_bad, blind=blind, seen=seen, unused=unused)
 
 
 def parse_questions(
-    document: Any, name: str, *, skip_bad: bool = False, blind: bool = False, seen: dict[str, str] | None = None
+    document: Any,
+    name: str,
+    *,
+    skip_bad: bool = False,
+    blind: bool = False,
+    seen: dict[str, str] | None = None,
+    unused: Counter[str] | None = None,
 ) -> tuple[list[Question], int]:
     """The questions of a document.
 
@@ -75,6 +98,7 @@ def parse_questions(
         skip_bad: see `read_questions`.
         blind: likewise.
         seen: likewise.
+        unused: likewise.
 
     Returns:
         See `read_questions`.
@@ -82,7 +106,9 @@ def parse_questions(
     Raises:
         DataError: see `read_questions`.
     """
+    unused = Counter() if unused is None else unused
     if isinstance(document, dict):
+        unused.update(unused_fields(document, ("data", "version")))
         document = _field(document, "data", list, name)
     elif isinstance(document, str) or not hasattr(document, "__iter__"):
         raise DataError(f"{name}: expected SQuAD's JSON, an object with the list 'data'; got {describe(document)}.")
@@ -90,7 +116,7 @@ def parse_questions(
     seen = {} if seen is None else seen
     skipped, number = 0, len(seen)
     without: bool | None = None  # whether the first question has no answers, which is then so of all
-    for where, context, record in _records(document, name):
+    for where, context, record in _records(document, name, unused):
         identity = _identity(record, where)
         first = seen.setdefault(identity, where).removeprefix(f"{name}, ")
         repeated = len(seen) == number
@@ -100,7 +126,7 @@ def parse_questions(
             if repeated:
                 raise _BadQuestionError(f"{where}: its id is not unique, {first} has it too. {SKIP}")
             without = _is_blind(record) if without is None else without
-            found.append(_question(record, identity, context, where, blind=blind and without))
+            found.append(_question(record, identity, context, where, unused, blind=blind and without))
         except _BadQuestionError:
             if not skip_bad:
                 raise
@@ -159,8 +185,8 @@ def train_and_dev(folder: str) -> tuple[str, str | None]:
     return (found[0], found[1]) if len(found) == 2 else (folder, None)
 
 
-def _records(document: Any, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(where, context, record) of every question."""
+def _records(document: Any, name: str, unused: Counter[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(where, context, record) of every question; fields that are not read are counted."""
     for number, entry in enumerate(each_record(document, name), start=1):
         where = f"{name}, entry {number}"
         if not isinstance(entry, dict):
@@ -172,18 +198,22 @@ def _records(document: Any, name: str) -> Iterator[tuple[str, str, dict[str, Any
                     f"{where}: expected either an article with 'paragraphs' or a question with 'context'; it has "
                     f"{', '.join(map(str, entry)) or 'nothing'}."
                 )
+            unused.update(unused_fields(entry, ("context", *OF_QUESTION)))
             yield where, _context(entry, where), entry
             continue
+        unused.update(unused_fields(entry, ("paragraphs",)))
         title = entry.get("title")
         article = f"{title!r}" if isinstance(title, str) else f"article {number}"
         for index, paragraph in enumerate(_field(entry, "paragraphs", list, where), start=1):
             where = f"{name}, paragraph {index} of {article}"
             if not isinstance(paragraph, dict):
                 raise DataError(f"{where}: expected an object; got {describe(paragraph)}.")
+            unused.update(unused_fields(paragraph, ("context", "qas"), within="paragraphs"))
             context = _context(paragraph, where)
             for place, record in enumerate(_field(paragraph, "qas", list, where), start=1):
                 if not isinstance(record, dict):
                     raise DataError(f"{where}, question {place}: expected an object; got {describe(record)}.")
+                unused.update(unused_fields(record, OF_QUESTION, within="qas"))
                 yield where, context, record
 
 
@@ -191,13 +221,15 @@ def _is_blind(record: dict[str, Any]) -> bool:
     return record.get("answers") is None and record.get("is_impossible") is None
 
 
-def _question(record: dict[str, Any], identity: str, context: str, where: str, *, blind: bool) -> Question:
+def _question(
+    record: dict[str, Any], identity: str, context: str, where: str, unused: Counter[str], *, blind: bool
+) -> Question:
     text = _text(record, "question", where).strip()  # a tokenizer may make tokens of blanks
     if blind:
         if not _is_blind(record):
             raise DataError(f"{where} has answers, but those before it have none. Give all answers, or none.")
         return Question(id=identity, text=text, context=context, answers=(), starts=(), blind=True)
-    answers = list(_answers(record, where))
+    answers = list(_answers(record, where, unused))
     impossible = _truth(record.get("is_impossible"))
     if impossible is not None and not isinstance(impossible, bool):
         raise DataError(f"{where}: 'is_impossible' must be true or false; got {describe(impossible)}.")
@@ -214,7 +246,7 @@ def _question(record: dict[str, Any], identity: str, context: str, where: str, *
     )
 
 
-def _answers(record: dict[str, Any], where: str) -> Iterator[tuple[str, int]]:
+def _answers(record: dict[str, Any], where: str, unused: Counter[str]) -> Iterator[tuple[str, int]]:
     """(text, start) of each answer: a list of objects (official), or an object of two lists (flat records)."""
     answers = record.get("answers")
     if "answers" not in record and _truth(record.get("is_impossible")) is True:
@@ -224,6 +256,8 @@ def _answers(record: dict[str, Any], where: str) -> Iterator[tuple[str, int]]:
             answers = json.loads(answers)
     elif isinstance(answers, str):
         answers = []
+    found = [answer for answer in (answers if isinstance(answers, list) else [answers]) if isinstance(answer, dict)]
+    unused.update(sorted({name for answer in found for name in unused_fields(answer, OF_ANSWER, within="answers")}))
     if isinstance(answers, dict):
         texts, starts = _field(answers, "text", list, where), _field(answers, "answer_start", list, where)
         if len(texts) != len(starts):

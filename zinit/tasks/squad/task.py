@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zinit.data.records import count_sources, same_text
+from zinit.data.records import count_sources, most_unused, same_text
 from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
@@ -231,14 +231,16 @@ def _split(
     config: SquadConfig, sources: Sequence[str], seed: int, *, train: bool
 ) -> tuple[list[Question], list[Question], dict[str, int]]:
     """Training and held-out questions: no context is in both."""
-    skipped = 0
+    skipped, unused = 0, Counter[str]()
 
     def read(files: Sequence[str], *, blind: bool = False) -> list[list[Question]]:
         """The questions of each file, which have ids of their own."""
         nonlocal skipped
         found, seen = [], dict[str, str]()
         for file in files:
-            questions, bad = read_questions(file, skip_bad=config.on_bad == "skip", blind=blind, seen=seen)
+            questions, bad = read_questions(
+                file, skip_bad=config.on_bad == "skip", blind=blind, seen=seen, unused=unused
+            )
             found.append(questions)
             skipped += bad
         return found
@@ -264,6 +266,7 @@ def _split(
         "skipped_bad": skipped,
         "train_skipped_also_held_out": len(training) - len(clean),
         **count_sources(by_source),
+        **most_unused(unused),
     }
     return clean, held_out, counts
 
