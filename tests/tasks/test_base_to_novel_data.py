@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from zinit.errors import ConfigError, DataError
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
+from zinit.train.config import TrainConfig
+from zinit.train.strategy import make_accelerator
 
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 
@@ -237,6 +240,35 @@ def test_data_of_other_classes_is_refused_for_a_finished_run(tmp_path: Path) -> 
     t = BaseToNovel(TaskInputs(model=clip(), processor=ClipProcessor(tokenizer()), train=False, labels=labels), config)
     assert (t.data_report()["base_test"], t.data_report()["novel_test"], len(t.train_stream)) == (4, 4, 0)
     assert accounted(t)
+
+
+def test_data_of_few_classes_is_measured_among_all_of_the_run_or_refused(tmp_path: Path) -> None:
+    """One class of two would be right by chance alone if it stood for itself."""
+    labels = task(folders(tmp_path / "a", classes=4)).labels
+    model = clip()
+
+    def evaluated(names: list[str]) -> BaseToNovel:
+        folder = tmp_path / "_".join(names)
+        for name in names:
+            shutil.copytree(tmp_path / "a" / name, folder / name, dirs_exist_ok=True)
+        config = BaseToNovelConfig(shots=2, held_out_data=str(folder))
+        inputs = TaskInputs(model=model, processor=ClipProcessor(tokenizer()), train=False, labels=labels)
+        return BaseToNovel(inputs, config)
+
+    for names, half in ((labels[:1], "novel"), (labels[:2], "novel"), (labels[3:], "base")):
+        message = rf"no image to test on of the {half} classes, kind_.*read: {6 * len(names)},.*give images of base and"
+        with pytest.raises(DataError, match=message):
+            evaluated(names)
+    whole, both = evaluated(labels), evaluated([labels[0], labels[2]])  # one class of each half, among its two
+    found = evaluate(both).metrics
+    for half, offset in (("base", 0), ("novel", len(whole._tested["base"][0]))):
+        own = [place for place, label in enumerate(whole._tested[half][1]) if label == 0]
+        predicted = whole._predict(make_accelerator(TrainConfig()), half, own, offset)
+        assert found[f"{half}_accuracy"] == sum(predicted[place] == 0 for place in own) / 6
+    assert found["harmonic_mean"] < 1
+    assert both.data_report()["base_classes_without_test"] == 1
+    with pytest.raises(DataError, match="at least two each"):
+        task(folders(tmp_path / "c", classes=5), drop_classes="kind_0,kind_1")
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------

@@ -84,7 +84,13 @@ class BaseToNovel(Task):
             self._counts[f"{half}_test"] = len(self._tested[half][0])
             self._counts[f"{half}_classes_without_test"] = len(self.classes[half]) - len(set(self._tested[half][1]))
             if not self._tested[half][0]:
-                raise DataError(f"there is no image of a {half} class to test on: {self._counts}.")
+                names = self.classes[half]
+                raise DataError(
+                    f"there is no image to test on of the {half} classes, {', '.join(names[:5])}"
+                    f"{', ...' if len(names) > 5 else ''} (read: {self._counts['read']}, skipped as unreadable: "
+                    f"{self._counts['test_skipped_unreadable']}). The harmonic mean takes both halves: give images of "
+                    f"base and of novel classes."
+                )
             for key, tokens in self._tokenise(self.classes[half]).items():
                 self.register_buffer(f"_{half}_{key}", tokens, persistent=False)
         self._counts["held_out"] = self._counts["base_test"] + self._counts["novel_test"]
