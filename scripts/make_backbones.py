@@ -263,11 +263,34 @@ def in_child(library: str, name: str, pipe: Connection) -> None:
     os._exit(0)
 
 
+def versions() -> str:
+    """Of what a result depends on."""
+    import timm
+    import transformers
+
+    torch_version = torch.__version__.split("+")[0]
+    return f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch_version}"
+
+
+def read_log(log: Path | None, work: list[tuple[str, str]]) -> dict[tuple[str, str], Result]:
+    """The results in a log that are of the installed versions; what is of others is told, and run again."""
+    lines = log.read_text().splitlines() if log is not None and log.exists() else []
+    known: dict[tuple[str, str], Result] = {}
+    others: Counter[str] = Counter()
+    for library, name, result, *made_with in map(json.loads, lines):
+        if made_with == [versions()]:
+            known[library, name] = result
+        elif (library, name) in work:
+            others[made_with[0] if made_with else "versions that are not noted"] += 1
+    for made_with, count in others.items():
+        print(f"{log}: {count} results are of {made_with}, and installed are {versions()}: run again", flush=True)
+    return known
+
+
 def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tuple[str, str], Result]:
     """Runs (library, family) pairs, ``jobs`` at a time; those in the log are not run again."""
     context = multiprocessing.get_context("fork")
-    lines = log.read_text().splitlines() if log is not None and log.exists() else []
-    known = {(library, name): result for library, name, result in map(json.loads, lines)}
+    known = read_log(log, work)
     results: dict[tuple[str, str], Result] = {key: known[key] for key in work if key in known}
     waiting, running = [key for key in reversed(work) if key not in known], {}
 
@@ -276,7 +299,7 @@ def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tu
         print(f"{len(results)}/{len(work)} {library} {name}: {result['status']}", flush=True)
         if log is not None:
             with log.open("a") as file:
-                file.write(json.dumps([library, name, result]) + "\n")
+                file.write(json.dumps([library, name, result, versions()]) + "\n")
 
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -328,14 +351,10 @@ def short(reason: str) -> str:
 
 def document(results: dict[tuple[str, str], Result]) -> str:
     """The page."""
-    import timm
-    import transformers
-
     lines = [
         "# Backbones",
         "",
-        "Made by `python -m scripts.make_backbones`, which tries every family; do not edit. "
-        f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__.split('+')[0]}.",
+        f"Made by `python -m scripts.make_backbones`, which tries every family; do not edit. {versions()}.",
         "",
         f"Run on {datetime.date.today():%d %B %Y}. Each family was tried with a tiny random model of its default "
         "configuration made small, and with the variants that its configuration offers (kinds of layers, windows, "
@@ -397,7 +416,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families of transformers; none of timm then")
     parser.add_argument("--timm-only", nargs="*", help="files of timm; none of transformers then")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "backbones.md")
-    parser.add_argument("--log", type=Path, help="raw results, a JSON line each; a second run goes on from there")
+    parser.add_argument(
+        "--log", type=Path, help="raw results, a JSON line each; a second run with the same versions goes on from there"
+    )
     arguments = parser.parse_args()
     import timm
     import transformers
