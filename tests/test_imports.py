@@ -46,6 +46,15 @@ def imported_by(code: str) -> set[str]:
         "    try: zinit.cli.main()\n"
         "    except SystemExit as end: assert end.code == 2, wrong\n"
         "    else: raise SystemExit(f'not refused: {wrong}')",
+        "import contextlib, io, sys, zinit.cli\n"
+        "for wrong in ('eval nowhere', 'chat nowhere', 'generate nowhere --prompt x', 'eval .', 'chat tests',\n"
+        "              'train --resume --output nowhere', 'inspect ./nowhere', 'inspect tests'):\n"
+        "    sys.argv = ['zinit', *wrong.split()]\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try: zinit.cli.main()\n"
+        "        except SystemExit as end: assert end.code == 2, wrong\n"
+        "        else: raise SystemExit(f'not refused: {wrong}')\n"
+        "    assert ' holds no ' in said.getvalue() or 'there is no model folder' in said.getvalue(), said.getvalue()",
     ],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:

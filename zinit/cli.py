@@ -111,10 +111,13 @@ def train(
     from zinit.runs.settings import override, resolve
 
     if resume:
-        from zinit.runs.directory import read_run
-
         if output is None:
             raise ConfigError("say which run to go on with: --resume --output RUN_DIR.")
+        from zinit.runs.record import check_run
+
+        check_run(output)
+        from zinit.runs.directory import read_run
+
         given = {"--backbone": backbone, "--task": task, "--method": method, "--preset": preset, "--config": config}
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
@@ -183,6 +186,9 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run, frozen and adapted. Questions without answers (a blind test set) are answered only."""
+    from zinit.runs.record import check_run
+
+    check_run(run_dir)  # what is wrong with a path is said before torch is imported
     from zinit.ui.console import print_json, print_metrics
 
     if suite is None:
@@ -222,12 +228,20 @@ def generate(
     frozen: Frozen = False,
     as_json: Json = False,
 ) -> None:
+<<<<<<< HEAD
     """Answer one instruction, which streams to the standard output, or a file of them.
 
     Examples:
       zinit generate runs/my-run --prompt "Name three colours."
       zinit generate runs/my-run --data questions.jsonl --output answers.jsonl
     """
+=======
+    """Answer one instruction; the answer streams to the standard output."""
+    from zinit.runs.record import check_run
+
+    check_run(run_dir)  # what is wrong with a path is said before torch is imported
+    from zinit.ui.chat import ChatSession
+>>>>>>> 6d25ce5 (Damaged cells, checkpoints, records and weights are one message with the path; a wrong path is said before torch is imported)
     from zinit.ui.console import print_json
 
     how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
@@ -266,6 +280,9 @@ def chat(
     frozen: Frozen = False,
 ) -> None:
     """Talk to a tuned model over several turns. /new starts over, /image FILE shows one, /quit (or Ctrl-D) ends."""
+    from zinit.runs.record import check_run
+
+    check_run(run_dir)  # what is wrong with a path is said before torch is imported
     from zinit.ui.chat import ChatSession
 
     session = ChatSession(
@@ -355,6 +372,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
+    from zinit.backbones import BACKBONES
+    from zinit.files import model_source
+
+    if model not in BACKBONES:
+        model_source(model)
     from zinit.ui.console import print_json, print_table, say
     from zinit.ui.inspection import inspect_model
 

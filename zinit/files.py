@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from zinit.errors import CheckpointError, ConfigError, ZinitError, first_line
+from zinit.errors import BackboneError, CheckpointError, ConfigError, ZinitError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,13 +43,32 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)
 
 
+def model_source(source: str | Path) -> str:
+    """Checks that a path or Hub id can be a model, and returns it as text.
+
+    Raises:
+        BackboneError: if it is a path that holds no model.
+    """
+    path = local_path(source)
+    if is_folder(path):
+        if not is_file(path / "config.json"):
+            raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
+        return str(path)
+    text = str(source)
+    if is_file(path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
+    return text
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is no part of the data: it belongs to an editor, a system or a tool."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 @contextmanager
-def parsing(what: str, kind: type[ZinitError], advice: str = "") -> Iterator[None]:
+def parsing(
+    what: str, kind: type[ZinitError], advice: str = "", *, also: tuple[type[ZinitError], ...] = ()
+) -> Iterator[None]:
     """Every parser of files that others wrote runs in here: whatever it raises becomes one message.
 
     Which exceptions a parser knows is not documented for what its authors did not think of: nesting beyond the
@@ -59,15 +78,16 @@ def parsing(what: str, kind: type[ZinitError], advice: str = "") -> Iterator[Non
         what: file and complaint, such as "a.json is not valid JSON".
         kind: of the error.
         advice: what to do, a sentence.
+        also: kinds of `ZinitError` that do not name the file, and are told like a parser's own.
 
     Raises:
-        ZinitError: of that kind, with the parser's own words; a `ZinitError` passes as it is.
+        ZinitError: of that kind, with the parser's own words; any other `ZinitError` passes as it is.
     """
     try:
         yield
-    except ZinitError:
-        raise
     except Exception as error:
+        if isinstance(error, ZinitError) and not isinstance(error, also):
+            raise
         reason = first_line(error).rstrip(".")
         raise kind(f"{what}: {reason[:300]}. {advice}".rstrip()) from error
 
@@ -252,7 +272,7 @@ def _owner(folder: Path) -> dict[str, Any]:
     """Who claimed a folder last and has not given it back; empty where nobody has, or nobody knows."""
     try:
         found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

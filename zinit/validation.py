@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from reprlib import Repr
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -158,6 +159,29 @@ class SettingType:
             if frozen is value:
                 raise
             return self.adapter.validate_python(value)  # types that say list
+
+
+_type_of = cache(SettingType.of)
+
+
+def check_fields(document: Any, types: Mapping[str, Any], *, optional: Collection[str] = ()) -> None:
+    """A document that a file holds has the fields that are read of it. Others pass: another version may know them.
+
+    Args:
+        document: as JSON gave it.
+        types: {field: its type}, as annotations have it.
+        optional: those of the fields that may be missing.
+
+    Raises:
+        ConfigError: naming the first field that is missing or of another type.
+    """
+    if not isinstance(document, dict):
+        raise ConfigError(f"it must hold named values; got {shown(document)}.")
+    for name, hint in types.items():
+        if name in document:
+            _type_of(hint).check(name, document[name])
+        elif name not in optional:
+            raise ConfigError(f"it has no {name}.")
 
 
 def in_section(name: str, error: ConfigError) -> ConfigError:

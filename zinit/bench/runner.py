@@ -19,20 +19,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len
+from pydantic import AllowInfNan
 
 from zinit.bench.cells import Cell, Experiment, choice_key
 from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
 from zinit.config import ROLES
 from zinit.errors import ConfigError, DataError
-from zinit.files import claim, is_ours, read_json
+from zinit.files import claim, is_ours, parsing, read_json
 from zinit.runs.directory import write_json
 from zinit.runs.record import EXAMPLES, Record, Results
 from zinit.tasks import TASKS
 from zinit.train.events import Evaluated, Step, read_log
+from zinit.validation import check_fields
 
 Event = dict[str, Any]
+Figure = Annotated[float, AllowInfNan()] | None  # zinit 0.1 wrote NaN where today null is written
+# What is read of the file of a finished cell, of the plan in it, and of what was measured.
+OF_CELL = {"id": str, "status": str, "cell": dict[str, Any], "by_settings": bool}
+OF_PLAN = {"experiment": str, "method": str}
+MEASURED = {
+    "metrics": dict[str, Any],
+    "counts": dict[str, Any] | None,
+    "num_trainable": int | None,
+    "seconds": float,
+    "rates": dict[str, float],
+    "curves": dict[str, list[Annotated[list[Figure], Len(2, 2)]]],
+}
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
 
 
@@ -252,14 +268,25 @@ def read_cells(output: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: if one of them cannot be read.
     """
-    found = []
-    for path in sorted((output / "cells").glob("*.json")):
-        try:
-            found.append(modern_results(json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}). Remove it, and its cell is run again.") from error
+    found = [_read_cell(path) for path in sorted((output / "cells").glob("*.json"))]
     # zinit 0.1 noted every refusal as final, one for want of disk space too.
     return [cell for cell in found if cell["status"] == "done" or cell.get("by_settings")]
+
+
+def _read_cell(path: Path) -> dict[str, Any]:
+    """The file of a finished cell, with all that is read of it."""
+    advice = "Remove it, and its cell is run again."
+    document = read_json(path, DataError, advice)
+    with parsing(f"{path} is damaged", DataError, advice, also=(ConfigError,)):
+        check_fields(document, OF_CELL, optional=("by_settings",))
+        check_fields(document["cell"], OF_PLAN)
+        cell = modern_results(document)
+        if cell["status"] == "done":
+            check_fields(cell, MEASURED, optional=("rates",))
+            check_fields(cell["metrics"], dict.fromkeys(("base", "adapted"), dict[str, Figure]))
+        elif cell.get("by_settings"):
+            check_fields(cell, {"error": str})
+    return cell
 
 
 def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zinit.errors import BackboneError, first_line
-from zinit.files import is_file, is_folder, local_path, read_json
+from zinit.files import is_file, model_source, read_json
 from zinit.models import quantization
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -255,23 +255,6 @@ def _timm_name(source: str) -> str | None:
     import timm
 
     return source if timm.is_model(source) else None
-
-
-def model_source(source: str | Path) -> str:
-    """Checks that a path or Hub id can be a model, and returns it as text.
-
-    Raises:
-        BackboneError: if it is a path that holds no model.
-    """
-    path = local_path(source)
-    if is_folder(path):
-        if not is_file(path / "config.json"):
-            raise BackboneError(f"the folder {source} holds no model: it has no config.json.")
-        return str(path)
-    text = str(source)
-    if is_file(path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise BackboneError(f"there is no model folder {source}. Expected a folder with a config.json, or a Hub id.")
-    return text
 
 
 def reason(source: str | Path, error: BaseException) -> str:

@@ -15,9 +15,17 @@ from torch import nn
 from zinit.config import to_json
 from zinit.distributed import launched_rank
 from zinit.errors import CheckpointError, ConfigError
-from zinit.files import check_tensors, claim, is_file, is_folder, is_ours, made_folder, write_atomically
+from zinit.files import (
+    check_plain,
+    check_tensors,
+    claim,
+    is_ours,
+    made_folder,
+    parsing,
+    write_atomically,
+)
 from zinit.runs.config import RunConfig
-from zinit.runs.record import RECORD, Record
+from zinit.runs.record import RECORD, Record, check_run
 from zinit.train.checkpoint import resume_command, tidy
 from zinit.train.events import Event, Listener, Notice
 from zinit.train.strategy import gather_full, shard_like
@@ -35,22 +43,12 @@ def read_run(directory: str | Path) -> tuple[RunConfig, Record]:
     Raises:
         CheckpointError: if the folder holds no run.
     """
+    check_run(directory)
     path = Path(directory) / RECORD
-    if not is_file(path):
-        killed = is_folder(directory) and all(is_ours(file.name) for file in Path(directory).iterdir())
-        expected = (
-            "A run that was stopped before it began is started again by its own command, without --resume"
-            if killed
-            else "Expected a folder of 'zinit train'"
-        )
-        raise CheckpointError(f"{directory} holds no run: there is no run.json. {expected}.")
-    try:
+    advice = "Restore it, or start a new run in another folder."
+    with parsing(f"{path} is damaged", CheckpointError, advice, also=(ConfigError,)):
         record = Record.read(Path(directory))
         config = RunConfig.from_dict(record.config)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {str(error).rstrip('.')}. Restore it, or start a new run in another folder."
-        ) from error
     return config, record
 
 
@@ -215,15 +213,11 @@ def _save(own: Mapping[str, nn.Parameter], path: Path, writes: bool) -> None:
 
 @torch.no_grad()
 def _load(own: Mapping[str, nn.Parameter], path: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    try:
+    with parsing(f"{path} is damaged or unreadable", CheckpointError, "Copy it again, or resume the run that made it."):
         tensors = load(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. The run needs it.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Copy it again, or resume the run that made it.") from error
+    check_plain(tensors, path)
     try:
         check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
     except CheckpointError as error:

@@ -10,14 +10,33 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from zinit.compat import modern_results
 from zinit.errors import CheckpointError
-from zinit.files import read_json
+from zinit.files import is_file, is_folder, is_ours, parsing, read_json
+from zinit.validation import check_fields
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
 RECORD, RESULTS, EXAMPLES = "run.json", "metrics.json", "examples.json"
+
+
+def check_run(directory: str | Path) -> None:
+    """A folder holds a run. Without torch: what is wrong with a path is said at once.
+
+    Raises:
+        CheckpointError: if it holds none.
+    """
+    if is_file(Path(directory) / RECORD):
+        return
+    with parsing(f"{directory} cannot be read", CheckpointError):
+        killed = is_folder(directory) and all(is_ours(file.name) for file in Path(directory).iterdir())
+    expected = (
+        "A run that was stopped before it began is started again by its own command, without --resume"
+        if killed
+        else "Expected a folder of 'zinit train'"
+    )
+    raise CheckpointError(f"{directory} holds no run: there is no run.json. {expected}.")
 
 
 def versions() -> dict[str, str]:
@@ -99,7 +118,13 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Reads ``run.json`` of any version."""
+        """Reads ``run.json`` of any version.
+
+        Raises:
+            ConfigError: if a field holds something of another type.
+        """
+        types = get_type_hints(cls)
+        check_fields(values, types, optional=types)
         return cls(**_known(cls, values))
 
     @classmethod
@@ -107,7 +132,7 @@ class Record:
         """The record of a run.
 
         Raises:
-            OSError, ValueError: if it is missing or damaged.
+            CheckpointError, ConfigError: if it is missing or damaged.
         """
         return cls.from_dict(_read_json(directory / RECORD))
 

@@ -105,7 +105,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir, notes = Path(run_dir), []
     if not any((run_dir / name).is_file() for name in (RECORD, RESULTS, "log.jsonl")):
         raise DataError(f"{run_dir} holds no run: neither run.json nor log.jsonl nor metrics.json is there.")
-    record = Record.from_dict(_read(run_dir / RECORD, notes))
+    record = _record(run_dir / RECORD, notes)
     results = Results.from_dict(_read(run_dir / RESULTS, notes))
     log = _Log.read(run_dir / "log.jsonl")
     notes += _notes_on(log)
@@ -168,6 +168,14 @@ def _notes_on(log: _Log) -> list[str]:
     if len(bad):
         notes.append(f"The training loss was not finite at {len(bad)} of {len(steps)} steps, first at {bad[0]:.0f}.")
     return notes
+
+
+def _record(path: Path, notes: list[str]) -> Record:
+    try:
+        return Record.from_dict(_read(path, notes))
+    except ConfigError as error:
+        notes.append(f"{path.name} could not be read: {error}")
+        return Record()
 
 
 def _read(path: Path, notes: list[str]) -> dict[str, Any]:

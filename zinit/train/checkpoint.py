@@ -13,6 +13,7 @@ import os
 import random
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from zinit import compat
 from zinit.distributed import sum_over_processes
-from zinit.errors import CheckpointError
+from zinit.errors import CheckpointError, ConfigError
+from zinit.files import check_tensors, parsing, read_json
 from zinit.train.strategy import gather_full, shard_like
+from zinit.validation import NonNegativeInt, check_fields
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +38,12 @@ NEW_RULES = (
 )
 UNFINISHED = (".building-*", ".removing-*")  # folders that are no checkpoints: not yet, or no longer
 STATE, MANIFEST = "state.safetensors", "manifest.json"
+OF_MANIFEST = {  # what is read of it
+    "step": NonNegativeInt,
+    "identity": dict[str, Any],
+    "sha256": dict[str, str],
+    "scaler": dict[str, Any] | None,
+}
 
 
 def resume_command(directory: Path | str) -> str:
@@ -60,7 +69,7 @@ def save(
     Raises:
         CheckpointError: if it cannot be written. The one before is untouched.
     """
-    target = directory / "resume" / f"step-{step:08d}"
+    target = directory / "resume" / _folder_name(step)
     building = target.with_name(f".building-{target.name}")
     problem = ""
     tensors = _collect(task, optimizer)  # every process takes part, in case something is sharded
@@ -139,24 +148,58 @@ def load_latest(
     folder = latest(directory)
     if folder is None:
         return 0
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, sha256 in manifest["sha256"].items():
-            if _sha256(folder / name) != sha256:
-                raise CheckpointError(f"{folder / name} is damaged. Remove {folder} to go on from the one before.")
-        step, saved = manifest["step"], manifest["identity"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}). Remove it to go on from the one before.") from error
-    check_identity(directory, saved, identity)
-    if accelerator.scaler is not None and manifest.get("scaler"):
-        accelerator.scaler.load_state_dict(manifest["scaler"])
-    from safetensors.torch import load_file
-
-    _restore(load_file(folder / STATE), task, optimizer)
+    advice = f"Remove {folder} to go on from the one before."
+    manifest = _read_manifest(folder, advice)
+    check_identity(directory, manifest["identity"], identity)
+    parameters = trainable(task)
+    tensors = _read_state(folder / STATE, parameters, advice)
+    with parsing(f"{folder} is damaged", CheckpointError, advice):
+        if accelerator.scaler is not None and manifest.get("scaler"):
+            accelerator.scaler.load_state_dict(manifest["scaler"])
+    _restore(tensors, parameters, optimizer)
     state = folder / f"random-{accelerator.process_index}.json"
     if state.exists():  # a run may go on with more processes than it had
-        _set_random_state(json.loads(state.read_text()))
-    return step
+        with parsing(f"{state} is damaged", CheckpointError, advice):
+            _set_random_state(json.loads(state.read_text()))
+    return manifest["step"]
+
+
+def _read_manifest(folder: Path, advice: str) -> dict[str, Any]:
+    """What a checkpoint says about itself; its files are those that were written with it.
+
+    Raises:
+        CheckpointError: if one of them is not.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path, CheckpointError, advice)
+    with parsing(f"{path} is damaged", CheckpointError, advice, also=(ConfigError,)):
+        check_fields(manifest, OF_MANIFEST, optional=("scaler",))
+        check_fields(manifest["sha256"], dict.fromkeys((STATE, *(file.name for file in folder.glob("random-*"))), str))
+        if folder.name != _folder_name(manifest["step"]):
+            raise ConfigError(f"its step is {manifest['step']}.")
+    for name, sha256 in manifest["sha256"].items():
+        with parsing(f"{folder / name} is damaged", CheckpointError, advice):
+            if _sha256(folder / name) != sha256:
+                raise ValueError(f"it is not the file that {MANIFEST} beside it describes")
+    return manifest
+
+
+def _read_state(path: Path, parameters: Mapping[str, nn.Parameter], advice: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: of these parameters, and of the optimizer for them.
+
+    Raises:
+        CheckpointError: if they are others.
+    """
+    from safetensors.torch import load_file
+
+    with parsing(f"{path} does not fit the run", CheckpointError, advice, also=(CheckpointError,)):
+        tensors = load_file(path)
+        values = {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith("parameter:")}
+        check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        for name in tensors:
+            if name.startswith("optimizer:") and name.split(":", 2)[-1] not in parameters:
+                raise CheckpointError(f"{name} is of no parameter that trains.")
+    return tensors
 
 
 def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -190,15 +233,12 @@ def _serialize(tensors: dict[str, Tensor]) -> bytes:
     return to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def _restore(tensors: dict[str, Tensor], task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    from zinit.files import check_tensors
-
-    parameters = trainable(task)
-    values = {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith("parameter:")}
-    check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+def _restore(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(shard_like(values[name], parameter))
+            parameter.copy_(shard_like(tensors[f"parameter:{name}"], parameter))
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition(":")
         if kind == "optimizer":
@@ -241,6 +281,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _name(folder: Path | None) -> str:
