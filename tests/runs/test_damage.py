@@ -45,7 +45,7 @@ def changed(document: Any, *, gone: bool = True, without: str = "") -> Iterator[
             own = own[key]
         for value in (*VALUES, ...) if gone else VALUES:
             if value is ... and (not path or isinstance(path[-1], int)):
-                continue
+                continue  # the whole, or an item of a list
             if type(value) is type(own) or {type(value), type(own)} == {int, float}:
                 continue
             copied = {"": copy.deepcopy(document)}
@@ -55,7 +55,7 @@ def changed(document: Any, *, gone: bool = True, without: str = "") -> Iterator[
             if value is not ...:
                 at[("", *path)[-1]] = value
             else:
-                del at[path[-1]]
+                del at[("", *path)[-1]]
             yield ".".join(map(str, path)), copied[""]
 
 

@@ -23,7 +23,7 @@ from zinit.data import crops as _crops
 from zinit.errors import ConfigError, DataError
 from zinit.models.loading import ClipProcessor
 from zinit.tasks.base import TaskInputs
-from zinit.tasks.base_to_novel.task import BaseToNovel, BaseToNovelConfig
+from zinit.tasks.base_to_novel.task import HALVES, BaseToNovel, BaseToNovelConfig
 from zinit.train.config import TrainConfig
 from zinit.train.strategy import make_accelerator
 
@@ -261,7 +261,7 @@ def test_data_of_few_classes_is_measured_among_all_of_the_run_or_refused(tmp_pat
             evaluated(names)
     whole, both = evaluated(labels), evaluated([labels[0], labels[2]])  # one class of each half, among its two
     found = evaluate(both).metrics
-    for half, offset in (("base", 0), ("novel", len(whole._tested["base"][0]))):
+    for half, offset in zip(HALVES, (0, len(whole._tested["base"][0])), strict=True):
         own = [place for place, label in enumerate(whole._tested[half][1]) if label == 0]
         predicted = whole._predict(make_accelerator(TrainConfig()), half, own, offset)
         assert found[f"{half}_accuracy"] == sum(predicted[place] == 0 for place in own) / 6

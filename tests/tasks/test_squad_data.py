@@ -337,11 +337,11 @@ def test_answers_that_are_not_where_the_data_says(tmp_path: Path, text: str, sta
 def test_fields_that_are_not_read_are_counted_at_every_level(tmp_path: Path) -> None:
     official: dict[str, Any] = document(4) | {"license": "CC BY-SA 4.0", "note": " "}
     paragraph = official["data"][0]["paragraphs"][1]
-    paragraph["source"] = "a book"
+    official["data"][0]["author"], paragraph["source"] = "Ada", "a book"
     paragraph["qas"][0]["answers"] = [answer | {"rank": 1} for answer in paragraph["qas"][0]["answers"] * 2]
     paragraph["qas"][1]["plausible_answers"] = [{"text": "Ada", "answer_start": 3}]
     paragraph["qas"][0]["plausible_answers"] = []
-    names = ("license", "title", "paragraphs.source", "answers.rank", "qas.plausible_answers")
+    names = ("license", "author", "paragraphs.source", "answers.rank", "qas.plausible_answers")
     unused: Counter[str] = Counter()
     read_questions(write(tmp_path / "a.json", official), unused=unused)
     assert unused == dict.fromkeys((f"unused_field_{name}" for name in names), 1)

@@ -201,7 +201,7 @@ def _records(document: Any, name: str, unused: Counter[str]) -> Iterator[tuple[s
             unused.update(unused_fields(entry, ("context", *OF_QUESTION)))
             yield where, _context(entry, where), entry
             continue
-        unused.update(unused_fields(entry, ("paragraphs",)))
+        unused.update(unused_fields(entry, ("title", "paragraphs")))
         title = entry.get("title")
         article = f"{title!r}" if isinstance(title, str) else f"article {number}"
         for index, paragraph in enumerate(_field(entry, "paragraphs", list, where), start=1):
