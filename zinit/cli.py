@@ -228,20 +228,15 @@ def generate(
     frozen: Frozen = False,
     as_json: Json = False,
 ) -> None:
-<<<<<<< HEAD
     """Answer one instruction, which streams to the standard output, or a file of them.
 
     Examples:
       zinit generate runs/my-run --prompt "Name three colours."
       zinit generate runs/my-run --data questions.jsonl --output answers.jsonl
     """
-=======
-    """Answer one instruction; the answer streams to the standard output."""
     from zinit.runs.record import check_run
 
     check_run(run_dir)  # what is wrong with a path is said before torch is imported
-    from zinit.ui.chat import ChatSession
->>>>>>> 6d25ce5 (Damaged cells, checkpoints, records and weights are one message with the path; a wrong path is said before torch is imported)
     from zinit.ui.console import print_json
 
     how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}

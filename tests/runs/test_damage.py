@@ -107,6 +107,7 @@ def test_cells_of_a_benchmark(tmp_path: Path) -> None:
         "num_trainable": 7,
         "seconds": 1.5,
         "rates": {"": 0.25},
+        "examples": {"loss": [[1.5, 1], [0.5, True]]},
         "curves": {"train loss": [[1, 2.5], [2, None]]},
     }
     path = tmp_path / "cells" / f"{cell.id}.json"
@@ -121,7 +122,7 @@ def test_cells_of_a_benchmark(tmp_path: Path) -> None:
     cuts(path, use)
     assert wrong_types(path, use, without="cell") >= {
         *("", "id", "status", "cell", "metrics", "metrics.base", "metrics.adapted"),
-        *("seconds", "curves", "curves.train loss.0"),
+        *("seconds", "curves", "curves.train loss.0", "examples.loss.0"),
     }
     whole = {"id": cell.id, **measured}
     for own in ({"experiment": "one"}, {"experiment": "one", "method": 7}, {"experiment": None, "method": "lora"}):

@@ -47,6 +47,7 @@ MEASURED = {
     "num_trainable": int | None,
     "seconds": float,
     "rates": dict[str, float],
+    "examples": dict[str, list[Annotated[list[Figure | bool], Len(2, 2)]]],
     "curves": dict[str, list[Annotated[list[Figure], Len(2, 2)]]],
 }
 CURVE = ("loss", "accuracy", "exact_match", "f1")  # of the evaluations during training
@@ -282,7 +283,7 @@ def _read_cell(path: Path) -> dict[str, Any]:
         check_fields(document["cell"], OF_PLAN)
         cell = modern_results(document)
         if cell["status"] == "done":
-            check_fields(cell, MEASURED, optional=("rates",))
+            check_fields(cell, MEASURED, optional=("rates", "examples"))
             check_fields(cell["metrics"], dict.fromkeys(("base", "adapted"), dict[str, Figure]))
         elif cell.get("by_settings"):
             check_fields(cell, {"error": str})
