@@ -126,7 +126,7 @@ def test_a_missing_setting_is_named() -> None:
 
 
 def test_every_choice_is_listed() -> None:
-    with pytest.raises(ConfigError, match="gate must be one of 'tanh', 'identity'; got 'relu'"):
+    with pytest.raises(ConfigError, match="gate must be one of 'tanh', 'identity', 'query'; got 'relu'"):
         PrefixConfig(gate="relu")  # pyright: ignore[reportArgumentType]
 
 

@@ -49,8 +49,10 @@ def by_hand(module: ZeroGatedPrefix, query: Tensor, scale: float, context: Tenso
             gate: Any = 1.0
             if module.config.gating:
                 stored = module.gate[h if module.config.gate_per == "head" else 0]
-                gate = torch.tanh(stored) if module.config.gate == "tanh" else stored
+                gate = stored if module.config.gate == "identity" else torch.tanh(stored)
             for t in range(query.shape[2]):
+                if module.config.gate == "query":
+                    gate = torch.tanh((stored * query[b, h, t]).sum())
                 scores = torch.stack([query[b, h, t] @ keys[group, k] * scale for k in range(length)])
                 weights = scores.exp() / scores.exp().sum()
                 out[b, h, t] = gate * sum(weights[k] * values[group, k] for k in range(length))
@@ -64,6 +66,8 @@ def by_hand(module: ZeroGatedPrefix, query: Tensor, scale: float, context: Tenso
         {},
         {"gate": "identity"},
         {"gate_per": "layer"},
+        {"gate": "query"},
+        {"gate": "query", "gate_per": "layer"},
         {"gating": False},
         {"parametrization": "key_value"},
         {"length": 1},
@@ -87,7 +91,7 @@ def test_a_context_for_each_sample(rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "settings", [{}, {"gate": "identity"}, {"gate_per": "layer"}, {"parametrization": "key_value"}]
+    "settings", [{}, {"gate": "identity"}, {"gate": "query"}, {"gate_per": "layer"}, {"parametrization": "key_value"}]
 )
 def test_a_closed_gate_adds_exactly_zero(settings: dict[str, Any], dtype: torch.dtype) -> None:
     module = prefix(**settings)
@@ -123,6 +127,20 @@ def test_gates_after_squashing() -> None:
     torch.testing.assert_close(shared.gates(), torch.full((H,), 0.5).tanh())
     assert torch.equal(prefix(gating=False).gates(), torch.ones(H))
     assert not hasattr(prefix(gating=False), "gate")
+
+
+def test_gates_by_query_show_their_mean_over_the_last_forward() -> None:
+    module = prefix(gate="query", gate_init="random")
+    assert module.gate.shape == (H, D)
+    assert module.gates().isnan().all()
+    query = torch.randn(B, H, T, D)
+    module(query, *module.keys_values(host(), query.dtype), 0.4)
+    expected = torch.einsum("bhtd,hd->bht", query, module.gate).tanh().abs().mean((0, 2))
+    torch.testing.assert_close(module.gates(), expected.detach())
+    assert module.gates().requires_grad is False
+    assert "last_gates" not in module.state_dict()
+    copied = copy.deepcopy(module)
+    assert torch.equal(copied.gates(), module.gates())
 
 
 def test_how_it_starts() -> None:

@@ -414,8 +414,8 @@ def list_entries(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="An adapter: a file or a folder.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="Where the converted one goes; must not exist.")],
-    source_format: Annotated[str, typer.Option("--from", help="zinit, official-v1, peft, litgpt, litgpt-legacy.")],
-    target_format: Annotated[str, typer.Option("--to", help="zinit, official-v1, peft.")],
+    source_format: Annotated[str, typer.Option("--from", help="zinit, or a name of 'zinit ls formats'.")],
+    target_format: Annotated[str, typer.Option("--to", help="zinit, official-v1, peft, imagebind-llm.")],
     model: Annotated[
         str | None, typer.Option(help="The model it belongs to: folder or Hub id. zinit's own adapters name it.")
     ] = None,
@@ -424,6 +424,7 @@ def convert(
     reader: Annotated[
         str, typer.Option(help="Whose gates an official file holds: the training or the inference code's.")
     ] = "training",
+    tables: Annotated[bool, typer.Option("--tables", help="To zinit: tables instead of networks of prompts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
@@ -433,6 +434,7 @@ def convert(
     if gate not in ("tanh", "identity"):
         raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
     options: dict[str, Any] = {"reader": reader} if target_format == "official-v1" else {}
+    options |= {"tables": True} if tables and target_format == "zinit" else {}  # the others hold tables anyway
     handle = convert(
         source,
         destination,

@@ -214,6 +214,18 @@ def _documented_arguments(settings: type) -> dict[str, str]:
     return found
 
 
+Layers = Annotated[
+    PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
+    CommaSeparatedNumbers,
+    Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
+]
+Towers = Annotated[
+    Annotated[tuple[Name, ...], MinLen(1)] | None,
+    CommaSeparated,
+    Words("a list of names such as ['vision_model'], or null for all"),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(JsonConfig):
     """How a prefix is built and where it goes. The paper's ablations are settings here, not other classes.
@@ -226,7 +238,8 @@ class PrefixConfig(JsonConfig):
         towers: which towers get a prefix, each named by its path in the model or a part of it (``"vision_model"``);
             ``None`` is all of them.
         gate: how a stored gate is squashed: ``"tanh"`` (ICLR version, Eq. 7, and the reference's training code) or
-            ``"identity"`` (first arXiv versions, the reference's inference code, PEFT, LitGPT).
+            ``"identity"`` (first arXiv versions, the reference's inference code, PEFT, LitGPT); or ``"query"``, a gate
+            for each query, tanh of its product with a learned vector (arXiv 2502.03029, there before the rotation).
         gate_per: one gate per ``"head"`` (all versions of the paper, "in practice") or one per ``"layer"``.
         gate_init: where every gate starts. 0 is zero-init attention; ``"random"`` draws from N(0, 1), the paper's
             ablation of it.
@@ -239,21 +252,14 @@ class PrefixConfig(JsonConfig):
         prompt: where the prompts come from: a learned ``"table"``, the ``"context"`` that comes with a call and nothing
             else, or the sum of both, ``"table+context"`` (Eq. 10).
         prompts: what is learned for a table: the ``"table"`` itself, or a small network that makes the tables of all
-            layers, ``"hyper"`` (arXiv 2502.03029). All parts of an adapter that say so share one network.
+            layers, of one embedding for each layer, ``"hyper"``, or for each prompt, ``"deepshare"`` (arXiv
+            2502.03029). All parts of an adapter that say so share one network.
     """
 
     length: Annotated[Size, Words("a whole number of at least 1 (prompts per layer)")] = 10
-    layers: Annotated[
-        PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
-        CommaSeparatedNumbers,
-        Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
-    ] = None
-    towers: Annotated[
-        Annotated[tuple[Name, ...], MinLen(1)] | None,
-        CommaSeparated,
-        Words("a list of names such as ['vision_model'], or null for all"),
-    ] = None
-    gate: Literal["tanh", "identity"] = "tanh"
+    layers: Layers = None
+    towers: Towers = None
+    gate: Literal["tanh", "identity", "query"] = "tanh"
     gate_per: Literal["head", "layer"] = "head"
     gate_init: Annotated[Number | Literal["random"], Words("a number or 'random'")] = 0.0
     gating: bool = True
@@ -261,7 +267,7 @@ class PrefixConfig(JsonConfig):
     parametrization: Literal["prompt", "key_value"] = "prompt"
     init_std: NonNegativeFloat = 1.0
     prompt: Literal["table", "context", "table+context"] = "table"
-    prompts: Literal["table", "hyper"] = "table"
+    prompts: Literal["table", "hyper", "deepshare"] = "table"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,7 +287,7 @@ class PrefixConfig(JsonConfig):
                 f"prompts={self.prompts!r}, or use parametrization='prompt'."
             )
         if self.prompt == "context" and self.prompts != "table":
-            raise ConfigError("prompt='context' learns no prompts, so prompts='hyper' has nothing to make.")
+            raise ConfigError(f"prompt='context' learns no prompts, so prompts={self.prompts!r} has nothing to make.")
 
 
 ONLY = "prefix"  # the name of an adapter's part where there is one
@@ -324,6 +330,25 @@ class TuningConfig(JsonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExcitorConfig(JsonConfig):
+    """LLaMA-Excitor (arXiv 2404.00913): gated additions to the keys of words, see `zinit.adapter.excitor`.
+
+    Args:
+        length: K, prompts per layer. 30 gives the paper's 7.6M numbers at 7B.
+        rank: of the bottleneck. Paper: 16.
+        layers: as those of `PrefixConfig`. Paper: the topmost 30.
+        towers: as those of `PrefixConfig`.
+    """
+
+    called: ClassVar[str] = "excitor"
+
+    length: Size = 30
+    rank: Size = 16
+    layers: Layers = None
+    towers: Towers = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(JsonConfig):
     """An adapter of several parts: prefixes of their own length, layers and gates, under one handle.
 
@@ -334,17 +359,21 @@ class AdapterConfig(JsonConfig):
             context is then given ready made.
         context_options: its settings.
         tuning: what the adapter changes in the host's own modules besides; None changes nothing.
+        excitor: additions to the keys of words, in the place of a tuning; None adds nothing.
     """
 
     parts: dict[str, PrefixConfig]
     context: str | None = None
     context_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     tuning: TuningConfig | None = None
+    excitor: ExcitorConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.parts and self.tuning is None:
+        if not self.parts and self.tuning is None and self.excitor is None:
             raise ConfigError("an adapter needs at least one part, or a tuning.")
+        if self.tuning is not None and self.excitor is not None:
+            raise ConfigError("an adapter has a tuning or an excitor, not both: attach the other as a second adapter.")
         for name, part in self.parts.items():
             if not name.isidentifier() or "__" in name:
                 raise ConfigError(f"a part's name must be an identifier such as 'early'; got {name!r}.")
@@ -361,8 +390,11 @@ class AdapterConfig(JsonConfig):
 
     def simplest(self) -> PrefixConfig | AdapterConfig:
         """The single prefix where that is all there is; the inverse of `of`."""
-        plain = list(self.parts) == [ONLY] and self.context is None and self.tuning is None
-        return self.parts[ONLY] if plain else self
+        return self.parts[ONLY] if list(self.parts) == [ONLY] and self == AdapterConfig(parts=self.parts) else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; without an excitor as zinit wrote them before there was one."""
+        return {name: value for name, value in super().to_dict().items() if name != "excitor" or value is not None}
 
 
 GATES, WEIGHTS, HEAD = "gates", "weights", "head"  # roles that are told apart by more than their rates

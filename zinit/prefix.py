@@ -6,6 +6,7 @@ C model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,6 +87,8 @@ class ZeroGatedPrefix(nn.Module):
     Invariant: with gate 0 and finite keys and values the addition is exactly zero in every dtype.
     Gradient: while the gate is 0 only the gate has one; the prompts' is exactly zero until the gate has moved.
     Departure from the paper's Eq. 5: the scale is the host's, 1/sqrt(D), as in the reference code, not 1/sqrt(C).
+    With ``gate="query"`` (arXiv 2502.03029) act(g_h) is tanh(q_h w_h), a gate for each query, and w_h (D,) is learned.
+    There q_h is not rotated yet; here it is the query that the host hands over, which is another function.
     Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
 
     Args:
@@ -139,14 +142,22 @@ class ZeroGatedPrefix(nn.Module):
         else:
             self.key = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
             self.value = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, value_dim or head_dim))
+        self.by_query = config.gating and config.gate == "query"
         if config.gating:
-            start = normal(num_heads if config.gate_per == "head" else 1)
+            start = normal(num_heads if config.gate_per == "head" else 1, *[head_dim] * self.by_query)
             self.gate = nn.Parameter(
                 start if isinstance(config.gate_init, str) else torch.full_like(start, config.gate_init)
             )
+        self.last_gates = torch.full((num_heads,), math.nan)  # of gates by query, in the last forward pass
 
     def gates(self) -> Tensor:
-        """(H,) gates after squashing: what each head's prompt attention is multiplied by. Ones without gating."""
+        """(H,) gates after squashing: what each head's prompt attention is multiplied by. Ones without gating.
+
+        Of gates by query the mean of |g| over the last forward pass, padding included; NaN before one, and where it ran
+        compiled.
+        """
+        if self.by_query:
+            return self.last_gates
         if not self.config.gating:
             return next(self.parameters()).new_ones(self.num_heads)
         return (self.gate.tanh() if self.config.gate == "tanh" else self.gate).expand(self.num_heads)
@@ -180,8 +191,8 @@ class ZeroGatedPrefix(nn.Module):
         """All that does not depend on the text: the prompts' keys and gated values, each (1 or B, H, K, D).
 
         Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
-        number per head, and costs K x D instead of T x K multiplications. With a shared softmax there is no gate and
-        the heads stay grouped: (1 or B, G, K, D).
+        number per head, and costs K x D instead of T x K multiplications. A gate by query is applied later, in the
+        forward pass. With a shared softmax there is no gate and the heads stay grouped: (1 or B, G, K, D).
 
         Raises:
             ConfigError: if the context does not fit.
@@ -197,7 +208,7 @@ class ZeroGatedPrefix(nn.Module):
         if self.config.separate_softmax:
             shared_by = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
-            if self.config.gating:
+            if self.config.gating and not self.by_query:
                 value = self.gates().view(-1, 1, 1) * value
         return key.to(dtype), value.to(dtype)
 
@@ -221,7 +232,20 @@ class ZeroGatedPrefix(nn.Module):
                 "the model's backbone does not support plain prefix tuning (separate_softmax=False): it adds the "
                 "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.concat_prefix`."
             )
-        return attend_prompts(query, key, value, scale)
+        addition = attend_prompts(query, key, value, scale)
+        return self._gate_by_query(query) * addition if self.by_query else addition
+
+    def _gate_by_query(self, query: Tensor) -> Tensor:
+        """(B, H, T, 1); what `gates` shows of them is noted."""
+        gates = gates_by_query(query, self.gate)
+        if not torch.compiler.is_compiling():
+            self.last_gates = gates.detach().abs().mean((0, 2, 3)).float()
+        return gates
+
+
+def gates_by_query(query: Tensor, weight: Tensor) -> Tensor:
+    """``tanh(q_h w_h)``: (B, H, T, D) and (1 or H, D), or (B, H, D), to (B, H, T, 1)."""
+    return (query @ weight.to(query.dtype)[..., None]).tanh()
 
 
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -198,8 +198,10 @@ def test_two_stages(tmp_path: Path) -> None:
 
 
 def test_a_second_stage_needs_a_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="start must name what the first stage has made"):
-        StageSettings(stage="tuning")
+    with pytest.raises(
+        ConfigError, match=r"goes on with what a first stage has made, and got none: .*method.start=RUN"
+    ):
+        staged(stage="tuning")
     with pytest.raises(ConfigError, match="for stage='tuning' and no other; got stage='bind'"):
         StageSettings(stage="bind", start="x")
     zinit.attach(causal_lm("Llama"), zinit.PrefixConfig(length=1)).save(tmp_path / "plain")

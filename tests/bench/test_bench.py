@@ -360,7 +360,8 @@ def test_folders_that_are_not_for_it(tmp_path: Path, journal: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(list_bench_presets()))
 def test_presets_are_complete(name: str) -> None:
-    plan = make_benchmark(preset=name, data=None if name == "demo" else "data", model=None if name == "demo" else "m")
+    embedded = name in ("demo", "family")
+    plan = make_benchmark(preset=name, data=None if embedded else "data", model=None if embedded else "m")
     plan.check()
     assert plan.description
     assert all(experiment.seeds and experiment.methods for experiment in plan.experiments)

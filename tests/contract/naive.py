@@ -69,8 +69,10 @@ def weighted(scores: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack([weight * value for weight, value in zip(softmax(scores), values, strict=True)]).sum(0)
 
 
-def squashed(gate: Tensor, head: int, squash: str) -> Tensor:
+def squashed(gate: Tensor, head: int, squash: str, q: Tensor) -> Tensor:
     number = gate[head] if gate.shape[0] > 1 else gate[0]
+    if squash == "query":
+        number, squash = (number * q).sum(), "tanh"
     return (torch.exp(2 * number) - 1) / (torch.exp(2 * number) + 1) if squash == "tanh" else number
 
 
@@ -89,7 +91,17 @@ def added(addition: Addition, q: Tensor, head: int, mine: slice, site: str, weig
         return torch.zeros_like(q)
     keys, values = (linear(addition.prompts[site], weights, f"{site}.{part}_proj") for part in "kv")
     scores = [q @ k[mine] * scale for k in keys]
-    return squashed(addition.gates[site], head, addition.squash) * weighted(scores, [v[mine] for v in values])
+    return squashed(addition.gates[site], head, addition.squash, q) * weighted(scores, [v[mine] for v in values])
+
+
+def excited(x: Tensor, own: Tensors, prompt_keys: Tensor) -> Tensor:
+    """LLaMA-Excitor's additions to the keys of one sample, word by word: (T, C) to (T, G * D)."""
+    rows = []
+    for word in x:
+        asked = own["up"] @ (own["down"] @ word)
+        scores = [(asked @ prompt) / math.sqrt(len(word)) for prompt in own["prompts"]]
+        rows.append(own["gate"] * weighted(scores, list(prompt_keys)))
+    return torch.stack(rows)
 
 
 def attention(
@@ -107,6 +119,10 @@ def attention(
     size, scale = model.head_dim, 1 / math.sqrt(model.head_dim)
     length = x.shape[0]
     query, key, value = (linear(x, weights, f"{site}.{part}_proj") for part in "qkv")
+    here = f"tuning.{site}.k_proj."
+    own = {name.removeprefix(here): tensor for name, tensor in adapter.items() if name.startswith(here)}
+    if own:
+        key = key + excited(x, own, linear(own["prompts"], weights, f"{site}.k_proj"))
     prompts = adapter.get(f"{site}.prompt.weight")
     if prompts is not None:
         prompts = prompts if context is None else prompts + context
@@ -141,7 +157,7 @@ def attention(
                 scores, values = own_scores + scores, own_values + values
             out = weighted(scores, values) if scores else torch.zeros(size, dtype=x.dtype)
             if own_scores and not prefix.joint:
-                gate = squashed(adapter[f"{site}.gate"], h, prefix.squash) if prefix.gated else 1.0
+                gate = squashed(adapter[f"{site}.gate"], h, prefix.squash, q) if prefix.gated else 1.0
                 out = out + gate * weighted(own_scores, own_values)
             for addition in more:
                 out = out + added(addition, q, h, mine_of(h), site, weights, scale)

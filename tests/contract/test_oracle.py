@@ -30,6 +30,7 @@ PREFIXES: dict[str, dict[str, Any]] = {
     "tanh": {},
     "identity": {"gate": "identity"},
     "per-layer": {"gate_per": "layer"},
+    "by-query": {"gate": "query"},
     "ungated": {"gating": False},
     "joint": JOINT,
     "key-value": {"parametrization": "key_value"},

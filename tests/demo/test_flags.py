@@ -12,6 +12,9 @@ from zinit.demo import world
 from zinit.demo.flags import NAME, SEEN, UNSEEN, flags
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
+from zinit.tasks.conversation.config import ConversationConfig
+from zinit.tasks.conversation.records import split_conversations
+from zinit.tasks.inputs import DataInputs
 
 
 def test_no_drawing_is_in_both_parts_and_no_question_gives_it_away() -> None:
@@ -77,3 +80,16 @@ def test_it_runs_and_its_report_shows_the_images(tmp_path: Path, monkeypatch: py
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("data:image/jpeg;base64,") >= 3
     assert "shuffled" in report
+
+
+@pytest.mark.parametrize(("demo", "talks", "images"), [("flags", 4320, 144), ("instructions", 630, 0)])
+def test_a_validation_part_is_of_the_training_part_and_shares_no_image_with_it(
+    demo: str, talks: int, images: int
+) -> None:
+    config = ConversationConfig(demo=demo, validation=True)  # pyright: ignore[reportArgumentType]
+    kept, chosen, _ = split_conversations(DataInputs(), config)
+    assert len(kept) + len(chosen) == talks
+    drawn = [{image.tobytes() for talk in part for image in talk.images} for part in (kept, chosen)]  # pyright: ignore
+    assert not drawn[0] & drawn[1]
+    assert len(drawn[1]) == images
+    assert len(chosen) == talks // 10

@@ -35,7 +35,7 @@ class TunedLinear(nn.Module):
         self.bias = vector(out, 0.0, config.bias)
         self.lora_down = self.lora_up = None
         if lora:
-            self.lora_down = nn.Parameter(_uniform(config.lora_rank, into, device=device, generator=generator))
+            self.lora_down = nn.Parameter(uniform(config.lora_rank, into, device=device, generator=generator))
             self.lora_up = nn.Parameter(torch.zeros(out, config.lora_rank, device=device))
 
 
@@ -79,7 +79,7 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def _uniform(rank: int, width: int, *, device: Any, generator: torch.Generator | None) -> Tensor:
+def uniform(rank: int, width: int, *, device: Any, generator: torch.Generator | None) -> Tensor:
     """LoRA's usual start of its first matrix, Kaiming's with a = sqrt(5); drawn on the CPU."""
     if device is not None and torch.device(device).type == "meta":
         return torch.empty(rank, width, device="meta")

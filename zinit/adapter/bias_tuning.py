@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zinit.adapter.bias_by_sample import LinearBySample, NormBySample
 from zinit.adapter.bias_modules import TunedLinear, TunedNorm, low_rank, normalize, scale_and_shift
-from zinit.adapter.tuning import Samples, TunedCall, TunedSamples, Tuning, build_tuning
+from zinit.adapter.tuning import Samples, TunedCall, TunedSamples, Tuning, build_tuning, place
 from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import linears_of, norms_of, widths_of
 from zinit.config import TuningConfig
@@ -34,7 +34,7 @@ class BiasTuning(Tuning):
         self.config = config
         self._paths = tuple(modules)
         for path, module in modules.items():
-            _place(self, path, module)
+            place(self, path, module)
 
     def targets(self) -> Sequence[str]:
         """The paths of the linear layers and norms."""
@@ -111,16 +111,6 @@ def _normalize(tuned: Sequence[TunedNorm], call: TunedCall, output: Any) -> Any:
             first = first + (other - host.to(other.dtype))
         weights[name] = first.to(host.dtype)
     return normalize(call.module, weights, call.args)
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Registers a module under a path with dots, so that its parameters are called as the host's are."""
-    *above, own = path.split(".")
-    for name in above:
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    root.add_module(own, module)
 
 
 @build_tuning.register

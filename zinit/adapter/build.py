@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinit.adapter import bias_tuning as _registered  # noqa: F401
+from zinit.adapter import bias_tuning, excitor  # noqa: F401 - they register what `build_tuning` makes
 from zinit.adapter import tuning as tunings
 from zinit.adapter.calls import unwatch_calls, watch_calls
 from zinit.adapter.parts import Part
 from zinit.adapter.recompute import unwatch
 from zinit.adapter.select import select_sites
-from zinit.adapter.sources import HyperPrompts, SharedPrompts, make_shared
+from zinit.adapter.sources import SharedPrompts, make_shared
 from zinit.adapter.state import AdapterState
 from zinit.adapter.tuning import Tuning, build_tuning
 from zinit.backbones.base import AttentionSite, PrefixSlot
@@ -32,7 +32,7 @@ class AdapterModules:
 
     Attributes:
         parts: by name, in the order of the settings.
-        shared: what several layers use: "hyper" makes prompts, "context" makes each sample's context.
+        shared: what several layers use: "hyper" and "deepshare" make prompts, "context" makes each sample's context.
         tuning: of the host's own modules, if there is one.
     """
 
@@ -95,10 +95,7 @@ def build_modules(
     declared = any(part.prompt != "table" for part in config.parts.values())
 
     def source(part: PrefixConfig, site: AttentionSite) -> PromptSource | None:
-        hyper = shared.get("hyper")
-        if part.prompts != "hyper" or not isinstance(hyper, HyperPrompts):
-            return None
-        return SharedPrompts(hyper, number[site.name])
+        return SharedPrompts(shared[part.prompts], number[site.name]) if part.prompts in shared else None
 
     def prefix(part: PrefixConfig, site: AttentionSite) -> ZeroGatedPrefix:
         beside = _device_of(site.module) if device is None else device
@@ -115,14 +112,13 @@ def build_modules(
     }
     towers = {site.tower for own in chosen.values() for site in own} or {site.tower for site in sites}
     tuned = [site for site in sites if site.tower in towers]
-    tuning = None
-    if config.tuning is not None:
-        tuning = build_tuning(config.tuning, model, tuned, device=device, generator=generator)
+    asked = config.excitor or config.tuning
+    tuning = None if asked is None else build_tuning(asked, model, tuned, device=device, generator=generator)
     return AdapterModules(parts=parts, shared=shared, tuning=tuning)
 
 
 def _shares(part: PrefixConfig) -> bool:
-    return part.prompts == "hyper" or part.prompt != "table"
+    return part.prompts != "table" or part.prompt != "table"
 
 
 def install(state: AdapterState, adapter: str, modules: AdapterModules) -> None:

@@ -166,7 +166,9 @@ class AdapterFile:
 
 def _is_plain(config: PrefixConfig | AdapterConfig) -> bool:
     """Whether version 1 of the format can express it: one prefix, with the settings that there were then."""
-    return isinstance(config, PrefixConfig) and all(getattr(config, name) == old for name, old in SINCE_2.items())
+    if not isinstance(config, PrefixConfig) or config.gate == "query":
+        return False
+    return all(getattr(config, name) == old for name, old in SINCE_2.items())
 
 
 def _to_dict(config: PrefixConfig | AdapterConfig) -> dict[str, Any]:
@@ -184,10 +186,7 @@ def _read_config(description: dict[str, Any], folder: Path) -> PrefixConfig | Ad
         )
     if version == 1:
         return PrefixConfig.from_dict(description["config"])
-    config = AdapterConfig.from_dict(description["config"])
-    alone = config.parts.get("prefix")
-    is_bare = len(config.parts) == 1 and config.context is None and config.tuning is None
-    return alone if alone is not None and is_bare else config
+    return AdapterConfig.from_dict(description["config"]).simplest()
 
 
 def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from zinit.adapter.parts import Part
 from zinit.adapter.registries import FORMATS
 from zinit.adapter.routing import routed
 from zinit.adapter.scopes import Change, SwitchOn
+from zinit.adapter.sources import as_tables
 from zinit.adapter.state import ATTRIBUTE, AdapterState
 from zinit.adapter.tuning import Tuning
 from zinit.backbones.base import AttentionSite
@@ -94,7 +95,7 @@ class Handle:
 
     @property
     def shared(self) -> dict[str, nn.Module]:
-        """What several layers use: "hyper" makes prompts, "context" makes each sample's context."""
+        """What several layers use: "hyper" and "deepshare" make prompts, "context" makes each sample's context."""
         return self._modules.shared
 
     @property
@@ -345,23 +346,34 @@ class Handle:
                 del vars(state.model)["generate"]
             delattr(state.model, ATTRIBUTE)
 
-    def to_file(self) -> AdapterFile:
-        """The adapter as it is now, with what identifies its model."""
+    def to_file(self, *, tables: bool = False) -> AdapterFile:
+        """The adapter as it is now, with what identifies its model.
+
+        Args:
+            tables: in the place of networks of prompts (``prompts="hyper"``), the plain tables that they make.
+        """
+        config, tensors = self.config, self.state_dict()
+        if tables:
+            config, tensors = as_tables(config, self.prefixes, tensors)
         return AdapterFile(
-            config=self.config,
+            config=config,
             backbone=self.backbone,
             fingerprint=fingerprint(self.model, list(self.state.sites.values())),
-            tensors={name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()},
+            tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             encoder=self.encoder_identity,
         )
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, tables: bool = False) -> None:
         """Writes ``adapter.safetensors`` and ``adapter.json``; each appears whole or not at all.
+
+        Args:
+            directory: the folder.
+            tables: see `to_file`.
 
         Raises:
             CheckpointError: if the folder cannot be written.
         """
-        self.to_file().write(directory)
+        self.to_file(tables=tables).write(directory)
 
     def export(self, path: str | Path, *, format: str, **options: Any) -> None:
         """Writes the adapter in another implementation's format; ``zinit ls formats`` says which are written.

@@ -16,7 +16,7 @@ from zinit.adapter.state import AdapterState
 from zinit.adapter.tuning import by_sample
 from zinit.backbones.base import ActivePrefix, AttentionSite, PrefixSlot
 from zinit.errors import ConfigError
-from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts
+from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts, for_each_sample, gates_by_query
 from zinit.registry import did_you_mean
 
 Names = Sequence[str | None]
@@ -38,6 +38,7 @@ class RoutedPrefix:
         prefixes: those that the route uses.
         config: of one of them; all have a softmax of their own.
         mask: (R, 1, 1, K), 0 or -inf; None if nothing is padded.
+        by_query: (R, 1, 1, 1), whose gates depend on the query; None if nobody's do.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class RoutedPrefix:
     ) -> None:
         self.site, self.tuned = site, tuned
         self.prefixes = {name: prefixes[name] for name in dict.fromkeys(route) if name is not None and name in prefixes}
-        self.samples, self.mask = len(route), None
+        self.samples, self.mask, self.by_query = len(route), None, None
         if not self.prefixes:
             return
         first = next(iter(self.prefixes.values()))
@@ -63,6 +64,9 @@ class RoutedPrefix:
             lengths = F.pad(lengths, (1, 0), value=self.length)[self.rows]
             padding = torch.arange(self.length, device=device) >= lengths[:, None]
             self.mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -math.inf)[:, None, None]
+        if any(prefix.by_query for prefix in self.prefixes.values()):
+            by_query = [False, *(prefix.by_query for prefix in self.prefixes.values())]
+            self.by_query = torch.tensor(by_query, device=device)[self.rows, None, None, None]
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Each sample's keys and gated values, (R, H, K, D); what passes the same projections passes them together."""
@@ -94,7 +98,19 @@ class RoutedPrefix:
             ConfigError: if it is not known which row of the batch is of which sample.
         """
         self.check_rows(query.shape[0])
-        return attend_prompts(query, key, value, scale, self.mask)
+        addition = attend_prompts(query, key, value, scale, self.mask)
+        if self.by_query is None:
+            return addition
+        # Only here do gates by query come in: those of all others are in the values.
+        gates = gates_by_query(query, for_each_sample(self._weights(), query)[..., 0])
+        return torch.where(for_each_sample(self.by_query.float(), query) > 0, gates * addition, addition)
+
+    def _weights(self) -> Tensor:
+        """(R, H, D, 1), what queries are multiplied by for their gates; zeros where a sample's are not by query."""
+        shape = self.site.num_heads, self.site.head_dim
+        own = [prefix.gate.expand(shape) if prefix.by_query else None for prefix in self.prefixes.values()]
+        zeros = torch.zeros(shape, device=self.rows.device)
+        return torch.stack([zeros, *(zeros if one is None else one for one in own)])[self.rows][..., None]
 
     def check_rows(self, batch: int) -> None:
         """See `AttentionSite.check_rows`."""

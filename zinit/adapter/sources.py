@@ -1,6 +1,6 @@
 """What several attention modules share of their prompts. An adapter owns it once; each module only asks it.
 
-A network that makes the tables of all layers (`HyperPrompts`), and modules that make each sample's context of features
+Networks that make the tables of all layers (`NETWORKS`), and modules that make each sample's context of features
 (`ContextSource`, by name in `SOURCES`).
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from zinit.adapter.encoding import Encoder
 from zinit.adapter.registries import SOURCES
-from zinit.config import AdapterConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError, first_line
-from zinit.prefix import Context
+from zinit.prefix import Context, ZeroGatedPrefix
 from zinit.registry import did_you_mean
 
 LARGEST = 65_536  # of a size in the options of a context source
@@ -60,6 +60,47 @@ class HyperPrompts(nn.Module):
         return self.out(self.hidden(self.embedding[layer]).relu()).view(self.length, self.width)
 
 
+class DeepShare(nn.Module):
+    """An embedding of each prompt of every layer, and one small network for all (arXiv 2502.03029, "deepshare").
+
+    Embedding -> Linear -> ReLU -> Linear, with torch's own start: unlike those of `HyperPrompts` the prompts are no
+    smaller than those of a table by orders of magnitude.
+
+    Args:
+        layers: of the model.
+        length: K; there are K embeddings for each layer.
+        width: C.
+        hidden: width of the hidden layer.
+        embedding: width of the embeddings.
+        generator: a CPU generator for the random start.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        length: int,
+        width: int,
+        hidden: int = 64,
+        embedding: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(layers, length, embedding).normal_(generator=generator))
+        self.hidden, self.out = nn.Linear(embedding, hidden), nn.Linear(hidden, width)
+        with torch.no_grad():
+            for layer in (self.hidden, self.out):
+                for tensor in layer.parameters():
+                    tensor.uniform_(-(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
+
+    def forward(self, layer: int) -> Tensor:
+        """(K, C), the prompts of one layer."""
+        return self.out(self.hidden(self.embedding[layer]).relu())
+
+
+NETWORKS = {"hyper": HyperPrompts, "deepshare": DeepShare}  # what `PrefixConfig.prompts` says besides "table"
+
+
 class SharedPrompts:
     """One layer's prompts out of a network that the adapter owns.
 
@@ -68,7 +109,7 @@ class SharedPrompts:
         layer: this one's number among them.
     """
 
-    def __init__(self, network: HyperPrompts, layer: int) -> None:
+    def __init__(self, network: nn.Module, layer: int) -> None:
         self.network, self.layer = network, layer
 
     def __call__(self, context: Context | None = None) -> Tensor:
@@ -138,7 +179,7 @@ def make_shared(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> dict[str, nn.Module]:
-    """What an adapter's layers share, by role: "hyper", "context", as far as the config asks for it.
+    """What an adapter's layers share, by role: a kind of `NETWORKS`, "context", as far as the config asks for it.
 
     Args:
         config: the adapter's.
@@ -151,20 +192,21 @@ def make_shared(
         ConfigError: if layers that share are of different width, or parts that share of different length.
     """
     made: dict[str, nn.Module] = {}
-    hyper = {part.length for part in config.parts.values() if part.prompts == "hyper"}
+    lengths = {kind: {part.length for part in config.parts.values() if part.prompts == kind} for kind in NETWORKS}
     taking = {part.length for part in config.parts.values() if part.prompt != "table"}
-    if (hyper or config.context) and len(set(widths.values())) > 1:
+    if (any(lengths.values()) or config.context) and len(set(widths.values())) > 1:
         raise ConfigError(
             f"layers that share a network of prompts or a context must be of one width; got "
             f"{sorted(set(widths.values()))}. Choose one tower: towers=[...]."
         )
     width = next(iter(widths.values()), 0)
-    if hyper:
-        if len(hyper) > 1:
+    for kind, own in lengths.items():
+        if len(own) > 1:
             raise ConfigError(
-                f"parts with prompts='hyper' share one network: give them one length, not {sorted(hyper)}."
+                f"parts with prompts={kind!r} share one network: give them one length, not {sorted(own)}."
             )
-        made["hyper"] = HyperPrompts(layers=layers, length=hyper.pop(), width=width, generator=generator)
+        if own:
+            made[kind] = NETWORKS[kind](layers=layers, length=own.pop(), width=width, generator=generator)
     if config.context is not None:
         if len(taking) != 1:
             raise ConfigError(
@@ -173,6 +215,28 @@ def make_shared(
             )
         made["context"] = _make_source(config.context, config.context_options, width, taking.pop(), generator, device)
     return made
+
+
+def as_tables(
+    config: PrefixConfig | AdapterConfig, prefixes: Mapping[str, ZeroGatedPrefix], tensors: Mapping[str, Tensor]
+) -> tuple[PrefixConfig | AdapterConfig, dict[str, Tensor]]:
+    """An adapter's settings and tensors with the tables that its networks make in the place of the networks.
+
+    Args:
+        config: the adapter's.
+        prefixes: all of it, by name.
+        tensors: all of its tensors.
+    """
+    whole = AdapterConfig.of(config)
+    plain = replace(whole, parts={name: replace(part, prompts="table") for name, part in whole.parts.items()})
+    of_networks = tuple(f"shared.{kind}." for kind in NETWORKS)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(of_networks)}
+    made = {
+        f"{name}.prompt.weight": prefix.prompt().detach()
+        for name, prefix in prefixes.items()
+        if prefix.config.prompts != "table"
+    }
+    return plain.simplest() if isinstance(config, PrefixConfig) else plain, made | kept
 
 
 def _make_source(

@@ -219,6 +219,16 @@ def by_sample(state: AdapterState, names: Sequence[str | None], module: str) -> 
     return found
 
 
+def place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Registers a module under a path with dots, so that its parameters are called as the host's are."""
+    *above, own = path.split(".")
+    for name in above:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(own, module)
+
+
 def install(state: AdapterState, adapter: str, tuning: Tuning | None) -> None:
     """Adds an adapter's tuning, and puts the hooks on again.
 

@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from zinit.backbones.base import AttentionSite
+from zinit.backbones.base import AttentionSite, random_like, with_real_weights
 from zinit.errors import ConfigError
 
 HEAD = "head"
@@ -121,3 +122,34 @@ def _head_of(model: nn.Module) -> dict[str, nn.Module]:
         if output is not None and module is output:
             return {name: module}
     raise ConfigError(f"this {type(model).__name__} has no output head to tune: leave {HEAD!r} out.")
+
+
+@torch.no_grad()
+def keys_of(site: AttentionSite) -> tuple[str, Tensor | None]:
+    """The path of the linear layer that a site's keys leave, and which numbers of its output they are, (G * D,).
+
+    None is all of them, in their order.
+
+    It is tried: what the layer gives for random tokens must hold the keys that the site makes of them, bit for bit.
+
+    Raises:
+        ConfigError: if there is no such layer.
+    """
+    host, names = with_real_weights(site.module), dict(site.module.named_modules())
+    tokens = random_like(next(host.parameters()), 1, 16, site.width)
+    keys = site.project_kv(host, tokens)[0].transpose(1, 2).flatten(2)[0]
+    for name, layer in host.named_modules():
+        if site.query_value is None or not name or name not in names or (widths_of(layer) or (0,))[0] != site.width:
+            continue
+        given = layer(tokens)[0]
+        _, numbers = torch.cat([given, keys], dim=1).unique(dim=1, return_inverse=True)
+        of_output, of_keys = numbers[: given.shape[1]], numbers[given.shape[1] :]
+        same = of_keys[:, None] == of_output
+        if bool((same.sum(1) == 1).all()):
+            rows = same.int().argmax(1)
+            alone = given.shape[1] == len(rows) and torch.equal(rows, torch.arange(len(rows), device=rows.device))
+            return f"{site.name}.{name}", None if alone else rows
+    raise ConfigError(
+        f"the keys of {site.name} ({type(site.module).__name__}) leave none of its linear layers as they are (they are "
+        f"normed, or made in another way), so nothing can be added to them there. Take another method or other layers."
+    )

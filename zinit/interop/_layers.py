@@ -114,16 +114,14 @@ class LayerOfPrompts:
 
 
 def plain_config(handle: Handle, format: str) -> PrefixConfig:
-    """The settings of an adapter that is one prefix with tables of its own.
+    """The settings of an adapter that is one prefix.
 
     Raises:
-        CheckpointError: if it has several parts, a tuning, or prompts that come from elsewhere.
+        CheckpointError: if it has several parts, images or a tuning.
     """
     config = handle.config
     if not isinstance(config, PrefixConfig):
         raise cannot(format, "it has several parts, images or a tuning, and the format holds one prefix")
-    if config.prompt != "table" or config.prompts != "table":
-        raise cannot(format, f"its prompts come from {config.prompt!r} and {config.prompts!r}, and it holds tables")
     return config
 
 
@@ -142,8 +140,10 @@ def topmost_layers(
         CheckpointError: if the adapter has another form; the message says why.
     """
     config = plain_config(handle, format) if part is None else part.config
-    if config.prompt != prompt or config.prompts != "table":
-        raise cannot(format, f"its prompts come from {config.prompt!r} and {config.prompts!r}, and it holds tables")
+    if config.prompt != prompt:
+        raise cannot(format, f"its prompts come from {config.prompt!r}, and it holds those of {prompt!r}")
+    if config.gate == "query":
+        raise cannot(format, "its gates depend on the query, and the format's are one number for a head")
     every, prefixes = list(handle.state.sites.values()), handle.prefixes if part is None else part.prefixes
     sites = [site for site in every if site.name in prefixes]
     if config.parametrization != "prompt":
@@ -167,7 +167,8 @@ def topmost_layers(
         effective = prefix.gates().detach().to("cpu", torch.float32).contiguous()
         gate = tensors["gate"].expand(site.num_heads).contiguous() if "gate" in tensors else effective
         squashed = config.gating and config.gate == "tanh"
-        layers.append(LayerOfPrompts(site, tensors["prompt.weight"], gate, effective, squashed))
+        table = prefix.prompt().detach().to("cpu", torch.float32)
+        layers.append(LayerOfPrompts(site, table, gate, effective, squashed))
     return layers
 
 

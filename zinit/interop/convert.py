@@ -48,7 +48,7 @@ def convert(
         length: see `import_adapter`.
         gate: see `import_adapter`.
         force: overwrite an existing destination.
-        options: see `zinit.interop.base.Format.export`.
+        options: see `zinit.interop.base.Format.export`; "zinit" takes ``tables``, see `zinit.Handle.save`.
 
     Returns:
         The converted adapter, detached again: look at its ``num_trainable`` and ``prefixes``.
@@ -58,6 +58,8 @@ def convert(
         ConfigError: if a setting is impossible, the model is unknown, or the destination exists.
     """
     _check_arguments(source_format, target_format, destination, force=force)
+    for option in options.keys() - {"tables"} if target_format == OWN else ():
+        raise ConfigError(f"the format {OWN!r} has no option {option!r}.{did_you_mean(option, ['tables'])}")
     file = AdapterFile.read(source) if source_format == OWN else None
     model = _find_model(model, file, source_format)
     with _unused_name(model) as name:
@@ -67,7 +69,7 @@ def convert(
             file.check_model(model)
             handle = attach_tensors(model, file.config, file.tensors, name=name, backbone=file.backbone)
         if target_format == OWN:
-            handle.save(destination)
+            handle.save(destination, **options)
         else:
             handle.export(destination, format=target_format, **options)
     return handle

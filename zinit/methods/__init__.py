@@ -67,6 +67,24 @@ METHODS = Registry(
             defaults="IMAGEBIND_LLM",
             demos=FLAGS_BIND,
         ),
+        "hyper-prompts": _entry(
+            "prefix:HyperPrompts",
+            "Zero-init attention whose prompts one small network makes for all layers.",
+            rates="ZERO_INIT",
+            defaults="HYPER_PROMPTS",
+        ),
+        "query-gate": _entry(
+            "prefix:QueryGate",
+            "Zero-init attention with a gate for each query.",
+            rates="ZERO_INIT",
+            defaults="QUERY_GATE",
+        ),
+        "excitor": _entry(
+            "excitor:Excitor",
+            "LLaMA-Excitor: prompts in a gated addition to the keys of words; values stay.",
+            rates="ZERO_INIT",
+            settings="ExcitorConfig",
+        ),
         "random-gate": _entry(
             "prefix:RandomGate",
             "The same prompts with gates that start at N(0, 1), the paper's ablation of zero-init.",

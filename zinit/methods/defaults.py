@@ -38,3 +38,5 @@ IMAGEBIND_LLM: Tables = {
     "context": {"name": "bind"},  # IB, section 3.1
     "tuning": {"scale": "none", "lora_rank": 16},  # C: LoRA, biases and norms
 }
+HYPER_PROMPTS: Tables = {"prefix": {"prompts": "hyper"}}
+QUERY_GATE: Tables = {"prefix": {"gate": "query"}}

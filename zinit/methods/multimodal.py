@@ -74,6 +74,11 @@ class ImageBind(ZeroInit):
         second = self.config.stage == "tuning"
         if second and context.attached.tuning is None:
             raise ConfigError("method.stage=tuning trains the tuning, and there is none: leave out tuning=none.")
+        if second and context.saved is None and self.config.start is None:
+            raise ConfigError(
+                "method.stage=tuning goes on with what a first stage has made, and got none: name its run or adapter, "
+                "-o method.start=RUN."
+            )
         file = AdapterFile.read(self.config.start) if second and context.saved is None else None
         if file is not None:
             file.check_model(model)

@@ -82,3 +82,17 @@ class BiasTuning(ZeroInit):
 
     def attached(self, adapter: AdapterConfig) -> AdapterConfig:
         return replace(adapter, parts={})
+
+
+class HyperPrompts(ZeroInit):
+    """Zero-init attention whose prompts one small network makes for all layers (arXiv 2502.03029)."""
+
+    name = "hyper-prompts"
+    defaults = defaults.HYPER_PROMPTS
+
+
+class QueryGate(ZeroInit):
+    """Zero-init attention with a gate for each query (arXiv 2502.03029), the rotated one where the host rotates."""
+
+    name = "query-gate"
+    defaults = defaults.QUERY_GATE

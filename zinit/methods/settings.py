@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zinit.config import ExcitorConfig as ExcitorConfig
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.validation import PositiveFloat, Rate, Size, shown
@@ -78,7 +79,7 @@ class StageSettings(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.stage == "tuning") != (self.start is not None):
+        if self.stage != "tuning" and self.start is not None:
             raise ConfigError(
                 f"start must name what the first stage has made, for stage='tuning' and no other; got "
                 f"stage={self.stage!r} and start={shown(self.start)}."

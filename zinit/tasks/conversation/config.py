@@ -29,6 +29,8 @@ class ConversationConfig(AskingConfig):
         held_out_data: a source of its own for the held-out conversations instead.
         demo: which embedded data where no ``--data`` is given: "instructions" about the invented world, "flags" of its
             towns with questions about them, or "flag-names", of which only the towns' names are trained.
+        validation: hold a tenth of the embedded demo's training part out, in the place of its held-out part: to choose
+            settings by.
         images: whether the conversations' images are used; without them the texts are trained on alone;
             experts see them all the same.
         image_folder: what the paths of images are relative to; None is the folder of the records' file.
@@ -40,6 +42,7 @@ class ConversationConfig(AskingConfig):
     held_out: PositiveInt = 200
     held_out_data: str | None = None
     demo: Literal["instructions", "flags", "flag-names"] = "instructions"
+    validation: bool = False
     images: bool = True
     image_folder: Folder | None = None
 

@@ -47,6 +47,10 @@ def split_conversations(
         return read_conversations(source, counts=counts, image_folder=config.image_folder, number=number)
 
     training, held_out = _embedded(config.demo)
+    if config.validation:
+        if inputs.sources:
+            raise ConfigError("task.validation is for the embedded demo: name other data by task.held_out_data.")
+        training, held_out = _every_tenth(training)
     by_source: list[list[Conversation]] = []
     if inputs.sources and (inputs.train or config.held_out_data is None):
         by_source = [read(source, number) for number, source in enumerate(inputs.sources)]
@@ -86,6 +90,14 @@ def _embedded(demo: str) -> tuple[list[Conversation], list[Conversation]]:
         for part in flags()
     )
     return [talk for talk in training if demo == "flags" or talk.category == NAME], held_out
+
+
+def _every_tenth(talks: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """All but every tenth, and every tenth; of those with images every tenth image, with all its questions."""
+    number: dict[int, int] = {}
+    numbers = [number.setdefault(id(talk.images[0] if talk.images else talk), len(number)) for talk in talks]
+    pairs = list(zip(talks, numbers, strict=True))
+    return [talk for talk, n in pairs if n % 10 != 9], [talk for talk, n in pairs if n % 10 == 9]
 
 
 def _hold_out(
