@@ -14,6 +14,7 @@ from tests.contract.cases import Case, causal_lm, text_batch
 from tests.contract.checks import run
 from tests.contract.naive import NaivePrefix, naive_logits
 from tests.contract.test_parts import SHAPE, compare
+from zinit.backbones.layers import keys_of
 from zinit.config import ExcitorConfig
 from zinit.errors import ConfigError
 
@@ -86,6 +87,17 @@ def test_the_size_of_the_paper() -> None:
         model = transformers.LlamaForCausalLM(config)
     handle = zinit.attach(model, zinit.AdapterConfig(parts={}, excitor=ExcitorConfig()), device="meta")
     assert [2 * width * 16 + 30 * width + 1 for width in (64, 4096)] == [handle.num_trainable, 7_618_590 // 30]
+
+
+def test_the_keys_are_found_in_a_fused_layer() -> None:
+    """GPT-NeoX stores queries, keys and values of a head side by side: of heads of 8, numbers 8 to 15 of every 24."""
+    from zinit.backbones import find_backbone
+
+    site = find_backbone(model := causal_lm("GPTNeoX")).sites(model)[0]
+    path, rows = keys_of(site)
+    assert path.endswith("query_key_value")
+    assert rows is not None
+    assert rows.tolist() == [24 * head + 8 + number for head in range(4) for number in range(8)]
 
 
 def test_what_it_cannot_do_is_refused() -> None:
