@@ -308,6 +308,14 @@ def test_a_tuned_model_compiles_without_a_graph_break() -> None:
     randomize(handle)
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled), logits(model))
+    found = []
+    for one in (model, compiled):
+        model.zero_grad()
+        logits(one).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in handle.named_parameters() if p.grad is not None})
+    assert found[0].keys() == dict(handle.named_parameters()).keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(logits(compiled), base, atol=1e-2)
     torch.compiler.reset()
 

@@ -191,7 +191,10 @@ def causal_lm_with(handle: zinit.Handle) -> Any:
 
 
 def test_sizes_at_7b() -> None:
-    """V1 with images, K = 10, L = 30, four layers of a ViT-L/14: 1.77M; the paper says 1.8M, 0.56M of it projection."""
+    """V1 with images, K = 10, L = 30, four layers of a ViT-L/14: 1.77M; the paper says 1.8M, 0.56M of it projection.
+
+    And V2 as released, its first stage; the sizes of the second are in `test_bias_tuning`.
+    """
     import transformers
 
     with torch.device("meta"):
@@ -203,6 +206,15 @@ def test_sizes_at_7b() -> None:
     handle = zinit.attach(model, whole, device="meta")
     assert sum(p.numel() for p in handle.shared["context"].parameters()) == 536_640
     assert handle.num_trainable == 1_229_760 + 536_640
+    handle.detach()
+    released = zinit.AdapterConfig(
+        parts={"prefix": zinit.PrefixConfig(length=10, layers=31, prompt="table+context")},
+        context="visual-tokens",
+        context_options={"feature_width": 768, "hidden": 768, "blocks": 8, "heads": 16},
+    )
+    handle = zinit.attach(model, released, device="meta")
+    assert sum(p.numel() for p in handle.shared["context"].parameters()) == 60_460_800
+    assert handle.num_trainable == 61_731_584 - 32  # V2's first stage; its code keeps gates in layer 0, which has none
 
 
 @pytest.mark.parametrize(

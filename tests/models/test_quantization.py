@@ -119,6 +119,25 @@ def test_the_oracle_on_dequantised_weights(quantize: str) -> None:
     assert 0 < (weights[name] - before).abs().max() < 0.2 * before.abs().max()
 
 
+@pytest.mark.parametrize("quantize", KINDS)
+def test_a_tuning_starts_at_the_quantised_host_and_trains(quantize: str) -> None:
+    model = llama(quantize).train()
+    before = logits(model).detach()
+    tuning = zinit.TuningConfig(lora_rank=2, linears=("all", "head"))
+    handle = zinit.attach(model, zinit.AdapterConfig(parts={}, tuning=tuning), seed=0)
+    start = logits(model)
+    assert torch.equal(start, before)
+    start.square().mean().backward()
+    still = {name for name, p in handle.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == {name for name in still if name.endswith("lora_down")}  # waits until what follows it has moved
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.sub_(0.01 * parameter.grad.sign())  # pyright: ignore[reportOptionalMemberAccess]
+        assert logits(model).square().mean() < before.square().mean()
+        with handle.disabled():
+            assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize(("name", "quantize"), HOSTS)
 def test_a_closed_gate_is_the_quantised_host_and_only_the_prefix_trains(
     name: str, quantize: Any, sources: dict[str, Path]

@@ -24,6 +24,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         "data": str(save_records(tmp_path / "data.json")),
     }
     options = {kind: [*OPTIONS, f"quantize={kind}"] for kind in sorted(QUANTIZATIONS)}
+    options |= {f"{kind}-tuned": [*given, "method=zero-init-tuned"] for kind, given in options.items()}
     make_runs(
         [
             {"output": str(tmp_path / f"{kind}-two"), "strategy": "ddp", "options": given, **inputs}

@@ -36,6 +36,7 @@ from zinit.train.strategy import check_prepared, make_accelerator
 OPTIONS = ["steps=9", "batch_size=7", "micro_batch_size=2", "save_every=6", "evaluate_every=4", "warmup_steps=2",
            "task.evaluation_limit=3", "task.max_new_tokens=4", "learning_rate=0.05",
            "prefix.gate_init=random"]  # fmt: skip
+TUNED = ("method=zero-init-tuned", "tuning.lora_rank=2", "learning_rate=0.02")
 STRATEGIES = ("ddp", "fsdp2")
 
 
@@ -64,14 +65,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name: OPTIONS,
             f"{name}-checkpointing": [*OPTIONS, "gradient_checkpointing=true"],
             f"{name}-full": [*OPTIONS, "method=full", "learning_rate=0.001"],
+            f"{name}-tuned": [*OPTIONS, *TUNED],
         }
         first += [
             {"output": str(folder / kind), "strategy": name, "options": options, **inputs}
             for kind, options in kinds.items()
         ]
     make_runs(first)
-    config, _ = resolve(backbone="llama", options=OPTIONS, model=model, data=inputs["data"])
-    train_run(config, folder / "one")
+    for kind, options in (("", OPTIONS), ("-tuned", [*OPTIONS, *TUNED])):
+        config, _ = resolve(backbone="llama", options=options, model=model, data=inputs["data"])
+        train_run(config, folder / f"one{kind}")
     again = []
     for two in STRATEGIES:
         again.append({"output": str(cut(folder / "one", folder / f"one-then-{two}")), "strategy": two, "resume": True})
@@ -128,7 +131,14 @@ def numbers(run: Path, kind: str) -> dict[int, float]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("kind", ["", "-checkpointing", "-full"])
+@pytest.mark.parametrize("kind", ["", "-tuned"])
+def test_two_processes_are_one(runs: Path, kind: str) -> None:
+    assert_same_run(runs / f"ddp{kind}", runs / f"one{kind}")
+    assert any(name.startswith("tuning.") for name in weights(runs / f"one{kind}")) == (kind == "-tuned")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["", "-checkpointing", "-full", "-tuned"])
 def test_fsdp2_is_ddp(runs: Path, kind: str) -> None:
     assert_same_run(runs / f"fsdp2{kind}", runs / f"ddp{kind}")
     for name, strategy in (("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")):
