@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_llama
 def test_a_run_directory_holds_everything(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     expected = {"adapter.safetensors", "adapter.json", "run.json", "metrics.json", "log.jsonl", "report.html", "resume"}
-    assert names == expected
+    assert names == expected | {"examples.json"}
     run = json.loads((finished / "run.json").read_text())
     assert run["config"]["train"]["steps"] == 4
     assert run["seed"] == 0
@@ -237,7 +237,7 @@ OPTIONS = {
               "--max-seconds"},
     "inspect": {"--backbone", "--option", "--json"},
     "ls": {"--json"},
-    "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--json"},
+    "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--tables", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 

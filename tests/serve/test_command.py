@@ -79,5 +79,6 @@ def test_it_serves_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(command, "listen", with_client)
     with pytest.raises(KeyboardInterrupt):
         serve([f"mine={folders()['anna']}"], port=0)
-    assert answers[0].usage.completion_tokens == 4
+    assert answers[0].choices[0].finish_reason in ("stop", "length")
+    assert 0 < answers[0].usage.completion_tokens <= 4
     assert "serving base, mine on http://127.0.0.1:" in capsys.readouterr().err

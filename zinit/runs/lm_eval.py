@@ -81,9 +81,7 @@ def _manager(wanted: list[str]) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError(
-            f"suites of lm-eval need the package: pip install 'zinit[eval]' ({first_line(error)})."
-        ) from error
+        raise ConfigError(f"suites of lm-eval need the package: pip install lm-eval ({first_line(error)}).") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_defaults=not all(name.endswith(YAML) for name in wanted))
 
