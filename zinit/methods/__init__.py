@@ -61,7 +61,7 @@ METHODS = Registry(
         ),
         "imagebind-llm": _entry(
             "multimodal:ImageBind",
-            "ImageBind-LLM: a vector of any sense added to one prompt in every layer; LoRA, biases, norms; two stages.",
+            "ImageBind-LLM: a vector of any sense added to one prompt a layer; LoRA, biases, norms; two stages.",
             rates="ZERO_INIT",
             settings="StageSettings",
             defaults="IMAGEBIND_LLM",
