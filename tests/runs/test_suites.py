@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ def set_gates(run: Path, value: float) -> None:
     for name, tensor in handle.state_dict().items():
         if "gate" in name:
             tensor.fill_(value)
+    if (source := handle.shared.get("context")) is not None:
+        with torch.no_grad():
+            source.up.weight.mul_(100)  # pyright: ignore  # so that one image is not like another
     handle.save(run)
 
 
@@ -95,15 +98,21 @@ def test_images_are_asked_about_with_and_without_the_adapter(shown: Path, tmp_pa
 
 
 def check_answer(run: Path, image: Path, found: dict[str, Any]) -> None:
-    """Token by token, without padding, batches or caches."""
+    """Token by token, without padding, batches or caches; another image has another answer."""
     _, model, tokenizer, handle = load_run(run, torch.device("cpu"))
     start = [tokenizer.bos_token_id, *tokenizer(found["question"], add_special_tokens=False)["input_ids"]]
-    for name, scope in (("base", handle.disabled()), ("adapted", handle.given(image=[read_image(image)]))):
+
+    def answer(scope: AbstractContextManager[None]) -> str:
         ids = list(start)
         with torch.no_grad(), scope:
             while len(ids) < len(start) + 30 and ids[-1] != tokenizer.eos_token_id:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert tokenizer.decode(ids[len(start) :], skip_special_tokens=True).strip() == found[name], name
+        return tokenizer.decode(ids[len(start) :], skip_special_tokens=True).strip()
+
+    assert answer(handle.disabled()) == found["base"]
+    assert answer(handle.given(image=[read_image(image)])) == found["adapted"]
+    other = image.with_name("0.png")
+    assert answer(handle.given(image=[read_image(other)])) != found["adapted"]
 
 
 def test_a_submission_for_a_test_set_without_answers(shown: Path, tmp_path: Path) -> None:
@@ -236,16 +245,22 @@ def test_a_task_that_needs_the_network_says_so(text: Path, arc: Path) -> None:
 
 
 def test_a_run_is_a_model_of_lm_eval(
-    text: Path, arc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: Path,
+    arc: Path,
+    measured: tuple[dict[str, Any], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_gates(text, 4.0)
     task, manager = str(arc / "arc.yaml"), TaskManager(include_defaults=False)
-    expected = evaluate_suite(text, f"lm-eval:{task}")["metrics"]
+    samples = json.loads((measured[1] / "samples.json").read_text())
     for frozen, name in (("", "adapted"), (",frozen=True", "base")):
-        found = simple_evaluate(model="zinit", model_args=f"run={text}{frozen}", tasks=[task], task_manager=manager,
-                                bootstrap_iters=0)  # fmt: skip
+        args = f"run={text}{frozen}"
+        found = simple_evaluate(model="zinit", model_args=args, tasks=[task], task_manager=manager, bootstrap_iters=0)
         assert found is not None
-        assert found["results"]["local_arc"]["acc,none"] == expected[name]["local_arc/acc"]
+        for own, expected in zip(found["samples"]["local_arc"], samples[name]["local_arc"], strict=True):
+            scores = [[float(each[0][0]) for each in sample["resps"]] for sample in (own, expected)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: lm_eval.ZinitLM(run="gone"))
     with pytest.raises(SystemExit) as end:
         lm_eval.main()

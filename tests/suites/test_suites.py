@@ -143,13 +143,13 @@ def test_mmbench_refuses_what_it_cannot_score(rows: list[Any], message: str, tmp
 
 def test_pope_figures_by_kind_of_objects(tmp_path: Path) -> None:
     suite = Pope(made.pope(tmp_path))
-    found = suite.score(["yes", "no", "no", "yes", "yes", "no", "yes", "who knows"])
+    found = suite.score(["yes", "no", "no", "no", "yes", "no", "yes", "who knows"])
     assert {name: found.metrics[f"{name}_random"] for name in ("accuracy", "precision", "recall", "f1", "yes")} == {
-        **{"accuracy": 2 / 4, "precision": 1 / 2, "recall": 1 / 2},
-        **{"f1": 1 / 2, "yes": 2 / 4},
+        **{"accuracy": 3 / 4, "precision": 1, "recall": 1 / 2},
+        **{"f1": 2 / 3, "yes": 1 / 4},
     }
     assert (found.metrics["accuracy_popular"], found.metrics["f1_popular"]) == (3 / 4, 1)  # unread is wrong, no "yes"
-    assert found.metrics["accuracy"] == 5 / 8
+    assert found.metrics["accuracy"] == 6 / 8
     assert found.counts == {"unread": 1, "questions_random": 4, "questions_popular": 4}
     silent = suite.score([""] * 8).metrics
     assert (silent["precision"], silent["recall"], silent["f1"]) == (0, 0, 0)
