@@ -20,4 +20,4 @@ class Drift:
         """
         features = features.detach().double().cpu()
         self.base = features if self.base is None else self.base
-        return 1 - F.cosine_similarity(features, self.base, dim=-1).mean().item()
+        return max(0.0, 1 - F.cosine_similarity(features, self.base, dim=-1).mean().item())  # rounding goes below
