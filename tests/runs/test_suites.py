@@ -68,9 +68,21 @@ def set_gates(run: Path, value: float) -> None:
     for name, tensor in handle.state_dict().items():
         if "gate" in name:
             tensor.fill_(value)
-    if (source := handle.shared.get("context")) is not None:
-        with torch.no_grad():
-            source.up.weight.mul_(100)  # pyright: ignore  # so that one image is not like another
+    handle.save(run)
+
+
+def tell_apart(run: Path, images: list[Path]) -> None:
+    """Makes the tokens of images the opposite of each other, and large: the answers differ with them."""
+    handle = load_run(run, torch.device("cpu"))[3]
+    source: Any = handle.shared["context"]
+    made: list[torch.Tensor] = []
+    hook = source.register_forward_hook(lambda module, given, context: made.append(context.tokens))
+    with torch.no_grad(), handle.given(image=[read_image(image) for image in images]):
+        hook.remove()
+        middle = made[0].mean(dim=(0, 1))
+        factor = 10 / (made[0] - middle).std()
+        source.up.bias.sub_(middle).mul_(factor)
+        source.up.weight.mul_(factor)
     handle.save(run)
 
 
@@ -82,6 +94,7 @@ def test_images_are_asked_about_with_and_without_the_adapter(shown: Path, tmp_pa
     folder = made.mme(tmp_path / "mme")
     (folder / "OCR" / "1.png").write_bytes(images[0].read_bytes())
     (folder / "OCR" / "1.txt").write_text(f"{known}\tYes\nAnother?\tNo\n")
+    tell_apart(shown, [folder / "existence" / "images" / name for name in ("0.png", "1.png")])
     results = evaluate_suite(shown, "mme", data=str(folder), output=tmp_path / "out")
     assert results["metrics"].keys() == {"base", "adapted"}
     assert {"existence", "OCR", "accuracy"} == results["metrics"]["adapted"].keys()

@@ -109,15 +109,12 @@ def read_conversations(
     Raises:
         DataError: if the source cannot be read, or a record is in none of the known forms; it names the record.
     """
-    records, name = read_document(source)
-    if isinstance(records, dict | str):
-        raise DataError(f"{name}: expected a JSON array of conversations; got {describe(records)}.")
-    folder = Path(image_folder) if image_folder is not None else Path(name).parent if is_file(name) else None
     found: list[Conversation] = []
-    for index, record in enumerate(each_record(_undecoded(records), name), start=1):
+    name, folder, records = _open(source, image_folder)
+    for where, record in records:
         counts["read"] += 1
         try:
-            found.append(_conversation(record, f"{name}, record {index}", folder, counts, number))
+            found.append(_conversation(record, where, folder, counts, number))
         except _Unusable as reason:
             counts[f"skipped_{reason}"] += 1
     if not counts["read"]:
@@ -138,13 +135,9 @@ def read_questions(source: str, *, counts: Counter[str], image_folder: str | Pat
     Raises:
         DataError: if the source cannot be read, or a record asks nothing; it names the record.
     """
-    records, name = read_document(source)
-    if isinstance(records, dict | str):
-        raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
-    folder = Path(image_folder) if image_folder is not None else Path(name).parent if is_file(name) else None
     found: list[Conversation] = []
-    for index, record in enumerate(each_record(_undecoded(records), name), start=1):
-        where = f"{name}, record {index}"
+    name, folder, records = _open(source, image_folder)
+    for where, record in records:
         try:
             found.append(_question(record, where, folder, counts))
         except _Unusable as reason:
@@ -153,6 +146,16 @@ def read_questions(source: str, *, counts: Counter[str], image_folder: str | Pat
         raise DataError(f"{name} holds no records.")
     counts["read"] = len(found)
     return found
+
+
+def _open(source: str, image_folder: str | Path | None) -> tuple[str, Path | None, Iterator[tuple[str, Any]]]:
+    """The name of a source, the folder of its images, and its records, each with its place for messages."""
+    records, name = read_document(source)
+    if isinstance(records, dict | str):
+        raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
+    folder = Path(image_folder) if image_folder is not None else Path(name).parent if is_file(name) else None
+    numbered = enumerate(each_record(_undecoded(records), name), start=1)
+    return name, folder, ((f"{name}, record {number}", record) for number, record in numbered)
 
 
 def _question(record: Any, where: str, folder: Path | None, counts: Counter[str]) -> Conversation:

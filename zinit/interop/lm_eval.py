@@ -7,6 +7,7 @@ name; importing this module makes it known to `lm_eval.simple_evaluate`.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -34,8 +35,9 @@ class ZinitLM(HFLM):
 
     def __init__(self, run: str, frozen: bool = False, **how: Any) -> None:
         opened = import_object(OPEN_RUN)(run)
+        self._scopes = ExitStack()  # as long as this object lives; a scope that nobody keeps ends at once
         if frozen:
-            opened.built.adapted.disabled().__enter__()  # for good
+            self._scopes.enter_context(opened.built.adapted.disabled())
         else:
             opened.adapt()
         own = {name: value for name, value in how.items() if name not in ("device", "dtype")}

@@ -201,13 +201,7 @@ def _with_factor(effective: Tensor) -> tuple[Tensor, float]:
         wanted = effective / factor
         if wanted.abs().max() >= 0.9:
             continue
-        gate = near = wanted.double().atanh().float()
-        for towards in (torch.inf, -torch.inf):  # not every number is a tanh, but a neighbour's may be
-            neighbour = near
-            for _ in range(2):
-                neighbour = torch.nextafter(neighbour, torch.tensor(towards))
-                gate = torch.where(gate.tanh() == wanted, gate, neighbour)
-        gate = torch.where(gate.tanh() == wanted, gate, near)
+        gate = wanted.double().atanh().float()
         found = found or (gate, factor)
         if torch.equal(gate.tanh() * factor, effective):
             return gate, factor

@@ -118,10 +118,10 @@ class TokenClassification(Task):
 
     def prepare(self) -> None:
         """Remembers the frozen model's features, if they are asked for."""
-        self._moved()
+        self._measure_drift()
 
     @torch.no_grad()
-    def _moved(self) -> dict[str, float]:
+    def _measure_drift(self) -> dict[str, float]:
         """How far the words' features of the first held-out windows are from the frozen model's."""
         chosen = range(min(self.config.drift, len(self.held_out_windows)))
         if not chosen:
@@ -172,7 +172,7 @@ class TokenClassification(Task):
         ]
         counts = {"sentences": len(sentences), "words": sum(map(len, expected))}
         return Evaluation(
-            metrics={name: 100 * float(value) for name, value in metrics.items()} | self._moved(),
+            metrics={name: 100 * float(value) for name, value in metrics.items()} | self._measure_drift(),
             counts=counts,
             samples=samples,
             examples={"f1": [_overlap(*tags) for tags in zip(expected, predicted, strict=True)]},

@@ -192,12 +192,12 @@ class VTAB(Task):
 
     def prepare(self) -> None:
         """Starts the head from the frozen features, if that is asked for, and remembers some of them."""
-        self._moved()
+        self._measure_drift()
         if self.config.head_init == "logistic-regression" and len(self.train_stream):
             solve_head(self.head, self.features(self.train_stream), self.train_labels, C=self.config.head_C)
 
     @torch.no_grad()
-    def _moved(self) -> dict[str, float]:
+    def _measure_drift(self) -> dict[str, float]:
         """How far the features of the first held-out images are from the frozen model's."""
         chosen = range(min(self.config.drift, len(self.held_out_stream)))
         if not chosen:
@@ -244,7 +244,7 @@ class VTAB(Task):
             for example in [self.held_out_examples[index]]
         ]
         return Evaluation(
-            metrics={"accuracy": sum(right) / count, **self._moved()},
+            metrics={"accuracy": sum(right) / count, **self._measure_drift()},
             counts={"evaluated": count},
             samples=samples,
             examples={"accuracy": [(float(one), 1.0) for one in right]},
