@@ -264,7 +264,7 @@ def test_squad_refuses_what_it_cannot_compare(name: str, arguments: dict[str, An
         METRICS.get(name)().compute(**arguments)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", list(METRICS))
 def test_every_metric_declares_which_figures_are_better(name: str) -> None:
     assert any("higher_is_better" in vars(cls) for cls in METRICS.get(name).__mro__)
     assert METRICS.get(name).higher_is_better is True

@@ -77,8 +77,12 @@ def test_it_serves_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch, caps
         listen(engine, listener, **more)
 
     monkeypatch.setattr(command, "listen", with_client)
-    with pytest.raises(KeyboardInterrupt):
-        serve([f"mine={folders()['anna']}"], port=0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            serve([f"mine={folders()['anna']}"], port=0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert answers[0].choices[0].finish_reason in ("stop", "length")
     assert 0 < answers[0].usage.completion_tokens <= 4
     assert "serving base, mine on http://127.0.0.1:" in capsys.readouterr().err
