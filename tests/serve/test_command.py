@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import threading
@@ -61,10 +62,20 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
         serve(["runs/x"])
 
 
+class Handler(logging.Handler):
+    """Somebody else's, such as that of absl, which closes its stream."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
 def test_it_serves_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process: the signal that ends it is sent by the client, whose answer is complete."""
     answers: list[Any] = []
-    listen = command.listen
+    listen, others = command.listen, Handler()
 
     def with_client(engine: Any, listener: Any, **more: Any) -> None:
         def talk() -> None:
@@ -85,4 +96,5 @@ def test_it_serves_until_it_is_interrupted(monkeypatch: pytest.MonkeyPatch, caps
         signal.signal(signal.SIGINT, before)
     assert answers[0].choices[0].finish_reason in ("stop", "length")
     assert 0 < answers[0].usage.completion_tokens <= 4
+    assert not others.closed
     assert "serving base, mine on http://127.0.0.1:" in capsys.readouterr().err

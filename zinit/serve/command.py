@@ -90,7 +90,12 @@ def listen(engine: Any, listener: socket.socket, *, keys: frozenset[str], hosts:
 
     app = make_app(engine, keys=keys, hosts=hosts, on_stop=engine.stop)
     settings = uvicorn.Config(
-        app, access_log=False, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False
+        app,
+        access_log=False,
+        log_level="warning",
+        log_config=None,  # uvicorn's own would close the handlers of everybody else
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
     )
     uvicorn.Server(settings).run(sockets=[listener])
 
