@@ -16,11 +16,19 @@ from pydantic import BeforeValidator
 
 from zinit.bench.cells import Experiment, Selection
 from zinit.bench.plan import BenchmarkFile, make_benchmark
-from zinit.config import AdapterConfig, JsonConfig, PrefixConfig, describe_settings, setting_paths
+from zinit.config import (
+    AdapterConfig,
+    ExcitorConfig,
+    JsonConfig,
+    PrefixConfig,
+    TuningConfig,
+    describe_settings,
+    setting_paths,
+)
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.runs.config import SECTIONS, RunConfig, plain_settings
-from zinit.runs.options import run_overrides
+from zinit.runs.options import parse_value, run_overrides
 from zinit.runs.presets import OF_PRESETS, list_presets, read_preset
 from zinit.runs.settings import resolve
 from zinit.tasks import TASKS
@@ -30,6 +38,8 @@ from zinit.validation import PositiveInt, SettingType, Words
 CLASSES: dict[str, type[JsonConfig]] = {
     "prefix": PrefixConfig,
     "adapter": AdapterConfig,
+    "tuning": TuningConfig,
+    "excitor": ExcitorConfig,
     "train": TrainConfig,
     "run": RunConfig,
     "experiment": Experiment,
@@ -115,6 +125,25 @@ def test_a_wrong_type_is_one_message_with_the_settings_name(where: str, name: st
         else:
             assert may_be(hint, value), f"{settings.__name__}.{name} takes {value!r}"
     assert refused >= 5 or may_be(hint, object()), "the check is of little use here"
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    own = get_args(hint) if get_origin(hint) is Literal else ()
+    return own + tuple(choice for part in get_args(hint) for choice in choices(part))
+
+
+NONES = [
+    (where, name)
+    for where, name in CASES
+    if "none" in choices(get_type_hints(CLASSES[where], include_extras=True)[name])
+]
+
+
+@pytest.mark.parametrize(("where", "name"), NONES)
+def test_a_choice_named_none_can_be_given_as_an_option(where: str, name: str) -> None:
+    settings = CLASSES[where]
+    made = settings.from_dict({**REQUIRED.get(settings, {}), name: parse_value("none")})
+    assert getattr(made, name) == "none"
 
 
 ABSURD = [10**400, -(10**400), 16**6000, 1e300, -1e300]

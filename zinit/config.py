@@ -22,6 +22,7 @@ from zinit.validation import (
     CommaSeparatedNumbers,
     Name,
     Names,
+    NoneIsAWord,
     NonNegativeFloat,
     NonNegativeInt,
     Number,
@@ -317,7 +318,7 @@ class TuningConfig(JsonConfig):
 
     linears: LinearNames = ("all",)
     bias: bool = True
-    scale: Literal["output", "input", "none"] = "output"
+    scale: Annotated[Literal["output", "input", "none"], NoneIsAWord] = "output"
     norms: Annotated[bool | Literal["blocks"], Words("true, false or 'blocks'")] = True
     lora_rank: SizeOrZero = 0
     lora_linears: LinearNames | None = None
