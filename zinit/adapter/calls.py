@@ -62,14 +62,17 @@ class ContextOfCall:
         Raises:
             ConfigError: if it is not clear whose context it is.
         """
-        if torch.compiler.is_compiling():  # a compiled model hands it on
-            return None
-        if not self.state.watches_blocks and (module.training or torch.is_grad_enabled()):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self.state.watches_blocks and (module.training or torch.is_grad_enabled()):
             self.state.watch(self.state)
         if ARGUMENT not in kwargs:
             return None
         kwargs = dict(kwargs)
         context = kwargs.pop(ARGUMENT)
-        if context is not None:
+        if context is not None and compiling:
+            from zinit.adapter.uncompiled import take_context  # the compiler comes with it
+
+            take_context(module, self.state, context)
+        elif context is not None:
             until_return(module, self.state.with_context(context))
         return args, kwargs
