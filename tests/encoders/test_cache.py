@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.encoders.test_encoders import image, tower
@@ -124,6 +127,54 @@ def test_more_than_the_limit_is_refused_before_anything_is_made(encoder: Encoder
     cache(counting, tmp_path).fill(some(5), tell=told.append)
     assert told == [f"features of 5 images take 6.4e-07 GB (layers (2, 16)); 5 of them are encoded now, into "
                     f"{next(tmp_path.iterdir())}"]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_encoder_runs(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(encoder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written to .*file.*another folder: -o encoder\.cache=FOLDER"):
+        cache(counting, tmp_path / "file").fill(some(5))
+
+    def full(**options: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.TemporaryFile", full)
+        with pytest.raises(ConfigError, match=r"cannot be written to .*: Read-only file system"):
+            cache(counting, tmp_path / "cache").fill(some(5))
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=600))
+        with pytest.raises(ConfigError, match=r"5 images take 6.4e-07 GB .* has room for 6e-07 GB\. Make room"):
+            cache(counting, tmp_path / "cache").fill(some(5))
+    assert counting.seen == 3, "one each, for the size"
+    cache(counting, tmp_path / "cache").fill(some(5))
+
+
+def test_files_that_are_not_what_they_say_are_made_again(encoder: Encoder, tmp_path: Path) -> None:
+    """Cut at any byte, or with other tensors than the images they name."""
+    cache(encoder, tmp_path).fill(some(3))
+    (path,) = tmp_path.glob("*/*.safetensors")
+    data, whole = path.read_bytes(), load(path.read_bytes())
+    for size in range(0, len(data), 16):
+        path.write_bytes(data[:size])
+        assert len(cache(encoder, tmp_path).missing(some(3))) == 3, size
+    digests, layers = whole["digests"], whole["layers"]
+    for wrong in (
+        {"digests": digests, "layers": layers[:2]},
+        {"digests": digests[:, :31].contiguous(), "layers": layers},
+        {"digests": digests.float(), "layers": layers},
+        {"digests": digests},
+        {"digests": digests, "layers": torch.tensor(1.0)},
+    ):
+        path.write_bytes(save(wrong))
+        assert len(cache(encoder, tmp_path).missing(some(3))) == 3
+    path.write_bytes(data)
+    made = cache(encoder, tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"\.safetensors cannot be read.* Run the same command again"):
+        made.features([list(some(1))])
 
 
 def test_a_damaged_file_is_made_again(encoder: Encoder, tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ from torch import Tensor
 from zinit.adapter.encoding import Encoder, Features, by_sample, encode
 from zinit.adapter.sources import ContextSource
 from zinit.data.images import ImageSource
-from zinit.errors import ConfigError
-from zinit.files import local_path, write_atomically
+from zinit.errors import ConfigError, DataError
+from zinit.files import local_path, parsing, write_atomically
 
 IMAGES_PER_PASS = 32
 IMAGES_PER_FILE = 1024
@@ -117,21 +120,40 @@ class FeatureCache:
                 f"{text}, more than encoder.cache_limit={self.limit:g}. Raise it, take fewer images, or a context "
                 f"source that takes less, such as projected-image."
             )
+        self._check_folder(each * missing, text)
         tell(f"{text}; {missing} of them are encoded now, into {self.folder}")
+
+    def _check_folder(self, size: int, text: str) -> None:
+        """The folder can be written and has room: said before the encoder runs for hours."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise ConfigError(
+                f"{text}, and {self.folder} has room for {free / GIGABYTE:.3g} GB. Make room, or name another folder: "
+                f"-o encoder.cache=FOLDER."
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"features cannot be written to {self.folder}: {error.strerror or error}. Make room, or name another "
+                f"folder: -o encoder.cache=FOLDER."
+            ) from error
 
     def _write(self, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
 
         stored = {"digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}
         name = hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             data = save(stored | {kind: tensor.contiguous() for kind, tensor in tensors.items()})
             write_atomically(self.folder / f"{name}.safetensors", data)
-        except OSError as error:
-            raise ConfigError(
-                f"features cannot be written to {self.folder}: {error.strerror}. Name another folder: encoder.cache."
-            ) from error
 
     def refresh(self) -> None:
         """Finds what other processes have written."""
@@ -146,14 +168,18 @@ class FeatureCache:
 
     def _digests(self, path: Path) -> list[bytes]:
         """The images of a file; none of one that is damaged: they are encoded again."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         try:
-            with safe_open(path, "pt") as file:
-                if set(file.keys()) != {"digests", *self.kinds}:
+            with parsing(f"{path} is damaged", DataError), safe_open(path, "pt") as file:
+                counts = {file.get_slice(kind).get_shape()[0] for kind in self.kinds}
+                digests = file.get_tensor("digests")
+                if set(file.keys()) != {"digests", *self.kinds} or digests.dtype != torch.uint8:
                     return []
-                return [bytes(row) for row in file.get_tensor("digests").numpy()]
-        except (OSError, SafetensorError):
+                if digests.shape != (*counts, 32):
+                    return []
+                return [bytes(row) for row in digests.numpy()]
+        except DataError:
             return []
 
     def features(self, samples: Sequence[Sequence[bytes]]) -> Features:
@@ -179,7 +205,8 @@ class FeatureCache:
         if name not in self._mapped:
             from safetensors.torch import load_file
 
-            self._mapped[name] = load_file(self.folder / name)
+            with parsing(f"{self.folder / name} cannot be read", DataError, "Run the same command again."):
+                self._mapped[name] = load_file(self.folder / name)
         return self._mapped[name]
 
 
