@@ -81,10 +81,15 @@ def test_alpacas_input_and_a_category_are_kept(tmp_path: Path) -> None:
         ("wrong_number_of_images", {"messages": [ASKED, ANSWERED], "image": "a.png"}),
         ("missing_image", {"messages": [{"role": "user", "content": "<image>Who?"}, ANSWERED], "image": "b.png"}),
         ("missing_image", {"messages": [{"role": "user", "content": "<image>?"}, ANSWERED], "image": "http://a/b.png"}),
+        ("unreadable_image", {"messages": [{"role": "user", "content": "<image>?"}, ANSWERED], "image": "torn.png"}),
+        (
+            "unreadable_image",
+            {"messages": [{"role": "user", "content": "<image>?"}, ANSWERED], "image": "data:image/png;base64,AAAA"},
+        ),
     ],
 )
 def test_what_cannot_be_used_is_counted(reason: str, record: dict[str, Any], tmp_path: Path) -> None:
-    save_image(tmp_path / "a.png")
+    (tmp_path / "torn.png").write_bytes(save_image(tmp_path / "a.png").read_bytes()[:20])
     found, counts = read(tmp_path, record, {"messages": [ASKED, ANSWERED]})
     assert len(found) == 1
     assert counts == {"read": 2, f"skipped_{reason}": 1}
@@ -173,6 +178,8 @@ def test_images_inside_the_records(tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list of"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must hold pairs"),
         ({"instruction": "<image>", "output": "b", "image": "../x.png"}, "leaves the folder"),
+        ({"instruction": "<image>", "output": "b", "image": "a\0.png"}, r"'a.*png' is no path that a file can have"),
+        ({"instruction": "<image>", "output": "b", "image": "\ud800.png"}, "is no path that a file can have"),
         ({"instruction": "<image>", "output": "b", "image": 5}, "an image must be a path"),
         ({"instruction": "<image>", "output": "b", "image": "data:image/png;base64,%"}, "holds no base64"),
         ({"messages": [{"role": "user", "content": "\ud800"}, ANSWERED]}, "half of a surrogate pair"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,6 +11,7 @@ from typing import Any
 
 from tests.fuzz import mutate
 from tests.tasks import caption, science_qa
+from zinit.data.conversations import read_conversations
 from zinit.tasks.caption.records import CaptionReading
 from zinit.tasks.science_qa.problems import ProblemFolder
 
@@ -34,6 +36,32 @@ def captions(rng: Random, folder: Path) -> Callable[[], Any]:
         assert reading.counts["images_read"] == len(found) + reading.counts["images_skipped"]
         kept = sum(len(image.captions) for image in found)
         assert reading.counts["captions_read"] == kept + reading.counts["captions_skipped"]
+
+    return call
+
+
+def talks(rng: Random, folder: Path) -> Callable[[], Any]:
+    """Conversations in each of their forms, with images."""
+    (image, other), asked = (
+        sorted(path.name for path in folder.iterdir())[:2],
+        {"role": "user", "content": "<image>Who?"},
+    )
+    parts = [{"type": "image", "image": other}, {"type": "text", "text": "And this?"}]
+    valid = [
+        {"messages": [asked, {"role": "assistant", "content": "Ada."}], "images": [image], "system": "Be brief."},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Bo."}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "category": "x"},
+        {"instruction": "Say red.", "input": "", "output": "red", "history": [["a", "b"]]},
+    ]
+    path = folder / rng.choice(("a.json", "a.jsonl"))
+    lines = "\n".join(map(json.dumps, valid)).encode()
+    path.write_bytes(mutate.json_content(rng, valid) if path.suffix == ".json" else mutate.content(rng, lines))
+    counts: Counter[str] = Counter()
+
+    def call() -> None:
+        found = read_conversations(str(path), counts=counts)
+        assert counts["read"] == len(found) + sum(n for name, n in counts.items() if name.startswith("skipped"))
+        assert all(each.answer.strip() for talk in found for each in talk.rounds)
 
     return call
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 import zinit
 from tests.fuzz import mutate
-from tests.fuzz.image_text import captions, problems
+from tests.fuzz.image_text import captions, problems, talks
 from tests.golden.formats import (
     TENSORS,
     K,
@@ -394,6 +394,7 @@ TARGETS: dict[str, Target] = {
     "questions": questions,
     "captions": captions,
     "problems": problems,
+    "talks": talks,
     "adapter": adapter,
     "foreign": foreign,
     "run": run,

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from zinit.data.images import Encoded, ImageSource, inside
+from zinit.data.images import Encoded, ImageSource, check_image, inside
 from zinit.data.records import check_text, describe, each_record, plain_text, read_document, same_text, unused_fields
 from zinit.errors import DataError
 from zinit.files import is_file
@@ -325,7 +325,14 @@ class _Images:
         if sum(value is None for value in self.named) != len(self.given):
             raise _Unusable("wrong_number_of_images")
         given = iter(self.given)
-        return tuple(self._one(next(given) if value is None else value) for value in self.named)
+        found = tuple(self._one(next(given) if value is None else value) for value in self.named)
+        for image in found:
+            try:
+                if not isinstance(image, Image.Image):
+                    check_image(image)
+            except DataError as error:
+                raise _Unusable("unreadable_image") from error
+        return found
 
     def _one(self, value: Any) -> ImageSource:
         if isinstance(value, Image.Image):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zinit.errors import DataError
 from zinit.files import is_file, is_folder, is_hidden, is_lfs_pointer, parsing
-from zinit.validation import OnBad
+from zinit.validation import OnBad, shown
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif"),
@@ -149,11 +149,12 @@ def inside(folder: Path, relative: str) -> Path:
     """A path that a list file names, which must stay in the list's folder.
 
     Raises:
-        DataError: if it leaves the folder.
+        DataError: if it leaves the folder, or no file can have it.
     """
     path = (folder / relative).absolute()
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{relative!r} leaves the folder {folder}; paths in lists must stay inside it.")
+    with parsing(f"{shown(relative)} is no path that a file can have", DataError):  # a zero byte, half a surrogate pair
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{relative!r} leaves the folder {folder}; paths in lists must stay inside it.")
     return path
 
 

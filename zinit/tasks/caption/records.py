@@ -150,7 +150,7 @@ class CaptionReading:
             check_image(image)
             if not captions:
                 raise DataError(f"{relative} has no caption.")
-        except (DataError, ValueError, OSError) as error:  # a path may hold a zero byte or be too long
+        except DataError as error:
             self._skip(_Entry(where, relative, captions), f"{where}: {error}")
             return None
         self.counts["images_read"] += 1
