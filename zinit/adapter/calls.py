@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zinit.adapter.scopes import until_return
 from zinit.adapter.state import AdapterState
+from zinit.prefix import Context
 
 ARGUMENT = "zinit_context"
 
@@ -70,9 +71,13 @@ class ContextOfCall:
         kwargs = dict(kwargs)
         context = kwargs.pop(ARGUMENT)
         if context is not None and compiling:
-            from zinit.adapter.uncompiled import take_context  # the compiler comes with it
+            from zinit.adapter.uncompiled import outside_graph  # the compiler comes with it
 
-            take_context(module, self.state, context)
+            outside_graph(_take, module, self.state, context)
         elif context is not None:
-            until_return(module, self.state.with_context(context))
+            _take(module, self.state, context)
         return args, kwargs
+
+
+def _take(module: nn.Module, state: AdapterState, context: Tensor | Context) -> None:
+    until_return(module, state.with_context(context))
