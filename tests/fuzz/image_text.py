@@ -42,10 +42,8 @@ def captions(rng: Random, folder: Path) -> Callable[[], Any]:
 
 def talks(rng: Random, folder: Path) -> Callable[[], Any]:
     """Conversations in each of their forms, with images."""
-    (image, other), asked = (
-        sorted(path.name for path in folder.iterdir())[:2],
-        {"role": "user", "content": "<image>Who?"},
-    )
+    image, other = caption.draw(folder, 2)
+    asked = {"role": "user", "content": "<image>Who?"}
     parts = [{"type": "image", "image": other}, {"type": "text", "text": "And this?"}]
     valid = [
         {"messages": [asked, {"role": "assistant", "content": "Ada."}], "images": [image], "system": "Be brief."},

@@ -174,11 +174,8 @@ class FeatureCache:
             with parsing(f"{path} is damaged", DataError), safe_open(path, "pt") as file:
                 counts = {file.get_slice(kind).get_shape()[0] for kind in self.kinds}
                 digests = file.get_tensor("digests")
-                if set(file.keys()) != {"digests", *self.kinds} or digests.dtype != torch.uint8:
-                    return []
-                if digests.shape != (*counts, 32):
-                    return []
-                return [bytes(row) for row in digests.numpy()]
+                whole = set(file.keys()) == {"digests", *self.kinds} and digests.shape == (*counts, 32)
+                return [bytes(row) for row in digests.numpy()] if whole else []
         except DataError:
             return []
 
