@@ -165,7 +165,9 @@ def test_images_of_a_chat_stay_until_it_starts_over(
     assert shown[2:] == [[(5, 5)]]
     with pytest.raises(DataError, match=r"there is no image .*gone.png"):
         session.answer("d", images=[tmp_path / "gone.png"])
+    assert "is not seen" not in said.err
     ChatSession("run", temperature=0, base=True).answer("d", images=[tmp_path / "5.png"], stream=False)
+    assert "5.png is not seen: images reach the model by the adapter, which is off" in capsys.readouterr().err
     assert len(shown) == 3, "the base sees none"
 
 

@@ -173,6 +173,8 @@ class ChatSession:
                 f"the run is language-only: its adapter takes no images, but was given {image}. Train one that does "
                 f"(--method v1-multimodal), or leave the image out."
             )
+        if self.base and not self.experts.experts:
+            say(f"({image} is not seen: images reach the model by the adapter, which is off)", error=True)
         return read_image(local_path(image))
 
     def _encode(self, rounds: Sequence[Round], images: Sequence[Any] = ()) -> list[int]:
