@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from zinit.data import images
 from zinit.errors import DataError
@@ -70,6 +71,30 @@ def test_a_bad_image_is_named(tmp_path: Path) -> None:
             images.read_image(path)
         assert expected in str(caught.value)
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_an_image_that_is_cut_off_is_found_without_decoding_whole_ones(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is cut: what is said to be an image can be decoded."""
+    made, path = io.BytesIO(), tmp_path / "image"
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(made, format)
+    for size in (*range(0, len(made.getvalue()), 7), len(made.getvalue())):
+        path.write_bytes(made.getvalue()[:size])
+        for source in (path, images.Encoded("here", path.read_bytes)):
+            try:
+                images.check_image(source)
+            except DataError:
+                assert size < len(made.getvalue())
+            else:
+                images.read_image(source)
+    if format in ("JPEG", "PNG"):
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it is decoded"))
+        images.check_image(path)
+        path.write_bytes(made.getvalue() + b"\0" * 20)
+        images.check_image(path)
 
 
 def test_bad_images_are_counted_when_skipped(tmp_path: Path) -> None:

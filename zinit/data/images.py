@@ -40,6 +40,8 @@ FORMATS = (
     "PPM",
 )  # a reader of EPS would run a program
 MAX_PIXELS = 100_000_000  # of one image; more is taken for a decompression bomb
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a whole file of these formats ends with
+TAIL = 64  # bytes: behind the end there may be a few more
 THUMBNAIL, THUMBNAIL_START = 96, "data:image/jpeg;base64,"  # pixels a side, and how a page holds it
 KEPT_BYTES = 4 * 2**30  # decoded images held in memory; those beyond it are read again each time
 
@@ -87,17 +89,28 @@ def read_with_orientation(source: ImageSource, *, max_pixels: int = MAX_PIXELS) 
 
 
 def check_image(source: Path | Encoded, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Whether there is an image, by its header; the pixels are not decoded.
+    """Whether there is an image, by its header and its end. The pixels are decoded only where its end is not one.
 
     Args:
         source: a file, or an encoded image.
         max_pixels: more than this is refused.
 
     Raises:
-        DataError: naming the file, if it is missing, no image, or too large.
+        DataError: naming the file, if it is missing, no image, cut off, or too large.
     """
-    with _opened(source, max_pixels):
-        return
+    with _opened(source, max_pixels) as image:
+        end = ENDS.get(image.format or "")
+        if end is None or end not in _tail(source):
+            image.load()
+
+
+def _tail(source: Path | Encoded) -> bytes:
+    """The last bytes of a file."""
+    if isinstance(source, Encoded):
+        return source.read()[-TAIL:]
+    with source.open("rb") as file:
+        file.seek(max(0, os.path.getsize(source) - TAIL))
+        return file.read()
 
 
 @contextmanager

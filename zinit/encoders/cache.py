@@ -103,7 +103,10 @@ class FeatureCache:
         self.refresh()
 
     def _encode(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
-        made = encode(self.encoder, images, layers=self.layers)
+        try:
+            made = encode(self.encoder, images, layers=self.layers)
+        except DataError as error:
+            raise DataError(f"{error} Leave it out of the data, and run the same command again.") from error
         stacked = torch.stack(made.layers, dim=1) if made.layers else None
         kinds = {"tokens": made.tokens, "pooled": made.pooled, "layers": stacked}
         return {kind: tensor.cpu() for kind, tensor in kinds.items() if kind in self.kinds and tensor is not None}
