@@ -6,261 +6,31 @@ The files lie beside the repository, in ``../shared/golden``; where they are abs
 from __future__ import annotations
 
 import json
-import warnings
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 import zinit
+from tests.golden.cases import (
+    CASES,
+    GOLDEN,
+    REFUSED,
+    WITH_GENERATION,
+    WITH_LOSS,
+    adapted,
+    adapter_path,
+    assert_close,
+    base_model,
+    encoder_of,
+    seen,
+    tensors,
+)
+from tests.golden.gradients import gradients_in_file_layout
 from zinit.adapter.encoding import Features
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files: {GOLDEN} is absent")
-
-CASES = {  # case: how it is imported, and the label that its loss ignores (None: no loss in the case)
-    "official-v1-text": ({"format": "official-v1", "length": 5}, 0),
-    "official-v1-text-zero-gate": ({"format": "official-v1", "length": 5}, 0),
-    "official-v1-text-greedy": ({"format": "official-v1", "length": 5, "gate": "identity"}, None),
-    "official-v1-initial-scalar-greedy": ({"format": "official-v1", "length": 5}, None),
-    "peft-llama": ({"format": "peft"}, -100),
-    "peft-mistral": ({"format": "peft"}, -100),
-    "litgpt-adapter-v1": ({"format": "litgpt"}, -100),
-    "litgpt-adapter-v1-legacy": ({"format": "litgpt-legacy"}, -100),
-    "official-v2-chat": ({"format": "official-v2-chat", "length": 5}, 0),
-    "official-v2-chat-noprompt": ({"format": "official-v2-chat"}, 0),
-    "official-v2-multimodal-bias": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
-    "official-v2-multimodal-lora": ({"format": "official-v2", "length": 5, "heads": 4}, 0),
-    "imagebind-llm": ({"format": "imagebind-llm"}, 0),
-    "litgpt-adapter-v2": ({"format": "litgpt-v2"}, -100),
-    "litgpt-adapter-v2-legacy": ({"format": "litgpt-v2-legacy"}, -100),
-}
-WITH_LOSS = [case for case, (_, ignored) in CASES.items() if ignored is not None]
-WITH_GENERATION = [case for case in CASES if not case.startswith("official-v1-text") or case.endswith("greedy")]
-REFUSED = {  # case: how one might try, and what the message must name
-    "peft-gpt2": ({"format": "peft"}, r"after the output projection.*off by up to 145% of its size"),
-}
-
-
-def adapter_path(case: str) -> Path:
-    folder = GOLDEN / case
-    return next(path for name in ("adapter.pth", "adapter", "lit_model.pth.adapter*") for path in folder.glob(name))
-
-
-def base_model(case: str, implementation: str = "sdpa") -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(
-        GOLDEN / case / "base", attn_implementation=implementation, dtype=torch.float32
-    ).eval()
-
-
-def adapted(case: str, implementation: str = "sdpa") -> tuple[torch.nn.Module, zinit.Handle]:
-    model = base_model(case, implementation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return model, zinit.import_adapter(model, adapter_path(case), **CASES[case][0], **encoder_of(case))
-
-
-def encoder_of(case: str) -> dict:
-    """The case's own vision tower, where it has one."""
-    return {"encoder": GOLDEN / case / "vision"} if (GOLDEN / case / "vision").is_dir() else {}
-
-
-def seen(handle: zinit.Handle, inputs: dict, rows: slice = slice(None)) -> AbstractContextManager:
-    """The images of a case's rows, or their features, where it has some."""
-    if "imagebind_feats" in inputs:
-        return handle.given(features=inputs["imagebind_feats"][rows])
-    return handle.given(image=inputs["images"][rows]) if "images" in inputs else nullcontext()
-
-
-def tensors(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return load_file(GOLDEN / case / "inputs.safetensors"), load_file(GOLDEN / case / "expected.safetensors")
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5, absolute: float = 0.0) -> None:
-    assert got.shape == expected.shape
-    difference, bound = (got - expected).abs().max().item(), relative * expected.abs().max().item() + absolute
-    assert difference <= bound, f"{difference:.3g} > {bound:.3g}"
-
-
-def fused_blocks(module: torch.nn.Module) -> torch.Tensor:
-    """LitGPT's fused projection by blocks of D rows, (H + 2G, D, C): all queries, all keys, all values."""
-    weight = torch.cat([module.q_proj.weight, module.k_proj.weight, module.v_proj.weight])
-    return weight.unflatten(0, (-1, module.head_dim))
-
-
-def gradients_in_file_layout(case: str, handle: zinit.Handle) -> dict[str, torch.Tensor]:
-    """Gradients of the imported parameters, under the names and in the shapes of the adapter's own file."""
-    own = {name: parameter.grad for name, parameter in handle.named_parameters()}
-    prompts = {site.name: own.get(f"{site.name}.prompt.weight") for site in handle.sites}
-    found = {}
-    for index, site in enumerate(handle.sites, start=4 - len(handle.sites)):
-        gate = own[f"{site.name}.gate"]
-        if case == "imagebind-llm":
-            found[f"llama.layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
-        elif case.startswith("official-v2-multimodal"):
-            found |= gate_gradients(case, index, gate)
-        elif case.startswith("official"):
-            found[f"layers.{index}.attention.gate"] = gate.view(1, -1, 1, 1)
-        elif case.startswith("peft"):
-            found[f"base_model.model.{site.name}.adaption_gate"] = gate
-            found[f"base_model.model.{site.name}.adaption_prompt"] = prompts[site.name][None]
-        else:
-            found[f"transformer.h.{index}.attn.gating_factor"] = gate.view(1, 1, -1, 1)
-            prompt = prompts[site.name]
-            if prompt is None:  # through the rows that LitGPT used: key of group g is block g(H/G + 2) + H/G
-                blocks, per_group = fused_blocks(site.module), site.num_heads // site.num_kv_heads
-                prompt = torch.zeros(own[f"{site.name}.key"].shape[1], site.width)
-                scale = fused_vector(handle, site, "scale")
-                for group in range(site.num_kv_heads):
-                    row = group * (per_group + 2) + per_group
-                    prompt += (own[f"{site.name}.key"][group] * scale[row]) @ blocks[row]
-                    prompt += (own[f"{site.name}.value"][group] * scale[row + 1]) @ blocks[row + 1]
-            found[f"transformer.h.{index}.attn.adapter_wte.weight"] = prompt
-    if case.startswith("official") and prompts:
-        found["adapter_query.weight"] = torch.cat(list(prompts.values()))
-    if case == "imagebind-llm":
-        found["prefix_query.weight"] = torch.cat(list(prompts.values()))
-    tuned = tuned_gradients(case, handle, own)
-    if with_images(case):
-        made = bind_gradients(own) if case == "imagebind-llm" else bridge_gradients(own)
-        tuned = {f"llama.{name}": gradient for name, gradient in tuned.items()} | made
-    return found | tuned
-
-
-def gate_gradients(case: str, index: int, effective: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a gate and, in files with LoRA, of its factor, by that of their product."""
-    stored = torch.load(adapter_path(case), weights_only=True)["model"]
-    name = f"llama.layers.{index}.attention."
-    factor, squashed = stored.get(f"{name}new_gate"), stored[f"{name}gate"].flatten().tanh()
-    if factor is None:
-        return {f"{name}gate": effective.view(1, -1, 1, 1)}
-    through_tanh = effective * factor.flatten() * (1 - squashed**2)
-    return {
-        f"{name}gate": through_tanh.view(1, -1, 1, 1),
-        f"{name}new_gate": (effective * squashed).sum().view(1, 1, 1, 1),
-    }
-
-
-BRIDGE = {"proj_in": "clip_proj", "norm_in": "clip_proj_norm", "proj_out": "visual_proj",
-          "norm_out": "visual_proj_norm"}  # fmt: skip
-BLOCK = {"norm1": "norm1", "norm2": "norm2", "self_attn.out_proj": "attn.proj", "linear1": "mlp.fc1",
-         "linear2": "mlp.fc2"}  # fmt: skip
-
-
-BIND = {"gate": "f1", "down": "f2", "up": "f3"}
-
-
-def with_images(case: str) -> bool:
-    """Whether its names begin with the language model's or the bridge's."""
-    return "multimodal" in case or case == "imagebind-llm"
-
-
-def bridge_gradients(own: dict) -> dict[str, torch.Tensor]:
-    """Of the module that makes visual tokens."""
-    found = {}
-    for name, gradient in own.items():
-        path, _, kind = name.removeprefix("shared.context.").rpartition(".")
-        if name == "shared.context.query":
-            found["visual_query.weight"] = gradient
-        elif name.startswith("shared.context.blocks."):
-            _, number, inside = path.split(".", 2)
-            if kind.startswith("in_proj_"):
-                inside, kind = "attn.qkv", kind.removeprefix("in_proj_")
-            found[f"visual_blocks.{number}.{BLOCK.get(inside, inside)}.{kind}"] = gradient
-        elif name.startswith("shared.context."):
-            found[f"{BRIDGE[path]}.{kind}"] = gradient
-    return found
-
-
-def bind_gradients(own: dict) -> dict[str, torch.Tensor]:
-    """Of the bind network."""
-    found = {}
-    for name, gradient in own.items():
-        if name.startswith("shared.context."):
-            *block, layer, kind = name.removeprefix("shared.context.").split(".")
-            number = f"_{int(block[1]) + 1}" if block else ""
-            found[f"image_bind_{BIND.get(layer, layer)}{number}.{kind}"] = gradient
-    return found
-
-
-def fused_vector(handle: zinit.Handle, site: zinit.AttentionSite, kind: str, gradient: bool = False) -> torch.Tensor:
-    """(H + 2G, D), a scale or bias of LitGPT's fused projection; neutral where there is none."""
-    tensors = dict(handle.named_parameters())
-    found = [tensors.get(f"tuning.{site.name}.{part}_proj.{kind}") for part in "qkv"]
-    if any(vector is None for vector in found):
-        return torch.ones(site.num_heads + 2 * site.num_kv_heads, site.head_dim)
-    return torch.cat([vector.grad if gradient else vector for vector in found]).detach().view(-1, site.head_dim)
-
-
-OFFICIAL = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "down_proj": "w2",
-            "up_proj": "w3"}  # fmt: skip
-LITGPT = {"self_attn.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2",
-          "mlp.down_proj": "mlp.proj"}  # fmt: skip
-NORMS = {"input_layernorm": ("attention_norm", "norm_1"), "post_attention_layernorm": ("ffn_norm", "norm_2")}
-
-
-def tuned_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, torch.Tensor]:
-    """As `gradients_in_file_layout`, of scales, biases and norms."""
-    found, official = {}, case.startswith("official") or with_images(case)
-    for name, gradient in own.items():
-        if not name.startswith("tuning."):
-            continue
-        module, _, kind = name.removeprefix("tuning.").rpartition(".")
-        parts = module.split(".")
-        if module == "model.norm":
-            found["norm.weight" if official else "transformer.ln_f.weight"] = gradient
-        elif module == "lm_head":
-            found[f"lm_head.adapter_{kind}"] = gradient
-        elif parts[3] in NORMS:
-            mine = NORMS[parts[3]][0 if official else 1]
-            found[f"{'layers' if official else 'transformer.h'}.{parts[2]}.{mine}.weight"] = gradient
-        elif official:
-            if kind in ("bias", "lora_up") and parts[4] in (
-                "q_proj",
-                "k_proj",
-            ):  # Meta's rows: a head's halves in turns
-                gradient = gradient.unflatten(0, (4, 2, -1)).transpose(1, 2).flatten(0, 2)
-            where = {"self_attn": "attention", "mlp": "feed_forward"}[parts[3]]
-            found[f"layers.{parts[2]}.{where}.{official_name(case, OFFICIAL[parts[4]], kind)}"] = gradient
-        elif (place := f"{parts[3]}.{parts[4]}") in LITGPT:
-            found[f"transformer.h.{parts[2]}.{LITGPT[place]}.adapter_{kind}"] = gradient
-    return found if official else found | fused_gradients(case, handle, own)
-
-
-def official_name(case: str, linear: str, kind: str) -> str:
-    if kind.startswith("lora"):
-        return f"lora_{linear}_l{1 if kind == 'lora_down' else 2}.weight"
-    return f"{linear}.{kind}" if with_images(case) else f"{linear}_{kind}"
-
-
-def fused_gradients(case: str, handle: zinit.Handle, own: dict) -> dict[str, torch.Tensor]:
-    """Gradients of the fused projection's scale and bias, what reached them through wrong rows of prompts included."""
-    if handle.tuning is None:
-        return {}
-    found, stored = {}, torch.load(adapter_path(case), weights_only=True)["model"]
-    for index, site in enumerate(handle.state.sites.values()):
-        per_group = site.num_heads // site.num_kv_heads
-        scale, bias = (fused_vector(handle, site, kind) for kind in ("scale", "bias"))
-        total = {kind: fused_vector(handle, site, kind, gradient=True) for kind in ("scale", "bias")}
-        for group in range(site.num_kv_heads) if f"{site.name}.key" in own else ():
-            row = group * (per_group + 2) + per_group
-            for block, kind in ((row, "key"), (row + 1, "value")):
-                reached = own[f"{site.name}.{kind}"][group]
-                prompt = stored[f"transformer.h.{index}.attn.adapter_wte.weight"]
-                total["scale"][block] += (reached * (prompt @ fused_blocks(site.module)[block].T + bias[block])).sum(0)
-                total["bias"][block] += reached.sum(0) * scale[block]
-        for kind, blocks in total.items():
-            if case.endswith("legacy"):  # by group: its queries, its key, its value
-                heads, groups = site.num_heads, site.num_kv_heads
-                query, key, value = blocks.split([heads, groups, groups])
-                blocks = torch.cat([query.view(groups, per_group, -1), key[:, None], value[:, None]], dim=1)
-            fused = "attn.attn" if case.endswith("legacy") else "attn.qkv"
-            found[f"transformer.h.{index}.{fused}.adapter_{kind}"] = blocks.detach().flatten()
-    return found
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
