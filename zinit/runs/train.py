@@ -16,7 +16,7 @@ from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
 from zinit.runs import agreement
 from zinit.runs.build import Built, build_model, build_task, check_models, read_data
-from zinit.runs.config import SECTIONS, RunConfig
+from zinit.runs.config import RunConfig
 from zinit.runs.directory import (
     TRAINED,
     Log,
@@ -30,10 +30,10 @@ from zinit.runs.directory import (
     writing,
 )
 from zinit.runs.evaluate import controlled, evaluate
+from zinit.runs.identity import PLACES, flat_settings, identity_of
 from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
-from zinit.tasks import TASKS
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity, resume_command
 from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
@@ -46,25 +46,6 @@ if TYPE_CHECKING:
 
     from zinit.tasks.base import Task
 
-# Settings that a resumed run may change. (Other micro-batches sum in another order: the same result but for rounding.)
-# The places of model and data may change too: what is in them is compared.
-MAY_CHANGE_ON_RESUME = (
-    *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
-    *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
-    *("model", "data", "task.held_out_data", "task.image_folder", "task.evaluation_limit", "offload"),
-    *("task.known_texts", "task.drift"),
-    *("encoder.source", "encoder.revision", "encoder.cache", "encoder.cache_limit"),
-)
-# Processes may have them elsewhere: what is in them is compared.
-PLACES = (
-    "model",
-    "data",
-    "task.held_out_data",
-    "task.image_folder",
-    "task.known_texts",
-    "encoder.source",
-    "encoder.cache",
-)
 SAME_MODEL = 0.999  # cosine of two samples of the weights
 
 
@@ -149,7 +130,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     from accelerate.utils import set_seed
 
     accelerator = make_accelerator(config.train, **(_tensorboard(output) if config.train.tensorboard else {}))
-    settings = {name: value for name, value in _flat_settings(config).items() if name not in PLACES}
+    settings = {name: value for name, value in flat_settings(config).items() if name not in PLACES}
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
@@ -357,26 +338,6 @@ class Tracker:
         numbers = {k: v for k, v in document.items() if isinstance(v, int | float) and k != "step"}
         prefix = "train" if isinstance(event, Step) else event.kind
         self.accelerator.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=document.get("step"))
-
-
-def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
-    """What decides the result bit for bit: a resumed run must have all of it in common with the one that saved.
-
-    Args:
-        config: the settings.
-        examples: a hash of the examples; see `Task.fingerprint`.
-    """
-    everything = {**_flat_settings(config), "examples": examples}
-    return {name: value for name, value in everything.items() if name not in MAY_CHANGE_ON_RESUME}
-
-
-def _flat_settings(config: RunConfig) -> dict[str, Any]:
-    """All settings by their full names, but for the places of further models, which are compared themselves."""
-    settings = config.to_dict()
-    tables = {section: settings.pop(section, None) or {} for section in SECTIONS}
-    flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    sources = [spec.source for spec in TASKS.get(config.task).further_models(config.options).values()]
-    return {**settings, **{n: value for n, value in flat.items() if not (n.startswith("task.") and value in sources)}}
 
 
 def _check_same_run(run: Run) -> dict[str, Any]:
