@@ -306,8 +306,23 @@ def test_settings_are_chosen_before_the_final_runs(tmp_path: Path, journal: Path
     trials = [cell for cell in read_cells(tmp_path / "out") if "selection" in cell["cell"]["experiment"]]
     assert len(trials) == 4
     assert all("task.held_out=3" in cell["cell"]["options"] for cell in trials)
+    assert all(cell["curves"] == {} for cell in trials)
+    assert all(cell["curves"] for cell in read_cells(tmp_path / "out") if cell not in trials)
     (row,) = summarise(plan, tmp_path / "out")
     assert row.values == pytest.approx({5: 0.8, 6: 0.81})
+
+
+def test_cells_are_a_line_each_and_longer_files_count_too(tmp_path: Path, journal: Path) -> None:
+    plan = benchmark(tmp_path, SELECTION)
+    Runner(plan, tmp_path / "out", jobs=2, launcher=FAKE).run()
+    rows, files = summarise(plan, tmp_path / "out"), list((tmp_path / "out" / "cells").iterdir())
+    assert len(files) == 6
+    for file in files:
+        assert file.read_text().count("\n") == 1
+        file.write_text(json.dumps(json.loads(file.read_text()), indent=2))  # as they were written before
+    Runner(plan, tmp_path / "out", jobs=2, launcher=FAKE).run()
+    assert len(started(journal)) == 6
+    assert summarise(plan, tmp_path / "out") == rows
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Runs the cells of a benchmark: each once, each in a process of its own, several side by side.
 
-A cell is finished when ``cells/<id>.json`` is there, which is written last and atomically: its run is done, or its
+A cell is finished when ``cells/<id>.json`` is there, one line, written last and atomically: its run is done, or its
 settings were refused. A cell that was cut off goes on from its last checkpoint; one that failed is tried again.
 """
 
@@ -82,6 +82,7 @@ class Runner:
     ) -> None:
         self.launcher, self.places = list(launcher), places or {}
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
+        self.reported = {experiment.name for experiment in benchmark.experiments}
         self.devices = visible_gpus()
         self.jobs = jobs or len(self.devices) or min(8, os.cpu_count() or 1)
         self.deadline = None if budget is None else time.monotonic() + budget
@@ -178,13 +179,15 @@ class Runner:
         if process.returncode == 0:
             document |= {"status": "done", **_result(run, json.loads(out))}
             document["run"] |= {name: self._portable(document["run"][name]) for name in ("model", "data")}
+            if cell.experiment not in self.reported:
+                document |= {"examples": {}, "curves": {}}  # of a run to choose by the figures count
             shutil.rmtree(run / "resume", ignore_errors=True)
         else:
             document |= _failure(process.returncode, out, err, run)
             document["error"] = self._portable(document["error"])
         document["wall_seconds"] = round(time.monotonic() - started, 2)
         if document["status"] != "failed":
-            write_json(self._path(cell), document)
+            write_json(self._path(cell), document, indent=None)
         self.on_event({"event": "cell", **document})
 
     def _portable(self, text: str | None) -> str | None:

@@ -226,10 +226,10 @@ def _load(own: Mapping[str, nn.Parameter], path: Path) -> None:
         parameter.copy_(shard_like(tensors[name], parameter))
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes a JSON document; it appears whole or not at all."""
+def write_json(path: Path, document: dict[str, Any], *, indent: int | None = 2) -> None:
+    """Writes a JSON document; it appears whole or not at all. Without ``indent`` it is one line."""
     with writing(path):
-        write_atomically(path, to_json(document, indent=2).encode() + b"\n")
+        write_atomically(path, to_json(document, indent=indent).encode() + b"\n")
 
 
 @contextmanager
