@@ -126,6 +126,27 @@ def test_a_compiled_model_takes_it_or_says_why_not() -> None:
     torch.compiler.reset()
 
 
+@torch.no_grad()
+def test_a_layer_that_is_called_by_itself_takes_it_too() -> None:
+    """Also where keys and values without a context were computed ahead."""
+    model: Any = causal_lm("Llama")
+    handle = zinit.attach(model, OPEN, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    states, context = torch.randn(3, 6, 32, generator=generator), torch.randn(3, 1, 32, generator=generator)
+    turns = model.model.rotary_emb(states, torch.arange(6)[None])
+
+    def call(**given: Any) -> Tensor:
+        return model.model.layers[2].self_attn(states, position_embeddings=turns, attention_mask=None, **given)[0]
+
+    without = call()
+    with handle.context(context):
+        expected = call()
+    assert not torch.allclose(expected, without, atol=1e-3)
+    with handle.cached_kv():
+        assert torch.equal(call(zinit_context=context), expected)
+        assert torch.equal(call(), without)
+
+
 def test_an_inner_model_takes_it_as_well() -> None:
     """As `get_image_features` of SigLIP and CLIP calls its tower."""
     model: Any = causal_lm("StableLm")

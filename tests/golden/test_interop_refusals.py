@@ -150,6 +150,8 @@ def unsafe(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         "torch.float8_e4m3fn": plain.to(torch.float8_e4m3fn),
         "torch.sparse_coo": plain.to_sparse(),
         "on 'meta'": plain.to("meta"),
+        "is nested": torch.nested.nested_tensor([plain]),
+        "is nested on 'cpu'": torch.nested.nested_tensor([plain], layout=torch.jagged),
         "is quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
         "not finite: the run": plain.log() * torch.inf,
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -60,6 +62,30 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else found(name))
     with pytest.raises(ConfigError, match=r"zinit serve needs uvicorn. .*pip install -e '.\[serve\]'"):
         serve(["runs/x"])
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """The base with settings for generation beside its weights."""
+    return shutil.copytree(folders()["model"], tmp_path / "model")
+
+
+def test_what_lies_beside_the_base_is_said_or_refused(
+    beside: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(command, "listen", lambda *_, **__: None)
+    monkeypatch.setattr("zinit.serve.engine.Engine.start", lambda self: self)
+    settings = beside / "generation_config.json"
+    settings.write_text(json.dumps({"repetition_penalty": 1.5, "min_p": 0.1, "num_beams": 3}))
+    serve([str(folders()["anna"])], port=0, model=str(beside))
+    said = capsys.readouterr().err
+    assert "generation settings this uses min_p=0.1, repetition_penalty=1.5; it does not use num_beams)" in said
+    for entries in ({"sequence_bias": [[[900], 1.0]]}, {"bad_words_ids": [["x"]]}):
+        settings.write_text(json.dumps(entries))
+        with pytest.raises(
+            ConfigError, match=r"generation_config\.json cannot be used: .*Correct the file, or remove it"
+        ):
+            serve([str(folders()["anna"])], port=0, model=str(beside))
 
 
 class Handler(logging.Handler):

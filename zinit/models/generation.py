@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
+
+from zinit.errors import ConfigError, first_line
 
 # Entries beside a model's weights that shape an answer, and that a chat takes over.
 SHAPES = (
@@ -61,6 +63,9 @@ def conversational(model: Any, *, eos_token_id: int, **said: Any) -> tuple[Gener
 
     Returns:
         The configuration, the model's entries that it uses, and the names of those that it does not.
+
+    Raises:
+        ConfigError: if the model's entries cannot be used.
     """
     own: dict[str, Any] = dict(model.generation_config.to_diff_dict())
     ends = _numbers(own.pop("eos_token_id", None))
@@ -72,7 +77,25 @@ def conversational(model: Any, *, eos_token_id: int, **said: Any) -> tuple[Gener
     rest = {name: value for name, value in own.items() if name not in known and not name.startswith("_")}
     ignored = [name for name, value in rest.items() if value is not None and value is not False]
     tokens = {"pad_token_id": eos_token_id, "eos_token_id": list(dict.fromkeys([eos_token_id, *ends]))}
-    return OwnGenerationConfig(**{**used, **said, **tokens}), used, ignored
+    try:
+        return OwnGenerationConfig(**{**used, **said, **tokens}), used, ignored
+    except (ValueError, TypeError) as error:
+        raise unusable(error) from error
+
+
+def describe_own(used: Mapping[str, Any], ignored: Sequence[str]) -> str:
+    """In words, what `conversational` says of the model's entries; nothing of a model that has none."""
+    parts = [f"uses {', '.join(f'{name}={value!r}' for name, value in used.items())}"] if used else []
+    parts += [f"does not use {', '.join(ignored)}"] if ignored else []
+    return f"of the model's generation settings this {'; it '.join(parts)}" if parts else ""
+
+
+def unusable(error: Exception) -> ConfigError:
+    """The error of a model's own entries that transformers cannot follow."""
+    return ConfigError(
+        f"the settings in the model's generation_config.json cannot be used: {first_line(error)} Correct the file, or "
+        f"remove it."
+    )
 
 
 def _numbers(value: int | Sequence[int] | None) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zinit.errors import ConfigError, install_extra
+from zinit.errors import ConfigError, install_extra, printable
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 SHORTEST_KEY = 16
@@ -56,6 +56,8 @@ def serve(
             models.add(name, source)
         limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
         engine = Engine(models, limits).start()
+        if models.uses:
+            print(f"({printable(models.uses)})", file=sys.stderr)
         print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)
         listen(engine, listener, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset())
 

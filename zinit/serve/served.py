@@ -18,7 +18,8 @@ from zinit.adapter.file import DESCRIPTION, AdapterFile
 from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import is_file
-from zinit.models.decoding import check_batches
+from zinit.models.decoding import Chooser, check_batches
+from zinit.models.generation import conversational, describe_own, unusable
 from zinit.models.loading import load_causal_lm
 from zinit.models.offload import move
 from zinit.models.room import positions
@@ -124,6 +125,7 @@ class Models:
         base: the model, of transformers.
         tokenizer: of it.
         by_name: what can be asked; "base" is the model without an adapter.
+        uses: which of the base's own generation settings shape answers, in words; nothing if it has none.
 
     Raises:
         ZinitError: if the base cannot be loaded, or cannot be served in batches.
@@ -139,11 +141,23 @@ class Models:
         self.base.eval().requires_grad_(False)
         check_batches(self.base)
         self.room = positions(self.base)
+        self.uses = self._check_generation()
         self.template = ConversationConfig(template=template)
         self._encoders: dict[Any, Encoder | None] = {}
         self._numbers = itertools.count()
         task, form = self._format(first)
         self.by_name = {BASE: Served(name=BASE, handle=None, task=task, format=form, blind="it is the base")}
+
+    def _check_generation(self) -> str:
+        """See ``uses``. Settings that cannot be used are refused here, and not at every request."""
+        eos = self.tokenizer.eos_token_id
+        config, used, ignored = conversational(self.base, eos_token_id=eos, do_sample=True, max_new_tokens=1)
+        scores = torch.zeros(self.base.get_input_embeddings().weight.shape[0], device=self.base.device)
+        try:
+            Chooser(self.base, config, [eos], seed=0)(scores, [])
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise unusable(error) from error
+        return describe_own(used, ignored)
 
     def _load_base(self, first: Source, model: str | None) -> tuple[Any, Any]:
         if first.run is not None:

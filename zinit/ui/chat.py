@@ -13,7 +13,7 @@ import torch
 
 from zinit.data.conversations import Conversation, Round
 from zinit.data.images import read_image
-from zinit.errors import ConfigError, DataError, ZinitError, first_line, printable
+from zinit.errors import ConfigError, DataError, ZinitError, printable
 from zinit.files import local_path
 from zinit.models.room import positions
 from zinit.runs.build import load_run, run_expert
@@ -78,18 +78,11 @@ class ChatSession:
 
     def _generation(self, sampling: dict[str, Any]) -> Any:
         """The model's own configuration under what the user says; which of its entries count is printed."""
-        from zinit.models.generation import conversational
+        from zinit.models.generation import conversational, describe_own
 
-        eos = self.tokenizer.eos_token_id
-        try:
-            config, used, ignored = conversational(self.model, eos_token_id=eos, **sampling)
-        except (ValueError, TypeError) as error:
-            raise _bad_generation(error) from error
-        self.used = used
-        parts = [f"uses {', '.join(f'{name}={value!r}' for name, value in used.items())}"] if used else []
-        parts += [f"does not use {', '.join(ignored)}"] if ignored else []
-        if parts:
-            say(f"(of the model's generation settings this {'; it '.join(parts)})", error=True)
+        config, self.used, ignored = conversational(self.model, eos_token_id=self.tokenizer.eos_token_id, **sampling)
+        if text := describe_own(self.used, ignored):
+            say(f"({text})", error=True)
         config.eos_token_id = list(dict.fromkeys([*config.eos_token_id, *self.format.stop_tokens]))
         config.stop_strings = [*(config.stop_strings or ()), *self.format.stop_strings] or None
         return config
@@ -221,7 +214,9 @@ class ChatSession:
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
                 if not self.used:
                     raise
-                raise _bad_generation(error) from error
+                from zinit.models.generation import unusable
+
+                raise unusable(error) from error
         text = self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
         return cut_at(text, self.format.stop_strings).strip()
 
@@ -231,13 +226,6 @@ def _check_texts(*texts: str) -> None:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise ConfigError("the prompt is not valid UTF-8 text.") from error
-
-
-def _bad_generation(error: Exception) -> ConfigError:
-    return ConfigError(
-        f"the settings in the model's generation_config.json cannot be used: {first_line(error)} Correct the file, or "
-        f"remove it."
-    )
 
 
 def _streamer(tokenizer: Any, ends: tuple[str, ...]) -> Any:
