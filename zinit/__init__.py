@@ -20,6 +20,7 @@ _WHERE = {
     "Handle": "zinit.adapter.handle",
     "attach": "zinit.adapter.attach",
     "load": "zinit.adapter.attach",
+    "from_pretrained": "zinit.models.pretrained",
     "get_handle": "zinit.adapter.attach",
     "SaveAdapter": "zinit.models.trainer",
     "import_adapter": "zinit.interop.importing",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from zinit.config import AdapterConfig, PrefixConfig, TuningConfig
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
     from zinit.interop.importing import import_adapter
+    from zinit.models.pretrained import from_pretrained
     from zinit.models.trainer import SaveAdapter
     from zinit.prefix import Context, ZeroGatedPrefix
     from zinit.tasks.base import Task
@@ -60,6 +62,7 @@ __all__ = [
     "ZeroGatedPrefix",
     "ZinitError",
     "attach",
+    "from_pretrained",
     "get_handle",
     "import_adapter",
     "in_scope",

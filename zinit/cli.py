@@ -452,6 +452,24 @@ def convert(
 
 
 @app.command()
+def push(
+    run_dir: RunDirectory,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the Hub; it is made if need be.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a finished run's adapter to the Hub, with a model card; zinit.from_pretrained loads it."""
+    from zinit.runs.card import push as upload
+    from zinit.ui.console import print_json, say
+
+    where = upload(run_dir, repository, private=private)
+    if as_json:
+        print_json({"repository": repository, "commit": where})
+    else:
+        say(f"pushed to {where}; name its licence in the card (README.md) there")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine: versions, extras, devices, what they compute, a training step, the embedded demos."""
     from zinit.ui.console import print_json, print_table, say

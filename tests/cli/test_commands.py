@@ -238,6 +238,7 @@ OPTIONS = {
     "inspect": {"--backbone", "--option", "--json"},
     "ls": {"--json"},
     "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--tables", "--json"},
+    "push": {"--private", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 

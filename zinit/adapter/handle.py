@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from zinit.adapter.build import AdapterModules, slot_key, uninstall
 from zinit.adapter.encoding import Encoder, Features, encode, same_encoder
-from zinit.adapter.file import AdapterFile
+from zinit.adapter.file import DESCRIPTION, FILES, AdapterFile
 from zinit.adapter.fingerprint import fingerprint
+from zinit.adapter.hub import card_of, upload
 from zinit.adapter.parts import Part
 from zinit.adapter.registries import FORMATS
 from zinit.adapter.routing import routed
@@ -374,6 +376,28 @@ class Handle:
             CheckpointError: if the folder cannot be written.
         """
         self.to_file(tables=tables).write(directory)
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Saves the adapter in a repository of the Hub, which is made if need be; `zinit.from_pretrained` loads it.
+
+        Args:
+            repository: "user/name".
+            private: whether a new repository is; None is the account's own setting.
+            token: of the Hub; default: the one that was logged in with.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: if the Hub refuses.
+        """
+        file = self.to_file()
+        base = file.fingerprint.get("name_or_path") or None
+        body = f"An adapter of {self.num_trainable:,} numbers in {len(self.prefixes)} places."
+        with tempfile.TemporaryDirectory() as folder:
+            file.write(folder)
+            card = card_of(base, repository.partition("/")[2] or repository, body)
+            return upload(folder, repository, (*FILES, DESCRIPTION), card=card, private=private, token=token)
 
     def export(self, path: str | Path, *, format: str, **options: Any) -> None:
         """Writes the adapter in another implementation's format; ``zinit ls formats`` says which are written.

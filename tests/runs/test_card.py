@@ -1,0 +1,102 @@
+"""Model cards and what goes to the Hub, with a stand-in for the Hub's client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import zinit
+from tests.serve.world import folders
+from zinit.errors import CheckpointError
+from zinit.runs.card import model_card, push
+from zinit.runs.record import RECORD, RESULTS
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the Hub; the client's calls that zinit makes end there."""
+    root = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def create_repo(self, repository: str, *, private: bool | None, exist_ok: bool) -> Any:
+            if repository.count("/") != 1:
+                raise ValueError("Repo id must be in the form 'user/name'")
+            (root / repository).mkdir(parents=True, exist_ok=exist_ok)
+            return SimpleNamespace(repo_id=repository)
+
+        def file_exists(self, repository: str, name: str) -> bool:
+            return (root / repository / name).exists()
+
+        def create_commit(self, repository: str, operations: Any, *, commit_message: str) -> Any:
+            for operation in operations:
+                with operation.as_file() as file:
+                    (root / repository / operation.path_in_repo).write_bytes(file.read())
+            return SimpleNamespace(commit_url=f"https://hub/{repository}/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **_: str(root / repository))
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run with figures."""
+    folder = Path(shutil.copytree(folders()["anna"], tmp_path / "secret" / "run"))
+    record = json.loads((folder / RECORD).read_text())
+    more = {"method": "zero-init", "data": "/secret/data.json", "counts": {"read": 12, "train": 11, "held_out": 1}}
+    (folder / RECORD).write_text(json.dumps(record | more))
+    metrics = {"base": {"loss": 4.0}, "adapted": {"loss": 1.25, "rouge_l": 0.5}}
+    (folder / RESULTS).write_text(json.dumps({"metrics": metrics, "seed": 3}))
+    return folder
+
+
+def test_a_card_says_what_the_run_is_and_shows_no_path(run: Path) -> None:
+    card = ModelCard(model_card(run))
+    assert card.data.library_name == "zinit"
+    assert card.data.license == "other"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
+    assert found == {"loss": 1.25, "rouge_l": 0.5}
+    assert {result.dataset_name for result in card.data.eval_results or ()} == {"data.json"}
+    for line in ("| examples | 12 read, 11 train, 1 held_out |", "| held-out (seed 3) | base | adapted |",
+                 "| rouge_l | - | 0.5000 |"):  # fmt: skip
+        assert line in card.text
+    assert "secret" not in str(card)
+    assert str(run.parent) not in str(card)
+
+
+def test_what_is_pushed_is_loaded_with_its_base(run: Path, hub: Path) -> None:
+    assert push(str(run), "me/mine") == "https://hub/me/mine/commit/1"
+    there = sorted(path.name for path in (hub / "me" / "mine").iterdir())
+    assert there == ["README.md", "adapter.json", "adapter.safetensors"]
+    handle = zinit.from_pretrained("me/mine")
+    expected = zinit.load(type(handle.model).from_pretrained(folders()["model"]).eval(), run)  # pyright: ignore
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(handle.model(ids).logits, expected.model(ids).logits)
+        with handle.disabled():
+            assert not torch.equal(handle.model(ids).logits, expected.model(ids).logits)
+    card = hub / "me" / "mine" / "README.md"
+    card.write_text("mine")
+    assert handle.push_to_hub("me/mine").startswith("https://")
+    assert card.read_text() == "mine", "a card that is there stays"
+    handle.push_to_hub("me/other")
+    assert "library_name: zinit" in (hub / "me" / "other" / "README.md").read_text()
+
+
+def test_what_the_hub_refuses_is_one_message(run: Path, hub: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the Hub did not take mine: .*USER/NAME"):
+        push(str(run), "mine")
+    (run / "adapter.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        push(str(run), "me/mine")
+    assert not hub.exists()
