@@ -21,7 +21,8 @@ from tests.tiny import save_tiny_llama
 def test_a_run_directory_holds_everything(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     expected = {"adapter.safetensors", "adapter.json", "run.json", "metrics.json", "log.jsonl", "report.html", "resume"}
-    assert names == expected | {"examples.json"}
+    assert names == expected | {"examples.json", "README.md"}
+    assert "zinit train" in (finished / "README.md").read_text()
     run = json.loads((finished / "run.json").read_text())
     assert run["config"]["train"]["steps"] == 4
     assert run["seed"] == 0

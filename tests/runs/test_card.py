@@ -53,7 +53,9 @@ def run(tmp_path: Path) -> Path:
     """A finished run with figures."""
     folder = Path(shutil.copytree(folders()["anna"], tmp_path / "secret" / "run"))
     record = json.loads((folder / RECORD).read_text())
-    more = {"method": "zero-init", "data": "/secret/data.json", "counts": {"read": 12, "train": 11, "held_out": 1}}
+    more = {"method": "zero-init", "counts": {"read": 12, "train": 11, "held_out": 1}}
+    record["config"]["data"] = "/secret/data.json"
+    record["config"]["train"]["activation_cache"] = "/secret/cache"
     (folder / RECORD).write_text(json.dumps(record | more))
     metrics = {"base": {"loss": 4.0}, "adapted": {"loss": 1.25, "rouge_l": 0.5}}
     (folder / RESULTS).write_text(json.dumps({"metrics": metrics, "seed": 3}))
@@ -61,7 +63,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_card_says_what_the_run_is_and_shows_no_path(run: Path) -> None:
-    card = ModelCard(model_card(run))
+    card: Any = ModelCard(model_card(run))
     assert card.data.library_name == "zinit"
     assert card.data.license == "other"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
@@ -75,22 +77,39 @@ def test_a_card_says_what_the_run_is_and_shows_no_path(run: Path) -> None:
 
 
 def test_what_is_pushed_is_loaded_with_its_base(run: Path, hub: Path) -> None:
+    (run / "README.md").write_text("with a licence: THIS_REPOSITORY")
     assert push(str(run), "me/mine") == "https://hub/me/mine/commit/1"
-    there = sorted(path.name for path in (hub / "me" / "mine").iterdir())
-    assert there == ["README.md", "adapter.json", "adapter.safetensors"]
-    handle = zinit.from_pretrained("me/mine")
+    there = hub / "me" / "mine"
+    assert sorted(path.name for path in there.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
+    assert (there / "README.md").read_text() == "with a licence: me/mine", "the run's own card goes along"
+    with pytest.raises(CheckpointError, match="does not say which model it was made for: pass model="):
+        zinit.from_pretrained("me/mine")  # it was a folder of this machine
+    handle = zinit.from_pretrained("me/mine", model=folders()["model"])
     expected = zinit.load(type(handle.model).from_pretrained(folders()["model"]).eval(), run)  # pyright: ignore
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert torch.equal(handle.model(ids).logits, expected.model(ids).logits)
         with handle.disabled():
             assert not torch.equal(handle.model(ids).logits, expected.model(ids).logits)
-    card = hub / "me" / "mine" / "README.md"
-    card.write_text("mine")
+    (there / "README.md").write_text("mine")
     assert handle.push_to_hub("me/mine").startswith("https://")
-    assert card.read_text() == "mine", "a card that is there stays"
+    assert (there / "README.md").read_text() == "mine", "a card that is there stays"
     handle.push_to_hub("me/other")
-    assert "library_name: zinit" in (hub / "me" / "other" / "README.md").read_text()
+    card = (hub / "me" / "other" / "README.md").read_text()
+    assert "library_name: zinit" in card
+    assert 'zinit.from_pretrained("me/other")' in card
+
+
+def test_no_folder_of_this_machine_is_named_on_the_hub(hub: Path) -> None:
+    handle = zinit.from_pretrained(folders()["eyes"])
+    handle.push_to_hub("me/eyes")
+    for file in (hub / "me" / "eyes").iterdir():
+        assert str(folders()["model"].parent).encode() not in file.read_bytes(), file.name
+    handle.model.config._name_or_path = "some/model"  # pyright: ignore
+    handle.push_to_hub("me/named")
+    named = json.loads((hub / "me" / "named" / "adapter.json").read_text())
+    assert named["model"]["name_or_path"] == "some/model"
+    assert "base_model: some/model" in (hub / "me" / "named" / "README.md").read_text()
 
 
 def test_what_the_hub_refuses_is_one_message(run: Path, hub: Path) -> None:

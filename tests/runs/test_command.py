@@ -18,6 +18,7 @@ from zinit.runs.settings import resolve
     [
         ({"backbone": "llama"}, []),
         ({"backbone": "llama", "seed": 3}, ["prefix.layers=0,2", "train.epochs=0.5", "train.clip_norm=none"]),
+        ({"backbone": "llama", "data": ("a.json", "b c.json")}, ["train.steps=3"]),
         ({"backbone": "clip"}, ["prefix.towers=vision_model", "task.template=a {} or 'none'.", "train.steps=3"]),
         ({"backbone": "vit"}, ["method=lora", "method.rank=3", "task.normalisation=none", "train.rates.gates=0.5"]),
         (
@@ -45,6 +46,8 @@ def test_the_command_makes_the_same_settings(arguments: dict[str, Any], options:
     for flag, value in zip(words[2::2], words[3::2], strict=True):
         if flag == "-o":
             again.append(value)
+        elif flag == "--data" and "data" in flags:
+            flags["data"] = (*([flags["data"]] if isinstance(flags["data"], str) else flags["data"]), value)
         else:
             flags[flag.removeprefix("--")] = int(value) if flag == "--seed" else value
     assert resolve(**flags, options=again) == (config, preset)

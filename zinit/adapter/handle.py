@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from zinit.adapter.build import AdapterModules, slot_key, uninstall
 from zinit.adapter.encoding import Encoder, Features, encode, same_encoder
-from zinit.adapter.file import DESCRIPTION, FILES, AdapterFile
+from zinit.adapter.file import AdapterFile
 from zinit.adapter.fingerprint import fingerprint
 from zinit.adapter.hub import card_of, upload
 from zinit.adapter.parts import Part
@@ -392,12 +391,9 @@ class Handle:
             CheckpointError: if the Hub refuses.
         """
         file = self.to_file()
-        base = file.fingerprint.get("name_or_path") or None
         body = f"An adapter of {self.num_trainable:,} numbers in {len(self.prefixes)} places."
-        with tempfile.TemporaryDirectory() as folder:
-            file.write(folder)
-            card = card_of(base, repository.partition("/")[2] or repository, body)
-            return upload(folder, repository, (*FILES, DESCRIPTION), card=card, private=private, token=token)
+        card = card_of(file.fingerprint.get("name_or_path"), repository.rpartition("/")[2], body)
+        return upload(file, repository, card=card, private=private, token=token)
 
     def export(self, path: str | Path, *, format: str, **options: Any) -> None:
         """Writes the adapter in another implementation's format; ``zinit ls formats`` says which are written.

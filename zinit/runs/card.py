@@ -1,13 +1,14 @@
-"""The model card of a run, and its way to the Hub."""
+"""The model card of a run, which lies in its folder, and its way to the Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from zinit.adapter.file import DESCRIPTION, FILES, AdapterFile
-from zinit.adapter.hub import card_of, upload
+from zinit.adapter.file import DESCRIPTION, AdapterFile
+from zinit.adapter.hub import CARD, card_of, upload
 from zinit.errors import ConfigError
+from zinit.files import write_atomically
 from zinit.runs.command import command_of
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import TRAINED, read_finished_run
@@ -17,7 +18,7 @@ from zinit.runs.record import Record, Results
 def model_card(directory: str | Path) -> str:
     """What a finished run is, for the Hub: base, method, counts of the data, figures with the seed, the command again.
 
-    Folders of this machine are named by their last part alone.
+    Folders of this machine are named by their last part alone; where it is loaded from, `push` fills in.
 
     Args:
         directory: of the run.
@@ -28,11 +29,12 @@ def model_card(directory: str | Path) -> str:
     config, record = read_finished_run(directory)
     results = Results.read(Path(directory))
     base = record.model or "unknown"
+    data = ", ".join(map(_name, [config.data] if isinstance(config.data, str) else config.data or ["embedded demo"]))
     rows = [
         ("base", _name(base)),
         ("method", record.method),
         ("task", record.task),
-        ("data", _name(record.data or "unknown")),
+        ("data", data),
         ("examples", ", ".join(f"{count} {name}" for name, count in record.counts.items() if count)),
         ("trained numbers", f"{record.num_trainable or 0:,}"),
         ("seed", record.seed),
@@ -41,8 +43,13 @@ def model_card(directory: str | Path) -> str:
     about = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     parts = [about, _figures(results), _again(config, record)]
     title = f"{record.method} on {_name(base)}: {record.task}"
-    model_index = _model_index(record, results)
+    model_index = _model_index(record, results, data)
     return card_of(base, title, "\n\n".join(filter(None, parts)), model_name=title, eval_results=model_index or None)
+
+
+def write_card(directory: Path) -> None:
+    """Writes the card of a finished run into its folder, where its licence can be named before it is pushed."""
+    write_atomically(directory / CARD, model_card(directory).encode())
 
 
 def push(directory: str, repository: str, *, private: bool | None = None) -> str:
@@ -52,16 +59,27 @@ def push(directory: str, repository: str, *, private: bool | None = None) -> str
         ConfigError: if its method has no adapter.
         CheckpointError: if there is no finished run, or the Hub refuses.
     """
-    card = model_card(directory)
+    read_finished_run(directory)
     if not (Path(directory) / DESCRIPTION).is_file():
         raise ConfigError(f"the run in {directory} has no adapter to push: its method keeps none.")
-    AdapterFile.read(directory)  # whole, or it is said here
-    return upload(directory, repository, (*FILES, DESCRIPTION, TRAINED), card=card, private=private)
+    file = AdapterFile.read(directory)
+    own = Path(directory) / CARD
+    card = own.read_text(encoding="utf-8") if own.is_file() else model_card(directory)
+    return upload(file, repository, card=card, more=[Path(directory) / TRAINED], private=private)
 
 
 def _name(where: str) -> str:
     """A Hub id or a name as it is; of a path the last part."""
-    return where if where.count("/") <= 1 and not where.startswith((".", "/", "~")) else Path(where).name
+    return Path(where).name if where.startswith(("/", "~", "./", "../")) or where.count("/") > 1 else where
+
+
+def _names(value: Any) -> Any:
+    """The same for what settings hold, however deep."""
+    if isinstance(value, dict):
+        return {key: _names(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_names(each) for each in value]
+    return _name(value) if isinstance(value, str) else value
 
 
 def _figures(results: Results) -> str:
@@ -77,15 +95,11 @@ def _figures(results: Results) -> str:
 
 
 def _again(config: RunConfig, record: Record) -> str:
-    command = command_of(config, record.preset)
-    if command is None:
-        return ""
-    for where in (record.model, record.data):
-        command = command.replace(str(where), _name(str(where))) if where else command
-    return f"To make it again:\n\n```bash\n{command}\n```"
+    command = command_of(RunConfig.from_dict(_names(config.to_dict())), record.preset)
+    return "" if command is None else f"To make it again:\n\n```bash\n{command}\n```"
 
 
-def _model_index(record: Record, results: Results) -> list[Any]:
+def _model_index(record: Record, results: Results, data: str) -> list[Any]:
     """The adapted model's figures as the Hub reads them from a card."""
     from huggingface_hub import EvalResult
 
@@ -93,8 +107,8 @@ def _model_index(record: Record, results: Results) -> list[Any]:
         EvalResult(
             task_type="text-generation",
             task_name=record.task,
-            dataset_type=_name(record.data or "unknown"),
-            dataset_name=_name(record.data or "unknown"),
+            dataset_type=data,
+            dataset_name=data,
             dataset_split="held-out",
             metric_type=name,
             metric_name=name,

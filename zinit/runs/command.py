@@ -37,7 +37,12 @@ def command_of(config: RunConfig, preset: str | None) -> str | None:
             return None
     except ConfigError:
         return None
-    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    words = [
+        word
+        for name, value in arguments.items()
+        for each in (value if isinstance(value, list | tuple) else [value])
+        for word in (f"--{name}", str(each))
+    ]
     words += [word for option in options for word in ("-o", option)]
     return shlex.join(["zinit", "train", *words])
 

@@ -16,6 +16,7 @@ from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
 from zinit.runs import agreement
 from zinit.runs.build import Built, build_model, build_task, check_models, read_data
+from zinit.runs.card import CARD, write_card
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import (
     TRAINED,
@@ -319,6 +320,8 @@ def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
         run.log(Evaluated(steps, adapted.metrics))
         run.log(Ended(steps))
         _report(run)
+        with writing(output / CARD):
+            write_card(output)
 
 
 class Tracker:
