@@ -66,6 +66,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long)  # whole modules, so that the last that workers do are short
 
 
+@pytest.fixture(scope="module")
+def flags_task() -> Iterator[None]:
+    """The task "flags" (`tests.tasks.flags`): texts with none, one and two images."""
+    from zinit.tasks import TASKS
+
+    TASKS.register("flags", "tests.tasks.flags:Flags")
+    yield
+    del TASKS._where["flags"]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -96,6 +96,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     output: Annotated[str | None, typer.Option(help="A new folder. Default: runs/<backbone>-<task>-<time>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Start from the weights of this run or adapter: folder or Hub id.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Adapt a model and evaluate it, frozen and adapted.
@@ -106,6 +109,7 @@ def train(
       zinit train --backbone llama
       zinit train --backbone llama --method v1-multimodal
       zinit train --backbone llama --model DIR_OR_ID --data alpaca.json --preset alpaca/llama-7b
+      zinit train --backbone llama --from runs/my-run -o train.epochs=1
       zinit train --resume --output runs/my-run
     """
     from zinit.runs.settings import override, resolve
@@ -119,6 +123,7 @@ def train(
         from zinit.runs.directory import read_run
 
         given = {"--backbone": backbone, "--task": task, "--method": method, "--preset": preset, "--config": config}
+        given |= {"--from": start}
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"a resumed run keeps its settings: leave out {', '.join(extra)}.")
         saved, record = read_run(output)
@@ -135,6 +140,7 @@ def train(
             preset=preset,
             config_file=config,
             seed=seed,
+            warm_start=start,
             options=option or (),
         )
         if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:

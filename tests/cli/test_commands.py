@@ -227,7 +227,7 @@ def test_help_loads_no_models() -> None:
 
 OPTIONS = {
     "train": {"--backbone", "--task", "--method", "--model", "--encoder", "--data", "--preset", "--config", "--option",
-              "--seed", "--output", "--resume", "--json"},
+              "--seed", "--output", "--resume", "--from", "--json"},
     "eval": {"--data", "--suite", "--fewshot", "--experts", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,12 @@ from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import Interrupted, train_run
-from zinit.tasks import TASKS
 from zinit.train.events import Event, Notice, Step
+
+pytestmark = pytest.mark.usefixtures("flags_task")
 
 WITH_IMAGES = sorted(name for name in METHODS if "context" in METHODS.fact(name, "defaults"))
 SMALL = {"visual-tokens": ("context.hidden=8", "context.blocks=1", "context.heads=2")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _task() -> Iterator[None]:
-    TASKS.register("flags", "tests.tasks.flags:Flags")
-    yield
-    del TASKS._where["flags"]
 
 
 @pytest.fixture(scope="module")

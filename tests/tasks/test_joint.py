@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,13 @@ from zinit import attach
 from zinit.encoders.cache import FeatureCache
 from zinit.errors import ConfigError
 from zinit.models.loading import load_causal_lm
-from zinit.tasks import TASKS
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.joint.config import JointConfig
 from zinit.tasks.joint.task import Joint
 from zinit.train.config import TrainConfig
 from zinit.train.loop import fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _task() -> Iterator[None]:
-    TASKS.register("flags", "tests.tasks.flags:Flags")
-    yield
-    del TASKS._where["flags"]
+pytestmark = pytest.mark.usefixtures("flags_task")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class AdapterFile:
         fingerprint: of the model it was made for.
         tensors: {parameter name: tensor}.
         encoder: who made the features that it was trained on; None where it takes none.
+        sha256: {file: hash} of what was read.
     """
 
     config: PrefixConfig | AdapterConfig
@@ -47,6 +48,7 @@ class AdapterFile:
     fingerprint: dict[str, Any]
     tensors: dict[str, Tensor]
     encoder: dict[str, Any] | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def write(self, directory: str | Path) -> None:
         """Writes ``adapter.safetensors``, ``source.safetensors`` (what makes a context), and ``adapter.json`` last.
@@ -118,7 +120,7 @@ class AdapterFile:
         tensors: dict[str, Tensor] = {}
         for file, sha256 in hashes.items():
             tensors |= _read_tensors(folder / file, data[file], sha256)
-        return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors, encoder=encoder)
+        return cls(config=config, backbone=backbone, fingerprint=model, tensors=tensors, encoder=encoder, sha256=hashes)
 
     def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
         """Compares the model with the one the adapter was made for, and the tensors with what it will take.
@@ -138,12 +140,12 @@ class AdapterFile:
                     f"{type(model).__name__}: {error}"
                 ) from error
         found = fingerprint(model, sites)
-        for field, expected in self.fingerprint.items():
-            if field in ("key_probe", "name_or_path", "revision"):
+        for name, expected in self.fingerprint.items():
+            if name in ("key_probe", "name_or_path", "revision"):
                 continue
-            if found.get(field) != expected:
+            if found.get(name) != expected:
                 raise CheckpointError(
-                    f"this adapter was made for another model: {field} is {found.get(field)!r} here, "
+                    f"this adapter was made for another model: {name} is {found.get(name)!r} here, "
                     f"but {expected!r} where it was trained. Load it onto "
                     f"{self.fingerprint.get('name_or_path') or 'the model it was trained on'}."
                 )

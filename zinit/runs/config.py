@@ -83,6 +83,8 @@ class RunConfig(JsonConfig):
         data: file, folder or Hub id, or a list of several for tasks that read several; None is the task's embedded
             demo data.
         seed: of the prompts' start, the split and the order of the examples.
+        warm_start: folder or Hub id of an adapter, or of a finished run, whose weights training starts from; None
+            starts afresh.
         dtype: of the frozen model; "auto" is bfloat16 on a GPU, float32 on a CPU.
         quantize: hold the frozen model's matrices in 8 or 4 bits ("bnb-8bit", "bnb-4bit", "torchao-int8"); None does
             not. See `zinit.models.quantization`.
@@ -106,6 +108,7 @@ class RunConfig(JsonConfig):
     revision: str | None = None
     data: str | Annotated[tuple[str, ...], MinLen(1)] | None = None
     seed: Seed = 0
+    warm_start: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize | None = None
     offload: bool = False
@@ -186,6 +189,8 @@ class RunConfig(JsonConfig):
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values: scalars, then the tables; those that an adapter without images lacks are left out."""
         values = {name: getattr(self, name) for name in plain_settings()}
+        if self.warm_start is None:
+            del values["warm_start"]
         defaults = METHODS.fact(self.method, "defaults")
         for name, section in SECTIONS.items():
             if getattr(self, section.attribute) is None:

@@ -13,7 +13,7 @@ MAY_CHANGE_ON_RESUME = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
     *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.image_folder", "task.evaluation_limit", "offload"),
-    *("task.known_texts", "task.drift"),
+    *("task.known_texts", "task.drift", "warm_start"),
     *("encoder.source", "encoder.revision", "encoder.cache", "encoder.cache_limit"),
 )
 # Processes may have them elsewhere: what is in them is compared.
@@ -25,6 +25,7 @@ PLACES = (
     "task.known_texts",
     "encoder.source",
     "encoder.cache",
+    "warm_start",
 )
 
 

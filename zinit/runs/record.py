@@ -77,6 +77,7 @@ class Record:
         num_trainable: how many numbers train.
         rates: {role: {"rate": its highest, "numbers": how many train at it}}; "group.role" where there are several
             groups. Empty for methods that take no steps.
+        warm_start: what it started from: its place and the hashes of its files.
         processes: how many trained.
         strategy: how Accelerate calls what spreads the run.
         launch: torchrun's name of the launch.
@@ -105,6 +106,7 @@ class Record:
     counts: dict[str, Any] = field(default_factory=dict)
     num_trainable: int | None = None
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    warm_start: dict[str, Any] = field(default_factory=dict)
     processes: int | None = None
     strategy: str | None = None
     launch: str | None = None
@@ -112,8 +114,8 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``run.json``; further models, rates and what was scaled only where there are some."""
-        some = ("models", "scaled", "rates")
+        """The content of ``run.json``; what few runs have (further models, a warm start) only where there is some."""
+        some = ("models", "scaled", "rates", "warm_start")
         return {name: value for name, value in vars(self).items() if name not in some or value}
 
     @classmethod

@@ -20,6 +20,7 @@ from zinit.tasks import TASKS
 from zinit.validation import shown, split_at_commas
 
 RATES = ("learning_rate", "min_learning_rate", "rates")  # settings of [train] that are right for one method only
+PLACES = ("model", "data", "warm_start")
 TEXTS = ("preset", "backbone", "model")  # of a config file, which are looked at before all is checked
 
 
@@ -34,6 +35,7 @@ def resolve(
     preset: str | None = None,
     config_file: str | None = None,
     seed: int | None = None,
+    warm_start: str | None = None,
     options: Iterable[str] = (),
 ) -> tuple[RunConfig, str | None]:
     """The settings of a run: preset, then config file, then the arguments, then the options.
@@ -42,7 +44,7 @@ def resolve(
     task's ``demo`` preset, unless another is named.
 
     Args:
-        backbone: see `RunConfig`; task, model, data and seed alike.
+        backbone: see `RunConfig`; task, model and data alike.
         task: default: the demo's, or the backbone's own.
         method: registered name; as the option ``method=NAME``.
         model: folder or Hub id.
@@ -51,6 +53,7 @@ def resolve(
         preset: ``alpaca/llama-7b``, or ``llama-7b`` for the task at hand.
         config_file: TOML.
         seed: for everything random.
+        warm_start: folder or Hub id of an adapter or a run to start from.
         options: ``section.key=value``; the section may be left out where the key is unique.
 
     Returns:
@@ -61,21 +64,19 @@ def resolve(
     """
     options = [*([] if method is None else [f"method={method}"]), *options]
     from_file = _read_run_file(config_file)
-    preset = preset or from_file.pop("preset", None)
-    _check_preset(preset)
+    preset = _known_name(preset or from_file.pop("preset", None))
     named = named_method(options) or from_file["method"].get("name")
     if preset is None and task is None and "name" not in from_file["task"]:
         preset = _demo_preset(named, backbone or from_file.get("backbone"), options, model or from_file.get("model"))
     backbone = _choose_backbone(backbone or from_file.get("backbone"), preset)
     task = _choose_task(task or from_file["task"].get("name"), preset, backbone)
     overrides = run_overrides(options, task=task, method=named or DEFAULT_METHOD)
-    has_model = bool(model or from_file.get("model") or overrides.get("model"))
-    preset = _full_preset(preset, task, has_model=has_model)
+    preset = _full_preset(preset, task, has_model=bool(model or from_file.get("model") or overrides.get("model")))
 
     values = {} if preset is None else preset_values(preset, named)
-    arguments = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed}
+    said = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed, "warm_start": warm_start}
     given: dict[str, Any] = {}
-    for source in (from_file, _given(arguments), {"task": {"name": task}}, _of_encoder(encoder), overrides):
+    for source in (from_file, _given(said), {"task": {"name": task}}, _of_encoder(encoder), overrides):
         merge(given, source)
     _check_parts(overrides, named or DEFAULT_METHOD)
     preset = None if preset is None else _known_preset(preset, values, given)
@@ -191,12 +192,12 @@ def _read_run_file(path: str | None) -> dict[str, Any]:
     return values | tables
 
 
-def _check_preset(preset: str | None) -> None:
-    """A preset is a name, with its task in front or without it."""
+def _known_name(preset: str | None) -> str | None:
+    """A preset's name, which there is, with its task in front or without it."""
     names = preset_names()
     known = {*names, *(name.partition("/")[2] for name in names)}
     if preset is None or preset in known:
-        return
+        return preset
     if is_file(local_path(preset)):
         raise ConfigError(
             f"--preset takes a name ('zinit ls presets'), and {preset!r} is a file. Pass a file of your own with "
@@ -274,7 +275,7 @@ def _with_absolute_argument(words: Any) -> Any:
 
 
 def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    values |= {name: absolute_path(values[name]) for name in ("model", "data") if name in values}
+    values |= {name: absolute_path(values[name]) for name in PLACES if name in values}
     task = values.get("task", {})
     task |= {
         name: absolute_path(task[name]) for name in ("held_out_data", "image_folder", "known_texts") if name in task

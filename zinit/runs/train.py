@@ -35,6 +35,7 @@ from zinit.runs.identity import PLACES, flat_settings, identity_of
 from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
+from zinit.runs.start import WarmStart, check_same_start
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity, resume_command
 from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
@@ -65,6 +66,7 @@ class Run:
         log: writes events to ``log.jsonl`` and passes them on.
         identity: what a resumed run must have in common with the one that saved.
         scaled: what of its preset was scaled, in words.
+        start: the weights it starts from; None are fresh ones.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class Run:
     log: Log
     identity: dict[str, Any]
     scaled: list[str]
+    start: WarmStart | None
 
     @property
     def is_main(self) -> bool:
@@ -153,6 +156,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
         log=Log(output, accelerator.is_main_process, on_event),
         identity={},
         scaled=notes,
+        start=None if config.warm_start is None else WarmStart.read(config.warm_start, task, built.method),
     )
 
 
@@ -169,6 +173,9 @@ def preflight(run: Run, *, preset: str | None) -> None:
     encode_images(task, accelerator, run.on_event if run.is_main else ignore)
     with run.built.adapted.disabled(), weights_in_place(task):
         task.prepare()
+    if run.start is not None:
+        run.start.copy_to(task)
+        agreement.check_agreement(accelerator, {"the hashes of --from": run.start.sha256})
     run.identity = identity_of(run.config, task.fingerprint())
     agreement.check_agreement(accelerator, {"the hash of the examples": run.identity["examples"]})
     agreement.check_models(accelerator, {**run.built.identities, "the model": run.built.identity})
@@ -227,6 +234,7 @@ def make_record(run: Run, preset: str | None) -> Record:
         counts=task.data_report(),
         num_trainable=run.num_trainable,
         rates=rates_by_role(task, config.train) if _takes_steps(run) else {},
+        warm_start={} if run.start is None else run.start.to_dict(),
         processes=accelerator.num_processes,
         strategy=accelerator.distributed_type.value,
         launch=launch_id(),
@@ -352,6 +360,7 @@ def _check_same_run(run: Run) -> dict[str, Any]:
     config, record = read_run(run.output)
     check_identity(run.output, identity_of(config, record.identity.get("examples", "")), run.identity)
     check_models(run.output, record, run.built)
+    check_same_start(run.output, record.warm_start, run.start)
     before, now = record.key_probe, run.built.key_probe
     if before and now and not cosine(before, now) >= SAME_MODEL:
         raise CheckpointError(
