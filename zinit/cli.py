@@ -346,7 +346,8 @@ def bench(
     )
     benchmark.check()
     if dry_run:
-        cells = [cell for e in benchmark.experiments for cell in [*e.selection_cells(), *e.cells()]]
+        cells = [cell for experiment in benchmark.experiments for cell in experiment.selection_cells()]
+        cells += [cell for _, cell in benchmark.cells()]
         if as_json:
             print_json({"cells": [{"id": cell.id, "command": cell.command()} for cell in cells]})
         else:

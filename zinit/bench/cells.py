@@ -27,6 +27,7 @@ from zinit.validation import Name, PositiveFloat, Seed, Words
 ALL = "all"  # in the place of a method's name: of every method
 MAIN = "main"  # the only group of parameters, see `zinit.tasks.base`
 OWN = "own"  # in the place of a role: every one but the head
+START = "warm_start={runs}/"  # the option of a run that goes on from another of the benchmark; its name follows
 RATES = ("learning_rate", "train.learning_rate")  # a setting that is one method's, unless all are named
 
 
@@ -68,6 +69,11 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {**vars(self), "options": list(self.options)}
+
+    @property
+    def after(self) -> str | None:
+        """The cell from whose weights it starts; None starts afresh."""
+        return next((said.removeprefix(START) for said in self.options if said.startswith(START)), None)
 
     def arguments(self) -> list[str]:
         """The arguments of ``zinit train``, but for where the run goes."""
@@ -149,15 +155,19 @@ class Selection(JsonConfig):
             but the head, and of single roles such as "gates" or "head". What a method does not train is left out.
         options: further settings of the runs that choose: ["task.split=train800"].
         metric: what is chosen by; None is the experiment's.
+        like: another experiment above, whose choice is taken; nothing is tried here then.
     """
 
     vary: Vary = field(default_factory=dict)
     rates: Factors = field(default_factory=dict)
     options: Options = ()
     metric: Name | None = None
+    like: Name | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.like is not None and (self.vary or self.rates):
+            raise ConfigError(f"select takes what {self.like!r} chose, or tries settings of its own; not both.")
         for role in self.rates:
             if role not in (OWN, *ROLES):
                 raise ConfigError(f"select.rates has no role {role!r}.{did_you_mean(role, (OWN, *ROLES))}")
@@ -212,6 +222,9 @@ class Experiment(JsonConfig):
             rate belongs here: a method that is given none trains at its own (`zinit.methods.base.Method`).
         vary: settings to go through, all combinations: {"prefix.layers": [1, 2, 4]}.
         select: settings to choose before the final runs; empty chooses none.
+        after: another experiment above: each run starts from the weights of its run by the same method and seed.
+        columns: further figures for the table, as ``metrics.json`` names them; of a control with its name in front,
+            "shuffled.exact_match".
         note: a sentence for the report.
     """
 
@@ -230,19 +243,26 @@ class Experiment(JsonConfig):
     method_options: dict[str, list[str]] = field(default_factory=dict)
     vary: Vary = field(default_factory=dict)
     select: Selection = field(default_factory=Selection)
+    after: Name | None = None
+    columns: tuple[Name, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in (*self.methods, *(name for name in self.method_options if name != ALL)):
             METHODS.where(method)
+        if self.after is not None and self.selects and self.select.like is None:
+            raise ConfigError(
+                f"runs that start from those of {self.after!r} choose no settings of their own: take another "
+                f"experiment's, select = {{ like = NAME }}."
+            )
 
     @property
     def selects(self) -> bool:
         """Whether settings are chosen before the final runs."""
         return self.select != Selection()
 
-    def cells(self, *, chosen: dict[str, tuple[str, ...]] | None = None) -> Iterator[Cell]:
+    def cells(self, *, chosen: Mapping[str, Options] | None = None) -> Iterator[Cell]:
         """The final runs, seed by seed.
 
         Args:
@@ -261,7 +281,7 @@ class Experiment(JsonConfig):
 
     def trials(self) -> dict[str, list[tuple[Cell, Options]]]:
         """By what is chosen for (see `choice_key`): the runs to choose by, and the settings that each stands for."""
-        if not self.selects:
+        if not self.selects or self.select.like is not None:
             return {}
         return {
             choice_key(method, values): list(self._trials(method, values))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Annotated, Any
 
 from zinit.backbones import BACKBONES
-from zinit.bench.cells import ALL, Experiment
+from zinit.bench.cells import ALL, START, Cell, Experiment, Options, choice_key
 from zinit.config import JsonConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
@@ -44,6 +44,26 @@ class Benchmark:
         """Plain values, for the record."""
         return {"description": self.description, "experiments": [e.to_dict() for e in self.experiments]}
 
+    def cells(self, chosen: Mapping[str, Mapping[str, Options]] | None = None) -> Iterator[tuple[Experiment, Cell]]:
+        """The final runs. One that goes on from another's weights names it: ``warm_start={runs}/ID``.
+
+        Args:
+            chosen: by experiment, what was chosen for it (see `Experiment.cells`); runs for which nothing was, and
+                those that go on from them, are left out. None leaves out none, and chooses nothing.
+        """
+        made: dict[tuple[str, str, int], Cell] = {}
+        for experiment in self.experiments:
+            own = None if chosen is None else chosen[experiment.select.like or experiment.name]
+            for cell in experiment.cells(chosen=own):
+                key = choice_key(cell.method, cell.vary)
+                start = None if experiment.after is None else made.get((experiment.after, key, cell.seed))
+                if (own is not None and experiment.selects and key not in own) or (experiment.after and start is None):
+                    continue
+                if start is not None:
+                    cell = replace(cell, options=(*cell.options, f"{START}{start.id}"))
+                made[experiment.name, key, cell.seed] = cell
+                yield experiment, cell
+
     def check(self) -> None:
         """Every cell's settings are complete and known, before anything runs.
 
@@ -53,10 +73,28 @@ class Benchmark:
         for experiment in self.experiments:
             try:
                 experiment.check_rates()
-                for cell in [*experiment.selection_cells(), *experiment.cells()]:
+                self._check_others(experiment)
+                own = (cell for of, cell in self.cells() if of is experiment)
+                for cell in [*experiment.selection_cells(), *own]:
                     cell.resolve()
             except ConfigError as error:
                 raise ConfigError(f"experiment {experiment.name!r}: {error}") from error
+
+    def _check_others(self, experiment: Experiment) -> None:
+        """The experiments that one names are above it, with all of its methods, seeds and settings."""
+        above = {e.name: e for e in self.experiments[: self.experiments.index(experiment)]}
+        for role, name in (("after", experiment.after), ("select.like", experiment.select.like)):
+            if name is None:
+                continue
+            if name not in above:
+                raise ConfigError(f"{role} names an experiment above it: {', '.join(above) or 'none'}; got {name!r}.")
+            other = above[name]
+            lacking = {*experiment.methods} - {*other.methods} or {*experiment.seeds} - {*other.seeds}
+            if lacking or experiment.vary != other.vary:
+                raise ConfigError(
+                    f"{role}={name!r} must have the same vary, and all methods and seeds; it lacks "
+                    f"{', '.join(map(str, sorted(lacking, key=str))) or experiment.vary}."
+                )
 
 
 def list_bench_presets() -> dict[str, str]:

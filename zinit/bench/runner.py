@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from annotated_types import Len
 from pydantic import AllowInfNan
 
-from zinit.bench.cells import Cell, Experiment, choice_key
+from zinit.bench.cells import Cell, Experiment
 from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
 from zinit.config import ROLES
@@ -80,7 +80,7 @@ class Runner:
         launcher: Sequence[str] = (sys.executable, "-m", "zinit"),
         places: Mapping[str, str] | None = None,
     ) -> None:
-        self.launcher, self.places = list(launcher), places or {}
+        self.launcher, self.places = list(launcher), {**(places or {}), "runs": str((output / "runs").absolute())}
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
         self.reported = {experiment.name for experiment in benchmark.experiments}
         self.devices = visible_gpus()
@@ -111,8 +111,10 @@ class Runner:
                 process.send_signal(signal.SIGTERM)
 
     def _finish(self, cells: Sequence[Cell]) -> None:
-        finished = {cell["id"] for cell in read_cells(self.output)}
+        finished = {cell["id"]: cell["status"] for cell in read_cells(self.output)}
         todo = deque(cell for cell in cells if cell.id not in finished)
+        done = {None, *(name for name, status in finished.items() if status == "done")}
+        running: set[str] = set()
         self.on_event({"event": "plan", "cells": len(cells), "todo": len(todo), "jobs": self.jobs})
         free = deque(self.devices or [None])
         threads: list[threading.Thread] = []
@@ -122,13 +124,20 @@ class Runner:
             try:
                 while not self.stopping.is_set():
                     with self._guard:
-                        if not todo:
+                        cell = next((cell for cell in todo if cell.after in done), None)
+                        if cell is None and not any(waiting.after in running for waiting in todo):
                             return
-                        cell = todo.popleft()
+                        if cell is not None:
+                            todo.remove(cell)
+                            running.add(cell.id)
+                    if cell is None:
+                        time.sleep(0.1)
+                        continue
                     if self.deadline is not None and time.monotonic() >= self.deadline:
                         self.on_event({"event": "budget", "cell": cell.id})
-                        continue
-                    self._run_cell(cell, device)
+                    elif self._run_cell(cell, device):
+                        done.add(cell.id)
+                    running.remove(cell.id)
             except BaseException as error:
                 failures.append(error)
                 self.stopping.set()
@@ -141,11 +150,14 @@ class Runner:
                 thread.join(timeout=0.2)  # in slices, so that signals are seen
         if failures:
             raise failures[0]
+        for cell in todo if not self.stopping.is_set() else ():
+            self.on_event({"event": "notice", "text": f"{cell.id} waits for {cell.after}, from which it starts"})
 
     def _path(self, cell: Cell) -> Path:
         return self.output / "cells" / f"{cell.id}.json"
 
-    def _run_cell(self, cell: Cell, device: str | None) -> None:
+    def _run_cell(self, cell: Cell, device: str | None) -> bool:
+        """Runs one, and notes what came of it; whether it is done."""
         run = self.output / "runs" / cell.id
         run.parent.mkdir(exist_ok=True)
         if run.exists() and not (run / "run.json").exists():
@@ -160,7 +172,7 @@ class Runner:
         started = time.monotonic()
         with self._guard:
             if self.stopping.is_set():
-                return
+                return False
             process = subprocess.Popen(
                 [*self.launcher, "train", *arguments, "--output", str(run), "--json"],
                 env=environment,
@@ -174,7 +186,7 @@ class Runner:
         with self._guard:
             self._running.discard(process)
         if process.returncode == 130 or self.stopping.is_set():
-            return  # stopped; it has saved, and goes on another time
+            return False  # stopped; it has saved, and goes on another time
         document: dict[str, Any] = {"cell": cell.to_dict(), "id": cell.id, "command": cell.command()}
         if process.returncode == 0:
             document |= {"status": "done", **_result(run, json.loads(out))}
@@ -189,6 +201,7 @@ class Runner:
         if document["status"] != "failed":
             write_json(self._path(cell), document, indent=None)
         self.on_event({"event": "cell", **document})
+        return document["status"] == "done"
 
     def _portable(self, text: str | None) -> str | None:
         """A path as the cell has it; nothing of this machine."""
@@ -299,12 +312,8 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
     Cells whose selection is not complete are left out.
     """
     finished = {cell["id"]: cell for cell in read_cells(output)}
-    found: list[tuple[int, Cell]] = []
-    for experiment in benchmark.experiments:
-        chosen = choose(experiment, finished)
-        for cell in experiment.cells(chosen=chosen):
-            if not experiment.selects or choice_key(cell.method, cell.vary) in chosen:
-                found.append((experiment.seeds.index(cell.seed), cell))
+    chosen = {experiment.name: choose(experiment, finished) for experiment in benchmark.experiments}
+    found = [(experiment.seeds.index(cell.seed), cell) for experiment, cell in benchmark.cells(chosen)]
     return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
 
 

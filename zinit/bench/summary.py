@@ -31,6 +31,7 @@ class Row:
         method: registered name.
         vary: the settings that the experiment goes through, at this row's values.
         values: the metric by seed.
+        columns: the further figures that the experiment shows, by name and seed.
         metrics: mean over the seeds of everything that was measured.
         base: the metric of the base, mean over the seeds; None where it has none.
         difference: mean of (this - zero-init) over the seeds that both have; None for zero-init itself.
@@ -62,6 +63,7 @@ class Row:
     vary: dict[str, Any]
     dataset: str
     values: dict[int, float] = field(default_factory=dict)
+    columns: dict[str, dict[int, float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     base: float | None = None
     difference: float | None = None
@@ -138,6 +140,7 @@ def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
                 method=cell.method,
                 vary=cell.vary,
                 dataset=dataset_of(cell),
+                columns={name: {} for name in experiment.columns},
                 trials=len(trials.get(choice_key(cell.method, cell.vary), ())),
             )
             rows.setdefault(key, row).missing.append(cell.seed)
@@ -155,6 +158,10 @@ def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
         row.problem = f"the task reports no {row.metric}, but {', '.join(cell['metrics']['adapted'])}."
         return False
     row.values[seed] = value
+    for name, values in row.columns.items():
+        model, _, metric = name.rpartition(".")
+        if (further := cell["metrics"].get(model or "adapted", {}).get(metric)) is not None:
+            values[seed] = further
     loss = cell["metrics"]["adapted"].get(LOSS)
     if loss is not None and row.metric != LOSS:
         row.losses[seed] = loss
@@ -254,6 +261,11 @@ def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     rows = list(rows)
     header: list[str] = list(COLUMNS)
     lines = [_line(row) for row in rows]
+    place = COLUMNS.index("seeds")
+    for name in reversed(dict.fromkeys(name for row in rows for name in row.columns)):
+        header.insert(place, name)
+        for row, line in zip(rows, lines, strict=True):
+            line.insert(place, _spread(list(row.columns.get(name, {}).values())))
     further = {
         FORGETS: [show(row.forgetting, 4) for row in rows if any(other.forgetting is not None for other in rows)],
         TRIALS: [str(row.trials) for row in rows if any(other.trials for other in rows)],
@@ -294,6 +306,13 @@ def _difference(mean: float | None, std: float | None, within: tuple[float, floa
     if within is not None:
         return f"{show(mean, sign='+')} [{show(within[0], sign='+')}, {show(within[1], sign='+')}] ({pairs})"
     return show(mean, sign="+") + (f" ± {show(std)} ({pairs})" if std is not None else "")
+
+
+def _spread(values: list[float]) -> str:
+    """A mean with its standard deviation over the seeds."""
+    return show(statistics.fmean(values) if values else None) + (
+        f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""
+    )
 
 
 def show_rates(rates: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ from zinit.runs.directory import write_json
 CSV_COLUMNS = (
     *("experiment", "method", "vary", "metric", "mean", "std", "seeds", "samples", "base"),
     *("difference", "difference_std", "losses", "base_loss", "loss_difference", "loss_difference_std", "rates"),
-    *("num_trainable", "seconds", "paper", "interval", "loss_interval", "trials", "forgetting"),
+    *("num_trainable", "seconds", "paper", "interval", "loss_interval", "trials", "forgetting", "columns"),
 )
 
 
@@ -44,7 +44,7 @@ def as_csv(rows: list[Row]) -> str:
     writer.writerow(CSV_COLUMNS)
     for row in rows:
         plain = {**row.to_dict(), "vary": json.dumps(row.vary), "seeds": " ".join(map(str, row.values))}
-        plain |= {name: json.dumps(plain[name]) for name in ("losses", "rates", "interval", "loss_interval")}
+        plain |= {name: json.dumps(plain[name]) for name in ("losses", "rates", "interval", "loss_interval", "columns")}
         cells = (plain[name] for name in CSV_COLUMNS)
         writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()

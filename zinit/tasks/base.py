@@ -264,9 +264,10 @@ class Task(nn.Module, ABC):
         Args:
             metric: as `evaluate` names it, or "loss".
         """
-        if metric in cls.without_direction:
+        name = metric.partition("/")[0]  # of a category, as the whole
+        if name in cls.without_direction:
             return None
-        return "lower" if metric in cls.lower_is_better else "higher"
+        return "lower" if name in cls.lower_is_better else "higher"
 
     @classmethod
     def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

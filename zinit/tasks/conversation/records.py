@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,9 @@ def split_conversations(
         training, held_out = _hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources))
     # Also where images are left out: runs with and without them train on the same conversations.
     kept = _without(training, held_out, Digests())
+    skipped, left = len(training) - len(kept), 0
+    if config.validation and inputs.train:
+        left, (kept, held_out) = len(held_out), _validation(kept)
     if config.experts:
         experts = Experts([inputs.make_expert(words) for words in config.experts])
         shown = [talk for talk in held_out if talk.images]
@@ -70,7 +74,8 @@ def split_conversations(
         held_out = [replace(talk, said=said.get(id(talk), ())) for talk in held_out]
     unused = Counter({name: number for name, number in counts.items() if name.startswith("unused_field")})
     report = dict(counts - unused) | count_sources(by_source) | most_unused(unused)
-    return kept, held_out, {**report, "train_skipped_also_held_out": len(training) - len(kept)}
+    report |= {"held_out_left_for_the_test": left} if config.validation else {}
+    return kept, held_out, {**report, "train_skipped_also_held_out": skipped}
 
 
 def _embedded(demo: str) -> tuple[list[Conversation], list[Conversation]]:
@@ -110,6 +115,16 @@ def _hold_out(
     order = torch.randperm(len(talks), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = set(order[:count])
     return [talk for i, talk in enumerate(talks) if i not in chosen], [talks[i] for i in order[:count]]
+
+
+def _validation(training: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """Every tenth image with all that is asked about it, or every tenth text, apart from the rest."""
+    about: dict[Hashable, list[Conversation]] = {}
+    for talk in training:
+        first = talk.images[0] if talk.images else talk
+        about.setdefault(first if isinstance(first, Path) else id(first), []).append(talk)
+    chosen = {id(talk) for talks in list(about.values())[::10] for talk in talks}
+    return [t for t in training if id(t) not in chosen], [t for t in training if id(t) in chosen]
 
 
 def _without(

@@ -18,6 +18,8 @@ from zinit.tasks.conversation.template import make_template
 from zinit.tasks.experts import context_lines
 from zinit.tasks.text import TextExample, TextTask
 
+ANOTHER = "another_question"
+
 
 class ConversationTask(TextTask):
     """See the module. An epoch is one pass over all conversations; with weights it is as many passes over each source
@@ -26,6 +28,7 @@ class ConversationTask(TextTask):
 
     name = "conversation"
     Config = ConversationConfig
+    lower_is_better = (*TextTask.lower_is_better, ANOTHER)
     config: ConversationConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, inputs: TaskInputs, config: ConversationConfig) -> None:
@@ -92,7 +95,11 @@ class ConversationTask(TextTask):
         return self.encoder.stop_strings
 
     def score(self, examples: Sequence[TextExample], predictions: Sequence[str]) -> Evaluation:
-        """Exact match and ROUGE-L of the last answers, 0 to 1; exact match of each category besides."""
+        """Exact match and ROUGE-L of the last answers, 0 to 1; exact match of each category besides.
+
+        Where several things are asked about an image also, by category, the share of answers that are wrong here and
+        right for another question about it: what an image overrides.
+        """
         references = [example.response.strip() for example in examples]
         metrics: dict[str, float] = {}
         for name in ("exact_match", "rouge_l"):
@@ -106,8 +113,24 @@ class ConversationTask(TextTask):
                 predictions=[predictions[place] for place in places], references=[references[place] for place in places]
             )
             metrics |= {f"{name}/{category}": value for name, value in own.items()}
+        metrics |= _answers_to_others(examples, predictions)
         return Evaluation(metrics=metrics, counts={f"answered/{c}": len(places) for c, places in by_category.items()})
 
     def _sample(self, example: TextExample, output: str) -> dict[str, str]:
         prompt = self.tokenizer.decode(example.ids[: example.prompt_length])
         return super()._sample(replace(example, prompt=prompt), output)
+
+
+def _answers_to_others(examples: Sequence[TextExample], predictions: Sequence[str]) -> dict[str, float]:
+    """{"another_question/CATEGORY": share}; empty where no image is asked about twice."""
+    expected: dict[tuple[bytes, ...], set[str]] = defaultdict(set)
+    for example in examples:
+        expected[example.digests].add(example.response.strip())
+    if not any(len(answers) > 1 for digests, answers in expected.items() if digests):
+        return {}
+    found: dict[str, list[bool]] = defaultdict(list)
+    for example, prediction in zip(examples, predictions, strict=True):
+        if example.digests and example.category:
+            others = expected[example.digests] - {example.response.strip()}
+            found[example.category].append(prediction.strip() in others)
+    return {f"{ANOTHER}/{category}": sum(own) / len(own) for category, own in sorted(found.items())}

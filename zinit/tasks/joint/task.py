@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zinit.errors import ConfigError
 from zinit.tasks import TASKS
 from zinit.tasks.base import MAIN, Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
+from zinit.tasks.conversation.task import ANOTHER
 from zinit.tasks.joint.config import PARTS, JointConfig
 from zinit.tasks.text import TextTask
 
@@ -35,6 +36,7 @@ class Joint(Task):
     metric = "language_exact_match"
     generates = True
     reads_several = True
+    lower_is_better = (*Task.lower_is_better, ANOTHER)
     config: JointConfig
 
     def __init__(self, inputs: TaskInputs, config: JointConfig) -> None:
