@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,11 @@ def test_without_parts_images_are_held_out_by_the_seed(model: LlamaForCausalLM, 
 
 
 def test_an_image_that_is_tested_on_is_not_trained_on(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Whatever its name is there."""
     source = lines(tmp_path, 6)
+    shutil.copy(tmp_path / "2.png", tmp_path / "copy.png")
     other = tmp_path / "held_out.json"
-    other.write_text(json.dumps([{"image": f"./{number}.png", "caption": "Other."} for number in (1, 2)]))
+    other.write_text(json.dumps([{"image": name, "caption": "Other."} for name in ("./1.png", "copy.png")]))
     t = task(model, source, held_out_data=str(other))
     assert [example.response for example in t.train_examples] == captions([0, 3, 4, 5])
     counts = t.data_report()

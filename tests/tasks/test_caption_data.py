@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from datasets import Image as DatasetsImage
 
 from tests.shared import SHARED, needs_data
 from tests.tasks import caption as made
+from zinit.data.images import content_digest
 from zinit.errors import DataError
 from zinit.tasks.caption.records import Captioned, CaptionReading
 
@@ -61,6 +65,27 @@ def test_fields_and_the_folder_of_images_can_be_named(tmp_path: Path) -> None:
     assert reading.unused == {"unused_field_caption": 2, "unused_field_author": 2}
     absolute = CaptionReading(fields=("photo", "says"), folder=str(tmp_path / "pictures"))
     assert len(absolute.read(str(tmp_path / "lists"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "marked", "hub"])
+def test_tables_may_hold_the_images_themselves(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes in Parquet, columns that datasets marks as images, and the Hub's; one of them is damaged."""
+    names = made.draw(tmp_path / "pictures", 4)
+    files = [(tmp_path / "pictures" / name).read_bytes() for name in names]
+    images = [{"bytes": file, "path": name} for file, name in zip([*files[:3], files[3][:20]], names, strict=True)]
+    columns = {"image": images, "captions": [made.captions(number) for number in range(4)], "author": ["me"] * 4}
+    table = Dataset.from_dict(columns)
+    if kind != "plain":
+        table = table.cast_column("image", DatasetsImage())
+    table.to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr("zinit.data.records.load_hub", lambda source, split: table)
+    reading = CaptionReading(on_bad="skip")
+    found = reading.read("me/captions" if kind == "hub" else str(tmp_path / "a.parquet"))
+    assert [content_digest(each.image) for each in found] == [hashlib.sha256(file).digest() for file in files[:3]]
+    assert [list(each.captions) for each in found] == [made.captions(number) for number in range(3)]
+    assert (reading.counts["images_read"], reading.counts["images_skipped"]) == (4, 1)
+    assert "record 4, 3.png is damaged or truncated" in reading.reasons[0]
+    assert reading.unused == {"unused_field_author": 4}
 
 
 def test_records_may_say_their_part(tmp_path: Path) -> None:
@@ -141,7 +166,7 @@ def test_a_file_of_another_form_is_one_message(content: str, message: str, tmp_p
 
 
 def test_what_is_not_there_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no nobody/captions. Expected a .json, .jsonl or .csv file"):
+    with pytest.raises(DataError, match=r"there is no data file nobody/captions, and the Hub did not give a data set"):
         CaptionReading().read("nobody/captions")
     made.draw(tmp_path, 1)
     (tmp_path / "a.jsonl").write_text(made.lines(1))

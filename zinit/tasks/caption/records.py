@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zinit.data.images import check_image, inside
+from zinit.data.images import Encoded, check_image, inside
 from zinit.data.records import check_text, describe, each_record, read_document, unused_fields
+from zinit.data.tables import encoded_image, with_encoded_images
 from zinit.errors import DataError
-from zinit.files import is_file, is_folder, local_path
+from zinit.files import is_folder
 from zinit.validation import OnBad
 
 VALIDATION = ("val", "validation", "valid", "dev")
@@ -28,12 +29,12 @@ class Captioned:
     """An image and what people wrote for it.
 
     Attributes:
-        image: its file.
+        image: its file, or where a table holds it.
         captions: one or more.
         part: "train", "val" or "test"; empty where the data has no parts.
     """
 
-    image: Path
+    image: Path | Encoded
     captions: tuple[str, ...]
     part: str = ""
 
@@ -78,27 +79,27 @@ class CaptionReading:
 
         Args:
             source: Karpathy's ``dataset_coco.json``, COCO's ``captions_*.json``, records with an image and a caption
-                or several in JSON, JSON lines or CSV, or a folder with one such file.
+                or several in JSON, JSON lines, CSV or Parquet, a folder with one such file, or a Hub id. Tables may
+                hold the images themselves.
 
         Raises:
             DataError: if it is none of these, or an entry cannot be used and is not to be skipped.
         """
-        path = local_path(source)
-        if not is_file(path) and not is_folder(path):
-            raise DataError(f"there is no {source}. Expected a .json, .jsonl or .csv file, or a folder with one.")
         document, name = read_document(source)
         root = Path(name).parent / self.folder
-        if not is_folder(root):
-            raise DataError(
-                f"there is no folder {root} of images. Name it, seen from {Path(name).name}: -o task.folder=NAME"
-            )
-        grouped: dict[str, list[_Entry]] = {}
+        grouped: dict[str | Encoded, list[_Entry]] = {}
         for entry in self._entries(document, name):
-            if isinstance(entry.path, str) and entry.path.strip():
+            if isinstance(entry.path, Encoded):
+                grouped[entry.path] = [entry]
+            elif isinstance(entry.path, str) and entry.path.strip():
                 grouped.setdefault(entry.path.strip(), []).append(entry)
             else:
                 self._skip(entry, f"{entry.where}: the image must be a path; got {describe(entry.path)}.")
-        found = [self._image(root, relative, entries) for relative, entries in grouped.items()]
+        if any(isinstance(place, str) for place in grouped) and not is_folder(root):
+            raise DataError(
+                f"there is no folder {root} of images. Name it, seen from {Path(name).name}: -o task.folder=NAME"
+            )
+        found = [self._image(root, place, entries) for place, entries in grouped.items()]
         if not any(found):
             raise DataError(f"{name} holds no caption that can be used: {dict(self.counts)}.")
         return [image for image in found if image is not None]
@@ -120,6 +121,7 @@ class CaptionReading:
     def _rows(self, records: Iterable[Any], name: str) -> Iterator[_Entry]:
         """Records with an image and a caption, or a list of captions."""
         columns = COLUMNS.values() if self.fields is None else [(field,) for field in self.fields]
+        records = with_encoded_images(records)
         for number, record in enumerate(each_record(records, name), start=1):
             where = f"{name}, record {number}"
             if not isinstance(record, dict):
@@ -135,9 +137,10 @@ class CaptionReading:
             image, caption = picked
             own = record[caption]
             self.unused.update(unused_fields(record, (image, caption, "split")))
-            yield _Entry(where, record[image], own if isinstance(own, list) else [own], record.get("split"))
+            place = encoded_image(records, number - 1, image, where) or record[image]
+            yield _Entry(where, place, own if isinstance(own, list) else [own], record.get("split"))
 
-    def _image(self, root: Path, relative: str, entries: Sequence[_Entry]) -> Captioned | None:
+    def _image(self, root: Path, place: str | Encoded, entries: Sequence[_Entry]) -> Captioned | None:
         """An image with the captions of all its entries; None if it is skipped."""
         where = entries[0].where
         captions = [text for entry in entries for text in self._captions(entry)]
@@ -146,12 +149,12 @@ class CaptionReading:
             if None in parts or len(parts) > 1:
                 given = sorted({str(entry.part or "none") for entry in entries})
                 raise DataError(f"its part is {', '.join(given)}; expected one of {', '.join(filter(None, PARTS))}.")
-            image = inside(root, relative)
+            image = place if isinstance(place, Encoded) else inside(root, place)
             check_image(image)
             if not captions:
-                raise DataError(f"{relative} has no caption.")
+                raise DataError(f"{place} has no caption.")
         except DataError as error:
-            self._skip(_Entry(where, relative, captions), f"{where}: {error}")
+            self._skip(_Entry(where, place, captions), f"{where}: {error}")
             return None
         self.counts["images_read"] += 1
         return Captioned(image=image, captions=tuple(captions), part=parts.pop() or "")

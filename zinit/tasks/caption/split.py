@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from zinit.data.images import Encoded, content_digest
 from zinit.data.records import count_sources, most_unused
 from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import DataInputs
@@ -18,7 +20,7 @@ from zinit.tasks.caption.records import Captioned, CaptionReading
 def split_captions(
     inputs: DataInputs, config: CaptionConfig
 ) -> tuple[list[Captioned], list[Captioned], dict[str, Any]]:
-    """Training and held-out images: none is in both.
+    """Training and held-out images: none is in both, under whatever name.
 
     Data that say which part an image is of are divided so: "train" and the part ``config.split``. Others are held out
     by the seed.
@@ -44,8 +46,7 @@ def split_captions(
     else:
         training, held_out = _hold_out(every, config.held_out, inputs.seed, ", ".join(inputs.sources))
     training = training if inputs.train else []
-    tested = {image.image.resolve() for image in held_out}
-    clean = [image for image in training if image.image.resolve() not in tested]
+    clean = _without(training, held_out)
     counts: dict[str, Any] = {**reading.counts, **count_sources(by_source)}
     sizes = (("images", lambda part: len(part)), ("captions", lambda part: sum(len(each.captions) for each in part)))
     for what, size in sizes:
@@ -56,6 +57,21 @@ def split_captions(
     if _has_parts(held_out):
         counts["held_out_part"] = config.split
     return clean, held_out, counts | ({"reasons": reading.reasons} if reading.reasons else {})
+
+
+def _without(training: Sequence[Captioned], held_out: Sequence[Captioned]) -> list[Captioned]:
+    """The training images whose content is not that of a held-out one. Only files of like size are read."""
+    sizes = {_size(image.image) for image in held_out} if training else set()
+    alike = [image for image in training if _size(image.image) in sizes]
+    if not alike:
+        return list(training)
+    tested = {content_digest(image.image) for image in held_out}
+    same = {id(image) for image in alike if content_digest(image.image) in tested}
+    return [image for image in training if id(image) not in same]
+
+
+def _size(image: Path | Encoded) -> int:
+    return image.stat().st_size if isinstance(image, Path) else len(image.read())
 
 
 def _has_parts(images: Sequence[Captioned]) -> bool:
