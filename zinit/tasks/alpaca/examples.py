@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from zinit.data.hold_out import hold_out
 from zinit.data.records import count_sources, most_unused, read_records, same_text
 from zinit.demo import instructions
-from zinit.errors import DataError
 from zinit.tasks.alpaca.template import encode_pairs, format_prompt
 from zinit.tasks.text import TextExample
 
@@ -109,21 +107,10 @@ def split_records(
     elif not sources:
         training, evaluated = instructions()
     else:
-        training, evaluated = _hold_out(every, held_out, seed, ", ".join(sources))
+        training, evaluated = hold_out(every, held_out, seed, ", ".join(sources), "record")
     counts = {"read": len(training) + len(evaluated), **count_sources(by_source), **most_unused(unused)}
     counts |= {f"{part}{kind}": 0 for part in ("train", "held_out") for kind in COUNTED}
     asked = {same_text(record["instruction"], record["input"]) for record in evaluated}
     clean = [record for record in training if same_text(record["instruction"], record["input"]) not in asked]
     counts["train_skipped_also_held_out"] = len(training) - len(clean)
     return clean, evaluated, counts
-
-
-def _hold_out(records: list[Record], most: int, seed: int, name: str) -> tuple[list[Record], list[Record]]:
-    """Sets at most a tenth of the records apart, chosen by the seed."""
-    if len(records) < 2:
-        raise DataError(f"{name} holds {len(records)} record; at least 2 are needed, one of them held out.")
-    count = min(most, max(1, len(records) // 10))
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    training = [record for index, record in enumerate(records) if index not in chosen]
-    return training, [records[index] for index in order[:count]]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from zinit.data.hold_out import hold_out
 from zinit.data.images import Encoded, content_digest
 from zinit.data.records import count_sources, most_unused
 from zinit.errors import ConfigError, DataError
@@ -44,7 +43,7 @@ def split_captions(
         training = [image for image in every if image.part == "train"]
         held_out = _of_part(every, config.split, ", ".join(inputs.sources))
     else:
-        training, held_out = _hold_out(every, config.held_out, inputs.seed, ", ".join(inputs.sources))
+        training, held_out = hold_out(every, config.held_out, inputs.seed, ", ".join(inputs.sources), "image")
     training = training if inputs.train else []
     clean = _without(training, held_out)
     counts: dict[str, Any] = {**reading.counts, **count_sources(by_source)}
@@ -84,13 +83,3 @@ def _of_part(images: Sequence[Captioned], part: str, name: str) -> list[Captione
         there = ", ".join(sorted({image.part or "none" for image in images}))
         raise DataError(f"{name} has no image of the part {part!r}; it has {there}. Choose: -o task.split=val or test")
     return found
-
-
-def _hold_out(images: Sequence[Captioned], most: int, seed: int, name: str) -> tuple[list[Captioned], list[Captioned]]:
-    """Sets at most a tenth of the images apart, chosen by the seed."""
-    if len(images) < 2:
-        raise DataError(f"{name} holds {len(images)} image; at least 2 are needed, one of them held out.")
-    count = min(most, max(1, len(images) // 10))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    return [image for index, image in enumerate(images) if index not in chosen], [images[i] for i in order[:count]]

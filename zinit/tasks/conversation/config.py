@@ -27,8 +27,6 @@ class ConversationConfig(AskingConfig):
         weights: passes over each source in an epoch, one number for each ``--data``; None is one pass over all.
         held_out: conversations kept from training for evaluation, at most a tenth of the data.
         held_out_data: a source of its own for the held-out conversations instead.
-        validation: hold a tenth of what is trained on out instead, all that is asked about an image together: to choose
-            settings by what the figures are not reported on.
         demo: which embedded data where no ``--data`` is given: "instructions" about the invented world, "flags" of its
             towns with questions about them, or "flag-names", of which only the towns' names are trained.
         validation: hold a tenth of the embedded demo's training part out, in the place of its held-out part: to choose
@@ -43,7 +41,6 @@ class ConversationConfig(AskingConfig):
     weights: Weights | None = None
     held_out: PositiveInt = 200
     held_out_data: str | None = None
-    validation: bool = False
     demo: Literal["instructions", "flags", "flag-names"] = "instructions"
     validation: bool = False
     images: bool = True

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from zinit.data.conversations import Conversation, Round, from_alpaca, read_conversations
+from zinit.data.hold_out import hold_out
 from zinit.data.images import ImageSource
 from zinit.data.records import count_sources, most_unused
 from zinit.demo import instructions
 from zinit.demo.flags import NAME, flags
-from zinit.errors import ConfigError, DataError
+from zinit.errors import ConfigError
 from zinit.tasks._images import Digests
 from zinit.tasks.experts import Experts
 
@@ -61,12 +59,9 @@ def split_conversations(
     if config.held_out_data is not None:
         held_out, training = read(config.held_out_data), training if inputs.train else []
     elif inputs.sources:
-        training, held_out = _hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources))
+        training, held_out = hold_out(training, config.held_out, inputs.seed, ", ".join(inputs.sources), "conversation")
     # Also where images are left out: runs with and without them train on the same conversations.
     kept = _without(training, held_out, Digests())
-    skipped, left = len(training) - len(kept), 0
-    if config.validation and inputs.train:
-        left, (kept, held_out) = len(held_out), _validation(kept)
     if config.experts:
         experts = Experts([inputs.make_expert(words) for words in config.experts])
         shown = [talk for talk in held_out if talk.images]
@@ -74,8 +69,7 @@ def split_conversations(
         held_out = [replace(talk, said=said.get(id(talk), ())) for talk in held_out]
     unused = Counter({name: number for name, number in counts.items() if name.startswith("unused_field")})
     report = dict(counts - unused) | count_sources(by_source) | most_unused(unused)
-    report |= {"held_out_left_for_the_test": left} if config.validation else {}
-    return kept, held_out, {**report, "train_skipped_also_held_out": skipped}
+    return kept, held_out, {**report, "train_skipped_also_held_out": len(training) - len(kept)}
 
 
 def _embedded(demo: str) -> tuple[list[Conversation], list[Conversation]]:
@@ -103,28 +97,6 @@ def _every_tenth(talks: Sequence[Conversation]) -> tuple[list[Conversation], lis
     numbers = [number.setdefault(id(talk.images[0] if talk.images else talk), len(number)) for talk in talks]
     pairs = list(zip(talks, numbers, strict=True))
     return [talk for talk, n in pairs if n % 10 != 9], [talk for talk, n in pairs if n % 10 == 9]
-
-
-def _hold_out(
-    talks: Sequence[Conversation], most: int, seed: int, name: str
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Sets at most a tenth apart, chosen by the seed."""
-    if len(talks) < 2:
-        raise DataError(f"{name}: {len(talks)} conversations can be used; at least 2 are needed, one of them held out.")
-    count = min(most, max(1, len(talks) // 10))
-    order = torch.randperm(len(talks), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    return [talk for i, talk in enumerate(talks) if i not in chosen], [talks[i] for i in order[:count]]
-
-
-def _validation(training: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """Every tenth image with all that is asked about it, or every tenth text, apart from the rest."""
-    about: dict[Hashable, list[Conversation]] = {}
-    for talk in training:
-        first = talk.images[0] if talk.images else talk
-        about.setdefault(first if isinstance(first, Path) else id(first), []).append(talk)
-    chosen = {id(talk) for talks in list(about.values())[::10] for talk in talks}
-    return [t for t in training if id(t) not in chosen], [t for t in training if id(t) in chosen]
 
 
 def _without(

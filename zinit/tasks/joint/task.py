@@ -41,7 +41,7 @@ class Joint(Task):
 
     def __init__(self, inputs: TaskInputs, config: JointConfig) -> None:
         super().__init__(inputs, config)
-        examples = inputs.examples or self.read_data(inputs, config)
+        examples = self.take_data(inputs, config)
         self.language = self._part("language", inputs, examples)
         self.visual = self._part("visual", inputs, examples)
         self.groups_apart = config.disjoint and self._tells_apart()
