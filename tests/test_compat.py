@@ -70,6 +70,21 @@ def test_both_names_at_once_are_refused(order: tuple[str, str], flat: bool) -> N
         compat.modern_settings(values if flat else {"train": values})
 
 
+def test_a_setting_may_leave_its_table() -> None:
+    """The first stage of ImageBind-LLM is a warm start as any other."""
+    old = {"method": {"name": "imagebind-llm", "stage": "tuning", "start": "runs/one"}, "seed": 0}
+    assert compat.modern_settings(old) == {
+        "method": {"name": "imagebind-llm", "stage": "tuning"},
+        "seed": 0,
+        "warm_start": "runs/one",
+    }
+    assert old["method"]["start"] == "runs/one", "the document itself was changed"
+    assert compat.modern_settings({"method.start": "a", "seed": 1}) == {"warm_start": "a", "seed": 1}
+    assert compat.modern_settings({"method": {"start": None}, "warm_start": "b"}) == {"method": {}, "warm_start": "b"}
+    with pytest.raises(ConfigError, match=r"method\.start is the old name of warm_start"):
+        compat.modern_settings({"method": {"start": "a"}, "warm_start": "b"})
+
+
 @pytest.mark.parametrize("table", [compat.OLD_SETTINGS, compat.OLD_RESULTS])
 def test_rows_of_the_tables_stay_in_their_section(table: dict[str, str]) -> None:
     for old, new in table.items():

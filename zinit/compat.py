@@ -26,6 +26,11 @@ OLD_SETTINGS = {
     "train.trunk_cache": "train.activation_cache",
 }
 
+# Settings that are in another table now, or in none.
+MOVED_SETTINGS = {
+    "method.start": "warm_start",
+}
+
 # Settings that version 0.1.0 did not know, and what it did: a run that it began goes on where they are so still.
 NEW_SETTINGS: dict[str, Any] = {
     "prefix.prompt": "table",
@@ -46,7 +51,7 @@ def modern_setting(name: str) -> str:
     Args:
         name: with its section, as in an option: "train.trunk_cache".
     """
-    return OLD_SETTINGS.get(name, name)
+    return OLD_SETTINGS.get(name) or MOVED_SETTINGS.get(name, name)
 
 
 def modern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +64,15 @@ def modern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: if a setting is given under its old name and its new one.
     """
-    return _renamed(values, OLD_SETTINGS)
+    modern = _renamed(values, OLD_SETTINGS)
+    for old, new in MOVED_SETTINGS.items():
+        section, _, key = old.rpartition(".")
+        table, key = (modern[section], key) if isinstance(modern.get(section), dict) else (modern, old)
+        if (value := table.pop(key, None)) is not None:
+            if modern.get(new) is not None:
+                raise ConfigError(f"{old} is the old name of {new}: give one of the two.")
+            modern[new] = value
+    return modern
 
 
 def modern_results(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def _renamed(value: Any, table: Mapping[str, str], place: str = "") -> Any:
 
 
 def _new_key(old: str, place: str, table: Mapping[str, str]) -> str:
-    """The last part of a path's new name. A setting never moves to another section here."""
+    """The last part of a path's new name, in the same table."""
     return table.get(old, old).removeprefix(place)
 
 

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("flags_task")
 SMALL = {
     "zero-init": ("prefix.length=3",),
     "v1-multimodal": ("prefix.length=3",),
+    "imagebind-llm": ("context.hidden=16", "context.blocks=1", "tuning.lora_rank=2"),
     "v2": ("parts.early.length=3", "parts.late.length=3", "context.hidden=8", "context.blocks=1", "context.heads=2"),
 }
 STILL = ("learning_rate=0", "steps=1")
@@ -43,9 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_records(folder / "data.json")
     for method in ("zero-init", "v2", "lora"):
         train_run(configured(folder, method), folder / method)
-    adapter = configured(folder, "v1-multimodal").adapter()
-    model, _ = load_causal_lm(folder / "model", dtype=torch.float32)
-    zinit.attach(model, adapter, seed=3, encoder=vit_path()).save(folder / "v1-multimodal")
+    for method, more in (("v1-multimodal", ()), ("imagebind-llm", ("tuning=none",))):
+        adapter = configured(folder, method, *more).adapter()
+        model, _ = load_causal_lm(folder / "model", dtype=torch.float32)
+        zinit.attach(model, adapter, seed=3, encoder=vit_path()).save(folder / method)
     return folder
 
 
@@ -53,7 +55,7 @@ def configured(folder: Path, method: str, *more: str, start: str | Path | None =
     """Instructions; with images by ``task="flags"``."""
     options = ["steps=3", "batch_size=6", "learning_rate=0.05", "warmup_steps=0", "save_every=1", "evaluate_every=0",
                "task.evaluation_limit=2", "max_new_tokens=3", *SMALL.get(method, ()), *more]  # fmt: skip
-    if method in ("v1-multimodal", "v2"):
+    if method in ("v1-multimodal", "v2", "imagebind-llm"):
         given.setdefault("encoder", str(vit_path()))
         options.append(f"encoder.cache={folder / 'cache'}")
     given = {"task": "alpaca", "model": str(folder / "model"), "data": str(folder / "data.json"), **given}
@@ -138,6 +140,26 @@ def test_a_language_half_is_as_it_was_after_captions(folder: Path, tmp_path: Pat
     assert not any(torch.equal(before[name], after[name]) for name in visual)
     told = json.loads((folder / "v2" / "metrics.json").read_text())["metrics"]["adapted"]
     assert results["metrics"]["adapted"]["language_rouge_l"] == told["rouge_l"]
+
+
+def test_a_second_stage_starts_from_the_first(folder: Path, tmp_path: Path) -> None:
+    """ImageBind-LLM: LoRA, biases and norms train, and all that the first stage has made stays."""
+    stages = ("method.stage=tuning", f"method.start={folder / 'imagebind-llm'}")
+    config = configured(folder, "imagebind-llm", *stages, task="flags")
+    assert config.warm_start == str(folder / "imagebind-llm")
+    train_run(config, tmp_path / "run")
+    first, second = weights(folder / "imagebind-llm"), weights(tmp_path / "run")
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    own = second.keys() - first.keys()
+    assert {name.partition(".")[0] for name in own} == {"tuning"}
+    assert all(second[name].abs().sum() > 0 for name in own if name.endswith(("bias", "lora_b")))
+    with pytest.raises(ConfigError, match=r"goes on with what a first stage has made \(gates, .*, --from RUN"):
+        train_run(configured(folder, "imagebind-llm", "method.stage=tuning", task="flags"), tmp_path / "none")
+    model, _ = load_causal_lm(folder / "model", dtype=torch.float32)
+    zinit.attach(model, zinit.PrefixConfig(length=1, prompt="table+context")).save(tmp_path / "plain")
+    plain = configured(folder, "imagebind-llm", "method.stage=tuning", start=tmp_path / "plain", task="flags")
+    with pytest.raises(CheckpointError, match=r"is no first stage of this run: it has no shared\.context\..* others"):
+        train_run(plain, tmp_path / "none")
 
 
 @pytest.mark.parametrize(

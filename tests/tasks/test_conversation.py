@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.tiny import save_tiny_llama
 from zinit.errors import ConfigError
 from zinit.tasks.base import DataInputs, TaskInputs
 from zinit.tasks.conversation.task import ConversationConfig, ConversationTask
+from zinit.tasks.joint.task import Joint
 
 KINDS = ("sums", "songs", "")
 
@@ -159,6 +161,34 @@ def test_answers_are_scored_over_all_and_by_category(model: Any, tmp_path: Path)
     assert sorted(text.count("Say") for text in asked) == [0, 0, 0, 1, 1, 1, 2, 2, 2], "all that was said before"
     assert found.samples[0]["prompt"] == asked[0]
     assert found.samples[0]["expected"].startswith("Say")
+
+
+def test_answers_to_another_question_about_the_image_are_told(model: Any, tmp_path: Path) -> None:
+    """Wrong here, and right for what else is asked about the image: by category, and only where images are."""
+    t = make(model, write(tmp_path / "a.json", talks(20)))
+    asked = [
+        ("x", "name", "Ypil"),
+        ("x", "river", "Oder"),
+        ("x", "river", "Oder"),
+        ("y", "river", "Don"),
+        ("", "river", "Po"),
+    ]
+    examples = [
+        dataclasses.replace(
+            t.train_examples[0], digests=(image.encode(),) if image else (), category=kind, response=text
+        )
+        for image, kind, text in asked
+    ]
+    found = t.score(examples, ["Ypil", "Ypil", "Oder", "Oder", "Ypil"]).metrics
+    assert found["another_question/name"] == 0.0, "right"
+    assert found["another_question/river"] == pytest.approx(1 / 3), "the name; Oder is no answer about y; no image"
+    apart = [dataclasses.replace(e, digests=(bytes([n]),)) for n, e in enumerate(examples)]
+    assert not [name for name in t.score(apart, ["Ypil"] * 5).metrics if name.startswith("another")], (
+        "one question each"
+    )
+    assert ConversationTask.direction("another_question/river") == "lower"
+    assert Joint.direction("visual_another_question/river") == "lower"
+    assert Joint.direction("visual_exact_match/river") == "higher"
 
 
 def test_an_answer_ends_where_the_template_ends_it(model: Any, tmp_path: Path) -> None:

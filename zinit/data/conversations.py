@@ -20,6 +20,7 @@ from PIL import Image
 
 from zinit.data.images import Encoded, ImageSource, check_image, inside
 from zinit.data.records import check_text, describe, each_record, plain_text, read_document, same_text, unused_fields
+from zinit.data.tables import with_encoded_images
 from zinit.errors import DataError
 from zinit.files import is_file
 
@@ -154,7 +155,7 @@ def _open(source: str, image_folder: str | Path | None) -> tuple[str, Path | Non
     if isinstance(records, dict | str):
         raise DataError(f"{name}: expected a JSON array of records; got {describe(records)}.")
     folder = Path(image_folder) if image_folder is not None else Path(name).parent if is_file(name) else None
-    numbered = enumerate(each_record(_undecoded(records), name), start=1)
+    numbered = enumerate(each_record(with_encoded_images(records), name), start=1)
     return name, folder, ((f"{name}, record {number}", record) for number, record in numbered)
 
 
@@ -368,21 +369,3 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     if text is None:
         raise DataError(f"{where}: the field {field!r} must be text; got {describe(value)}.")
     return check_text(text, field, where)
-
-
-def _undecoded(records: Any) -> Any:
-    """A data set whose images stay as they are stored, until they are asked for."""
-    features = getattr(records, "features", None)
-    if not features:
-        return records
-    from datasets import Image as ImageFeature
-    from datasets import List
-
-    stored = ImageFeature(decode=False)
-    for name in ("image", "images"):
-        kind = features.get(name)
-        if isinstance(kind, ImageFeature):
-            records = records.cast_column(name, stored)
-        elif isinstance(kind, List) and isinstance(kind.feature, ImageFeature):
-            records = records.cast_column(name, List(stored))
-    return records

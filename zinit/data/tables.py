@@ -11,13 +11,17 @@ from zinit.data.images import Encoded
 def with_encoded_images(records: Iterable[Any]) -> Iterable[Any]:
     """The records of a table, their images as the bytes of files; other records as they are."""
     table: Any = records
-    if not hasattr(table, "cast_column"):
+    features = getattr(records, "features", None)
+    if not features:
         return records
-    from datasets import Image
+    from datasets import Image, List
 
-    for name, kind in table.features.items():
+    stored = Image(decode=False)
+    for name, kind in features.items():
         if isinstance(kind, Image):
-            table = table.cast_column(name, Image(decode=False))
+            table = table.cast_column(name, stored)
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            table = table.cast_column(name, List(stored))
     return table
 
 

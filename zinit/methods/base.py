@@ -123,6 +123,10 @@ class Method(ABC):
         """
         return None
 
+    def untrained(self) -> tuple[str, ...]:
+        """The roles in the adapter that it does not train, as another run has, from which it starts (``--from``)."""
+        return ()
+
     def solve(self, task: Task) -> bool:
         """Trains without the engine where the method has a closed procedure of its own.
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
-from zinit.adapter.file import AdapterFile
-from zinit.adapter.handle import Handle
 from zinit.config import AdapterConfig
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import ConfigError
 from zinit.methods import defaults
 from zinit.methods.base import Adapted, ApplyContext
 from zinit.methods.prefix import ZeroInit
@@ -70,42 +67,15 @@ class ImageBind(ZeroInit):
         """Without a tuning in the first stage, which does not train it."""
         return replace(adapter, tuning=None) if self.config.stage == "bind" else adapter
 
+    def untrained(self) -> tuple[str, ...]:
+        return ("gates", "prompts", "source") if self.config.stage == "tuning" else ()
+
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
-        second = self.config.stage == "tuning"
-        if second and context.attached.tuning is None:
+        if self.config.stage == "tuning" and context.attached.tuning is None:
             raise ConfigError("method.stage=tuning trains the tuning, and there is none: leave out tuning=none.")
-        if second and context.saved is None and self.config.start is None:
-            raise ConfigError(
-                "method.stage=tuning goes on with what a first stage has made, and got none: name its run or adapter, "
-                "-o method.start=RUN."
-            )
-        file = AdapterFile.read(self.config.start) if second and context.saved is None else None
-        if file is not None:
-            file.check_model(model)
         adapted = super().apply(model, context)
         assert adapted.handle is not None
-        if file is not None:
-            _start_from(adapted.handle, file, self.config.start)
-        if second:
-            for role, parameters in adapted.handle.roles().items():
-                for parameter in parameters:
-                    parameter.requires_grad_(role == "tuning")
+        for role, parameters in adapted.handle.roles().items():
+            for parameter in parameters:
+                parameter.requires_grad_(role not in self.untrained())
         return adapted
-
-
-def _start_from(handle: Handle, file: AdapterFile, source: str | Path) -> None:
-    """Takes over everything that a first stage has trained; a tuning that it has besides goes on too.
-
-    Raises:
-        CheckpointError: if it lacks something of the adapter, or was trained on another encoder's vectors.
-    """
-    own = handle.state_dict()
-    missing = [name for name in own if name not in file.tensors and not name.startswith("tuning.")]
-    if missing:
-        raise CheckpointError(
-            f"the adapter in {source} is no first stage of this one: it has no {missing[0]}, nor {len(missing) - 1} "
-            f"others. Train it with -o method.stage=bind and the same prefix and context."
-        )
-    if handle.encoder is not None and file.encoder and (text := handle.encoder.difference(file.encoder)):
-        raise CheckpointError(f"the first stage in {source} was trained with another encoder: {text}.")
-    handle.load_state_dict({**own, **file.tensors})

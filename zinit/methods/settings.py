@@ -7,8 +7,7 @@ from typing import Literal
 
 from zinit.config import ExcitorConfig as ExcitorConfig
 from zinit.config import JsonConfig
-from zinit.errors import ConfigError
-from zinit.validation import PositiveFloat, Rate, Size, shown
+from zinit.validation import PositiveFloat, Rate, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +68,8 @@ class StageSettings(JsonConfig):
     """Which stage of a training in two.
 
     Args:
-        stage: ``"bind"``, the first: what makes the context, prompts and gates; ``"tuning"``, the second, which needs
-            ``start``: LoRA, biases and norms; or ``"both"`` at once.
-        start: the run or adapter that the first stage has made.
+        stage: ``"bind"``, the first: what makes the context, prompts and gates; ``"tuning"``, the second, which starts
+            from the first's run or adapter (``--from``): LoRA, biases and norms; or ``"both"`` at once.
     """
 
     stage: Literal["both", "bind", "tuning"] = "both"
-    start: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stage != "tuning" and self.start is not None:
-            raise ConfigError(
-                f"start must name what the first stage has made, for stage='tuning' and no other; got "
-                f"stage={self.stage!r} and start={shown(self.start)}."
-            )

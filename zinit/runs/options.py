@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zinit.compat import OLD_SETTINGS, modern_setting
+from zinit.compat import MOVED_SETTINGS, OLD_SETTINGS, modern_setting
 from zinit.config import ROLES, setting_paths
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
@@ -117,5 +117,5 @@ def _full_name(name: str, known: Sequence[str], method: str) -> str:
 
 def _modern(name: str) -> str:
     """Today's name of a setting, also of one that is given without its section."""
-    short = {old.rpartition(".")[2]: new for old, new in OLD_SETTINGS.items()}
+    short = {old.rpartition(".")[2]: new for old, new in (OLD_SETTINGS | MOVED_SETTINGS).items()}
     return short.get(name) or modern_setting(name)

@@ -14,13 +14,16 @@ from zinit.adapter.file import DESCRIPTION, FILES, AdapterFile
 from zinit.config import ONLY, AdapterConfig
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import is_file, is_folder, local_path
+from zinit.methods import METHODS
 from zinit.methods.base import Method
 from zinit.runs.directory import TRAINED, load_trained, read_finished_run
 from zinit.runs.record import RECORD
 from zinit.train.strategy import shard_like
+from zinit.validation import shown
 
 if TYPE_CHECKING:
     from zinit.adapter.handle import Handle
+    from zinit.runs.config import RunConfig
     from zinit.tasks.base import Task
 
 OF_THE_START = ("gate_init", "init_std", "layers", "towers")  # of a prefix: how it began; layers are compared by name
@@ -63,6 +66,7 @@ class WarmStart:
             adapter = AdapterFile.read(source)
             adapter.check_model(task.model)
             _check_fits(adapter, task.handle, source)
+            _check_complete(adapter, task.handle, method, source)
             hashes |= adapter.sha256
         own = is_file(folder / TRAINED)
         if own:
@@ -99,6 +103,20 @@ def _check_run(folder: Path, task: Task) -> None:
     if TRAINED in record.weights and task.trained() and record.labels != task.labels:
         raise CheckpointError(
             f"{folder} was trained on other classes: {_few(record.labels)}, and here they are {_few(task.labels)}."
+        )
+
+
+def check_has_start(config: RunConfig) -> None:
+    """A method that leaves a part of the adapter as another run has made it is given that run.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    method: Method = METHODS.get(config.method)(config.method_options)
+    if config.warm_start is None and method.untrained():
+        raise ConfigError(
+            f"the method {method.name!r} with {shown(method.config.to_dict())} goes on with what a first stage has "
+            f"made ({', '.join(method.untrained())}), and got none: name its run or adapter, --from RUN."
         )
 
 
@@ -147,6 +165,17 @@ def _check_fits(adapter: AdapterFile, handle: Handle, source: str) -> None:
     seen = handle.encoder if theirs.context is not None else None
     if seen is not None and (text := seen.difference(adapter.encoder or {})):
         raise CheckpointError(f"the adapter in {source} was trained with another encoder: {text}.")
+
+
+def _check_complete(adapter: AdapterFile, handle: Handle, method: Method, source: str) -> None:
+    """Whatever the method does not train is in the file."""
+    kept = {id(p) for role, parameters in handle.roles().items() if role in method.untrained() for p in parameters}
+    missing = [name for name, p in handle.named_parameters() if id(p) in kept and name not in adapter.tensors]
+    if missing:
+        raise CheckpointError(
+            f"the adapter in {source} is no first stage of this run: it has no {missing[0]}, nor {len(missing) - 1} "
+            f"others that the method {method.name!r} does not train here. Train it with the same prefix and context."
+        )
 
 
 def _differences(ours: AdapterConfig, theirs: AdapterConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -35,7 +35,7 @@ from zinit.runs.identity import PLACES, flat_settings, identity_of
 from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
-from zinit.runs.start import WarmStart, check_same_start
+from zinit.runs.start import WarmStart, check_has_start, check_same_start
 from zinit.train import activation_cache
 from zinit.train.checkpoint import check_identity, resume_command
 from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
@@ -138,6 +138,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
+    check_has_start(config)
     examples = read_data(config, device=accelerator.device)
     config, notes = settle(config, preset)
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
@@ -173,9 +174,9 @@ def preflight(run: Run, *, preset: str | None) -> None:
     encode_images(task, accelerator, run.on_event if run.is_main else ignore)
     with run.built.adapted.disabled(), weights_in_place(task):
         task.prepare()
+    agreement.check_agreement(accelerator, {"the hashes of --from": run.start and run.start.sha256})
     if run.start is not None:
         run.start.copy_to(task)
-        agreement.check_agreement(accelerator, {"the hashes of --from": run.start.sha256})
     run.identity = identity_of(run.config, task.fingerprint())
     agreement.check_agreement(accelerator, {"the hash of the examples": run.identity["examples"]})
     agreement.check_models(accelerator, {**run.built.identities, "the model": run.built.identity})
