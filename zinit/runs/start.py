@@ -154,7 +154,7 @@ def _check_fits(adapter: AdapterFile, handle: Handle, source: str) -> None:
             f"Take what it was trained with: -o {name}=..."
         )
     places = {name: tuple(parameter.shape) for name, parameter in handle.named_parameters()}
-    for name, tensor in adapter.tensors.items():
+    for name, tensor in sorted(adapter.tensors.items()):
         shape = places.get(name)
         if shape != tuple(tensor.shape):
             here = "no such parameter" if shape is None else f"the shape {shape}"
