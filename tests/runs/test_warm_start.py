@@ -140,6 +140,15 @@ def test_a_language_half_is_as_it_was_after_captions(folder: Path, tmp_path: Pat
     assert not any(torch.equal(before[name], after[name]) for name in visual)
     told = json.loads((folder / "v2" / "metrics.json").read_text())["metrics"]["adapted"]
     assert results["metrics"]["adapted"]["language_rouge_l"] == told["rouge_l"]
+    base, _ = load_causal_lm(folder / "model", dtype=torch.float32)
+    ids = torch.arange(5, 25).reshape(2, 10)
+    frozen, logits = base(input_ids=ids).logits, []
+    for run in (folder / "v2", tmp_path / "run"):
+        handle = zinit.load(base, run)
+        logits.append(base(input_ids=ids).logits)
+        handle.detach()
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], frozen)
 
 
 def test_a_second_stage_starts_from_the_first(folder: Path, tmp_path: Path) -> None:
