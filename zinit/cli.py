@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
 from zinit.serve.command import serve
+from zinit.ui import index
 
 
 class OnceEach(TyperCommand):
@@ -456,6 +457,12 @@ def convert(
         print_json({"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable})
     else:
         say(f"wrote {destination}: {len(handle.prefixes)} layers, {handle.num_trainable:,} parameters")
+
+
+indices = App(name="index", help="Features for cache retrieval.", no_args_is_help=True, rich_markup_mode=None)
+indices.command()(index.build)
+indices.command()(index.info)
+app.add_typer(indices)
 
 
 @app.command()
