@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -86,7 +87,7 @@ def main() -> None:
     torch.manual_seed(0)
     results: dict[str, Any] = {
         "width": given.width, "threads": given.threads, "torch": torch.__version__, "machine": platform.machine(),
-        "sizes": [],
+        "load_average": os.getloadavg()[0], "sizes": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for count in given.keys:

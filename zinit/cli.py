@@ -61,7 +61,10 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", mi
 Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
 System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
 Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
-Images = Annotated[list[str] | None, typer.Option("--image", help="A file to show; repeatable.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", "--audio", "--video", help="A file for the run's encoder; repeatable."),
+]
 
 
 def _print_version(asked: bool) -> None:

@@ -62,7 +62,8 @@ class Encoder(nn.Module, ABC):
     """A frozen tower, always in evaluation mode.
 
     Attributes:
-        modality: what it takes: "image".
+        modality: what it takes: "image", "audio" or "video".
+        ready: the axes of its inputs; empty where models differ in them.
         width: D of its tokens.
         layer_width: of a layer's vector.
         depth: number of its layers.
@@ -71,6 +72,7 @@ class Encoder(nn.Module, ABC):
     """
 
     modality = "image"
+    ready: tuple[str, ...] = ("batch", "3", "height", "width")
     processing = ""
     width: int
     layer_width: int
@@ -189,7 +191,8 @@ def encode(encoder: Encoder, items: Sequence[Any] | Tensor, *, layers: int = 0) 
 
     Args:
         encoder: runs once for all images.
-        items: for each sample an image, a list of several, or None; or ready pixels (B, 3, H, W).
+        items: for each sample an image (or what else the encoder takes), a list of several, or None; or ready pixels
+            (B, 3, H, W).
         layers: how many layers' vectors are wanted.
 
     Raises:
@@ -197,8 +200,8 @@ def encode(encoder: Encoder, items: Sequence[Any] | Tensor, *, layers: int = 0) 
     """
     where = next(encoder.parameters())
     if isinstance(items, Tensor):
-        if items.dim() != 4:
-            raise ConfigError(f"pixels must be (batch, 3, height, width); got {tuple(items.shape)}.")
+        if encoder.ready and items.dim() != len(encoder.ready):
+            raise ConfigError(f"pixels must be ({', '.join(encoder.ready)}); got {tuple(items.shape)}.")
         return encoder(items.to(where.device, where.dtype), layers)
     groups = [[] if item is None else list(item) if isinstance(item, list | tuple) else [item] for item in items]
     images = [image for group in groups for image in group]

@@ -267,12 +267,21 @@ class Handle:
             yield
 
     @contextmanager
-    def given(self, *, image: Sequence[Any] | Tensor | None = None, features: Any = None) -> Iterator[None]:
+    def given(
+        self,
+        *,
+        image: Sequence[Any] | Tensor | None = None,
+        audio: Sequence[Any] | Tensor | None = None,
+        video: Sequence[Any] | Tensor | None = None,
+        features: Any = None,
+    ) -> Iterator[None]:
         """Makes each sample's context of its images, once, and gives it while inside, `generate` included.
 
         Args:
             image: for each sample an image or its path, a list of several, or None; or pixels (B, 3, H, W). The
                 adapter's encoder runs once.
+            audio: sound files instead, for an encoder of sound.
+            video: videos instead, for an encoder of video.
             features: instead, what an encoder made, as the adapter's source takes it; vectors (B, F) and mixtures of
                 several senses for "bind" (`zinit.adapter.bind.Senses`).
 
@@ -289,10 +298,15 @@ class Handle:
                 f"the adapter {self.name!r} takes no images: it has no context source. Attach one with "
                 f"zinit.AdapterConfig(..., context='visual-tokens')."
             )
-        if (image is None) == (features is None):
-            raise ConfigError("give either image=... or features=....")
-        if image is not None:
-            features = encode(self.get_encoder(), image, layers=getattr(source, "layers", 0))
+        senses = {"image": image, "audio": audio, "video": video}
+        shown = [(sense, items) for sense, items in senses.items() if items is not None]
+        if len(shown) + (features is not None) != 1:
+            raise ConfigError("give either image=... (or audio=..., video=...) or features=....")
+        for sense, items in shown:
+            encoder = self.get_encoder()
+            if encoder.modality != sense:
+                raise ConfigError(f"the adapter's encoder takes {encoder.modality}; got {sense}=.... Use its own name.")
+            features = encode(encoder, items, layers=getattr(source, "layers", 0))
         parameter = next(source.parameters(), None)
         if isinstance(features, Features) and parameter is not None:
             features = features.to(parameter.device)

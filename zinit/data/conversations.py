@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from zinit.errors import DataError
 from zinit.files import is_file
 
 MARK = "<image>"
+SENSES = ("image", "audio", "video")  # a record's columns, and those in the plural: what the encoder of the run takes
+SHOWN = tuple(name for sense in SENSES for name in (sense, f"{sense}s"))
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {
     **dict.fromkeys(("user", "human"), USER),
@@ -32,9 +35,9 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), SYSTEM),
 }
 FORMS = {  # what a record's turns are under, and what else it may have
-    "messages": ("image", "images", "system", "category"),
-    "conversations": ("image", "images", "system", "category"),
-    "instruction": ("input", "output", "image", "images", "system", "history", "category"),
+    "messages": (*SHOWN, "system", "category"),
+    "conversations": (*SHOWN, "system", "category"),
+    "instruction": ("input", "output", *SHOWN, "system", "history", "category"),
 }
 
 
@@ -294,21 +297,22 @@ class _Images:
     """The images of a record, in the order in which its turns name them.
 
     Args:
-        record: with the columns image and images.
+        record: with the columns of `SHOWN`.
         folder: what paths are relative to; None allows no paths.
         where: for messages.
     """
 
     def __init__(self, record: Mapping[str, Any], folder: Path | None, where: str) -> None:
         self.folder, self.where = folder, where
-        columns = [record.get(name) for name in ("image", "images")]
+        columns = [record.get(name) for name in SHOWN]
+        self.marks = [MARK, *(f"<{sense}>" for sense in SENSES[1:] if record.get(sense) or record.get(f"{sense}s"))]
         lists = [list(value) if isinstance(value, list | tuple) else [value] for value in columns]
         self.given = [value for values in lists for value in values if value is not None and value != ""]
         self.named: list[Any] = []  # one for each mark; None is the next of those given
 
     def take(self, text: str, *, may_be_empty: bool = False) -> str:
         """A text without its marks, each of which is one image."""
-        pieces = text.split(MARK)
+        pieces = re.split("|".join(self.marks), text)
         self.named += [None] * (len(pieces) - 1)
         if len(pieces) == 1:
             if not text.strip() and not may_be_empty:

@@ -1,4 +1,4 @@
-"""What the encoders of images share: a frozen tower, how its input is made, who it is."""
+"""What encoders share: a frozen tower, how its input is made, who it is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from zinit.data.images import read_image
 from zinit.errors import ConfigError
 from zinit.models.identity import difference, identify
 
-Prepare = Callable[[Sequence[Image.Image]], Tensor]
+Prepare = Callable[[Sequence[Any]], Tensor]
 
 
-class ImageEncoder(Encoder):
-    """An image tower.
+class TowerEncoder(Encoder):
+    """A frozen model of a library.
 
     Args:
         tower: the model; it is frozen.
-        prepare: RGB images to (B, 3, H, W); None if the model came without a processor.
+        prepare: what the encoder has read (RGB images, sounds) to a batch; None if the model came without a processor.
         processing: the processor's settings, as text.
         source: where it came from; empty for a module.
         bgr: images are given with their channels in reverse.
@@ -46,6 +46,25 @@ class ImageEncoder(Encoder):
         self.bgr, self.processor = bgr, prepare
         self.identity = {"source": source, "modality": self.modality, "bgr": bgr, **identify(tower)}
 
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, layers: int = 0) -> Features:
+        """See `zinit.adapter.encoding.Encoder`."""
+        return self.features(pixels, self.chosen(layers))
+
+    @abstractmethod
+    def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
+        """Features of pixels; ``layers`` are numbers from 1."""
+
+    def difference(self, identity: Mapping[str, Any]) -> str | None:
+        """How it differs from a recorded encoder; where it lies does not count."""
+        if self.bgr != identity.get("bgr", False):
+            return f"bgr is {self.bgr}, expected {identity.get('bgr', False)}"
+        return difference(identity, self.identity)
+
+
+class ImageEncoder(TowerEncoder):
+    """An image tower: RGB images to (B, 3, H, W)."""
+
     def prepare(self, items: Sequence[Any]) -> Tensor:
         """Image files and images to pixels.
 
@@ -62,18 +81,3 @@ class ImageEncoder(Encoder):
         if self.bgr:
             images = [Image.merge("RGB", image.split()[::-1]) for image in images]
         return self.processor(images)
-
-    @torch.no_grad()
-    def forward(self, pixels: Tensor, layers: int = 0) -> Features:
-        """See `zinit.adapter.encoding.Encoder`."""
-        return self.features(pixels, self.chosen(layers))
-
-    @abstractmethod
-    def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
-        """Features of pixels; ``layers`` are numbers from 1."""
-
-    def difference(self, identity: Mapping[str, Any]) -> str | None:
-        """How it differs from a recorded encoder; where it lies does not count."""
-        if self.bgr != identity.get("bgr", False):
-            return f"bgr is {self.bgr}, expected {identity.get('bgr', False)}"
-        return difference(identity, self.identity)

@@ -159,8 +159,17 @@ class ChatSession:
     def _takes_images(self) -> bool:
         return self.handle.shared.get("context") is not None
 
+    @property
+    def sense(self) -> str:
+        """What the adapter's encoder takes: "image", "audio" or "video"."""
+        return self.handle.get_encoder().modality if self._takes_images and self.handle.encoder is not None else "image"
+
     def _read(self, image: str | Path) -> Any:
-        """An image from a file."""
+        """An image from a file; for encoders of sound or video the file itself, which they read."""
+        if self.sense != "image":
+            if not local_path(image).exists():
+                raise DataError(f"there is no file {image}.")
+            return local_path(image)
         if not self._takes_images and not self.experts.experts:
             raise ConfigError(
                 f"the run is language-only: its adapter takes no images, but was given {image}. Train one that does "
@@ -202,7 +211,7 @@ class ChatSession:
             if self.base:
                 scopes.enter_context(self.handle.disabled())
             elif images and self._takes_images:
-                scopes.enter_context(self.handle.given(image=[list(images)]))
+                scopes.enter_context(self.handle.given(**{self.sense: [list(images)]}))
             try:
                 generated = self.model.generate(
                     input_ids=inputs,

@@ -1,0 +1,198 @@
+"""Encoders of sound and video: tiny random models, real files, tokens after the last norm, adapters that hear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import zinit
+from tests.shared import SHARED, needs_data
+from tests.tiny import save_tiny_llama
+from zinit.adapter.encoding import encode, load_feature_encoder
+from zinit.demo import vit_path
+from zinit.encoders.frames import read_frames, spaced
+from zinit.errors import BackboneError, ConfigError, DataError
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIDEO = {**SIZES, "image_size": 16, "patch_size": 8, "num_frames": 4}
+
+
+def made(kind: str) -> Any:
+    """A tiny random model."""
+    torch.manual_seed(0)
+    config: Any = {
+        "ast": lambda: transformers.ASTConfig(
+            **SIZES, num_mel_bins=16, max_length=40, patch_size=8, time_stride=8, frequency_stride=8
+        ),
+        "whisper": lambda: transformers.WhisperConfig(
+            d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=16, max_source_positions=50, vocab_size=40,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        ),
+        "clap": lambda: transformers.ClapAudioConfig(
+            window_size=4, num_mel_bins=16, spec_size=64, patch_size=4, patch_stride=[4, 4], patch_embeds_hidden_size=8,
+            depths=[1, 1], num_attention_heads=[2, 2], hidden_size=16, projection_dim=12, enable_fusion=False,
+        ),
+        "videomae": lambda: transformers.VideoMAEConfig(**VIDEO, tubelet_size=2),
+        "vjepa2": lambda: transformers.VJEPA2Config(
+            patch_size=8, crop_size=16, frames_per_clip=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+            mlp_ratio=2, pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+        ),
+    }[kind]()  # fmt: skip
+    name = {"clap": "ClapAudioModelWithProjection", "whisper": "WhisperModel", "vjepa2": "VJEPA2Model"}.get(kind)
+    return (getattr(transformers, name)(config) if name else transformers.AutoModel.from_config(config)).eval()
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """The model with its own extractor."""
+    made(kind).save_pretrained(folder)
+    processor: Any = {
+        "ast": lambda: transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=40),
+        "whisper": lambda: transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        "clap": lambda: transformers.ClapFeatureExtractor(
+            feature_size=16, fft_window_size=256, hop_length=480, max_length_s=1, truncation="rand_trunc"
+        ),
+        "videomae": lambda: transformers.VideoMAEVideoProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+        "vjepa2": lambda: transformers.VJEPA2VideoProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+    }[kind]()
+    processor.save_pretrained(folder)
+    return folder
+
+
+SOUNDS, VIDEOS = ("ast", "whisper", "clap"), ("videomae", "vjepa2")
+
+
+def tone(path: Path, hertz: float, rate: int = 22_050, channels: int = 2) -> Path:
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
+    soundfile.write(path, np.stack([wave] * channels, axis=1) if channels > 1 else wave, rate)
+    return path
+
+
+def clip(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    return folder
+
+
+def item(kind: str, folder: Path, seed: int) -> Path:
+    return tone(folder / f"{seed}.wav", 300 * (seed + 1)) if kind in SOUNDS else clip(folder / f"clip{seed}", 6 + seed)
+
+
+@pytest.mark.parametrize("kind", [*SOUNDS, *VIDEOS])
+def test_files_pass_the_models_own_extractor_and_its_last_norm(kind: str, tmp_path: Path) -> None:
+    encoder = load_feature_encoder(saved(kind, tmp_path / "model"))
+    assert encoder.modality == ("audio" if kind in SOUNDS else "video")
+    items = [item(kind, tmp_path, seed) for seed in (0, 1)]
+    ready = encoder.prepare(items)
+    features = encode(encoder, items, layers=1)
+    model = made(kind)
+    tower = model.encoder if kind == "whisper" else model
+    with torch.no_grad():
+        out = tower(ready, **({"skip_predictor": True} if kind == "vjepa2" else {}))
+    tokens = out.last_hidden_state.flatten(2).transpose(1, 2) if kind == "clap" else out.last_hidden_state
+    torch.testing.assert_close(features.tokens, tokens)
+    assert features.tokens is not None
+    assert features.pooled is not None
+    assert features.tokens.shape[::2] == (2, encoder.width)
+    assert features.layers[0].shape == (2, encoder.layer_width)
+    if kind == "clap":
+        torch.testing.assert_close(features.pooled, out.audio_embeds)
+    assert not torch.allclose(features.pooled[0], features.pooled[1])
+    assert torch.equal(encoder.prepare(items), ready)  # nothing is cut at random
+
+
+def test_sounds_are_mixed_down_and_resampled(tmp_path: Path) -> None:
+    from zinit.encoders.audio import read_sound
+
+    sound = read_sound(tone(tmp_path / "a.wav", 441.0), 16_000)
+    expected = np.sin(2 * np.pi * 441.0 * np.arange(16_000) / 16_000)
+    assert sound.shape == (16_000,)
+    assert np.abs(sound[800:-800] - expected[800:-800]).max() < 1e-2
+    same = read_sound(tone(tmp_path / "b.wav", 441.0, rate=16_000, channels=1), 16_000)
+    assert np.abs(same - expected).max() < 1e-4
+    (tmp_path / "c.wav").write_bytes(b"RIFFnothing")
+    for name, message in (("c.wav", "is no sound that can be read"), ("d.wav", "there is no sound")):
+        with pytest.raises(DataError, match=message):
+            read_sound(tmp_path / name, 16_000)
+
+
+def test_frames_are_equally_spaced(tmp_path: Path) -> None:
+    assert spaced(7, 4) == [0, 2, 4, 6]
+    assert spaced(2, 4) == [0, 0, 1, 1]
+    folder = clip(tmp_path / "clip", 7)
+    found = read_frames(folder, 4)
+    files = sorted(folder.glob("*.png"))
+    for frame, number in zip(found, (0, 2, 4, 6), strict=True):
+        assert np.array_equal(np.asarray(frame), np.asarray(Image.open(files[number])))
+    first, *rest = [Image.open(file) for file in files]
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=rest, lossless=True)
+    moving = read_frames(tmp_path / "moving.webp", 4)
+    assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(moving, found, strict=True))
+    for bad, message in ((tmp_path / "gone", "there is no video"), (tmp_path, "holds no frames")):
+        with pytest.raises(DataError, match=message):
+            read_frames(bad, 2)
+
+
+def test_frames_of_an_image_model(tmp_path: Path) -> None:
+    encoder, images = load_feature_encoder(f"frames:{vit_path()}"), load_feature_encoder(vit_path())
+    folder = clip(tmp_path / "clip", 8)
+    video, alone = encode(encoder, [folder], layers=2), encode(images, sorted(folder.glob("*.png")), layers=2)
+    assert video.tokens is not None
+    assert alone.tokens is not None
+    assert alone.pooled is not None
+    torch.testing.assert_close(video.tokens[0], alone.tokens.flatten(0, 1))
+    torch.testing.assert_close(video.pooled, alone.pooled.mean(0, keepdim=True))
+    torch.testing.assert_close(video.layers[1], alone.layers[1].mean(0, keepdim=True))
+
+
+@needs_data
+def test_an_adapter_hears_real_sounds(tmp_path: Path) -> None:
+    """Closed gates leave the model as it was; open, one sound is not another, and silence not there is exactly zero."""
+    pytest.importorskip("soundfile")
+    sounds = [SHARED / "data/examples/imagebind" / f"{name}_audio.wav" for name in ("dog", "car")]
+    model = transformers.LlamaForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "llama")).eval()
+    ids = torch.arange(3, 11)[None].repeat(3, 1)
+    with torch.no_grad():
+        frozen = model(ids).logits
+    config = zinit.AdapterConfig(
+        parts={"early": zinit.PrefixConfig(length=3, layers=(0,), prompt="context")}, context="visual-tokens",
+        context_options={"hidden": 8, "blocks": 1, "heads": 2},
+    )  # fmt: skip
+    handle = zinit.attach(model, config, encoder=saved("ast", tmp_path / "ast"))
+    with torch.no_grad():
+        with handle.given(audio=[*sounds, None]):
+            assert torch.equal(model(ids).logits, frozen)
+        for name, tensor in handle.state_dict().items():
+            if "gate" in name:
+                tensor.fill_(1.0)
+        with handle.given(audio=[*sounds, None]):
+            heard = model(ids).logits
+    assert not torch.allclose(heard[0], heard[1])
+    assert torch.equal(heard[2], frozen[2])
+    with pytest.raises(ConfigError, match=r"encoder takes audio; got image="), handle.given(image=sounds):
+        pass
+
+
+def test_wrong_models(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"is a llama; audio encoders are clap"):
+        load_feature_encoder(f"audio:{save_tiny_llama(tmp_path / 'llama')}")
+    with pytest.raises(BackboneError, match="cannot be loaded as an video encoder"):
+        load_feature_encoder("video:nobody/nothing")
+    made("ast").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="came without an extractor"):
+        load_feature_encoder(tmp_path / "bare").prepare(["a.wav"])
+    with pytest.raises(ConfigError, match="bgr is for images"):
+        load_feature_encoder(tmp_path / "bare", bgr=True)

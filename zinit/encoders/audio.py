@@ -1,0 +1,138 @@
+"""Models of transformers that turn sound into a sequence of tokens: CLAP, AST, Whisper's encoder, PE-A."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
+from zinit.encoders.base import TowerEncoder
+from zinit.encoders.senses import config_kind, load_tower, named
+from zinit.errors import ConfigError, DataError
+from zinit.files import is_file, parsing
+
+# The kinds of configuration: the class of the tower, and where the encoder is in it.
+KINDS = {
+    "clap": ("ClapAudioModelWithProjection", ""),
+    "clap_audio_model": ("ClapAudioModelWithProjection", ""),
+    "audio-spectrogram-transformer": ("ASTModel", ""),
+    "whisper": ("WhisperModel", "encoder"),
+    "pe_audio": ("PeAudioModel", "audio_encoder"),
+    "pe_audio_encoder": ("PeAudioEncoder", ""),
+}
+LONGEST = 600  # seconds of one sound
+
+
+class AudioEncoder(TowerEncoder):
+    """An audio tower. Its items are sound files; what is longer than the model takes is cut at the end."""
+
+    modality = "audio"
+    ready = ()  # each model has a form of its own
+
+    def __init__(self, tower: nn.Module, extractor: Any, *, source: str = "", bgr: bool = False) -> None:
+        if bgr:
+            raise ConfigError("encoder.bgr is for images; leave it out for sound.")
+        known: Any = tower
+        if getattr(known.config, "enable_fusion", False):
+            raise ConfigError(f"{source or 'this CLAP'} fuses several views of long sounds; take one without fusion.")
+        super().__init__(tower, None, source=source, processing="" if extractor is None else extractor.to_json_string())
+        self.extractor = extractor
+        config: Any = known.config
+        self.is_clap = hasattr(known, "audio_projection")
+        self.layer_width = config.hidden_size if hasattr(config, "hidden_size") else config.d_model
+        self.width = self.layer_width
+        # CLAP's stages differ in width: it gives the vector of the last alone.
+        self.depth = 1 if self.is_clap else int(getattr(config, "num_hidden_layers", 0) or config.encoder_layers)
+
+    def prepare(self, items: Sequence[Any]) -> Tensor:
+        """Sound files to what the model takes, by its own extractor.
+
+        Raises:
+            ConfigError: if the model came without one.
+            DataError: if a file is no sound.
+        """
+        if self.extractor is None:
+            raise ConfigError(
+                f"the encoder {self.identity['source'] or type(self.tower).__name__} came without an extractor of "
+                f"features (no preprocessor_config.json): give its inputs as a tensor."
+            )
+        rate = self.extractor.sampling_rate
+        most = getattr(self.extractor, "nb_max_samples", None)  # CLAP's own cut is at a random place
+        sounds = [read_sound(item, rate)[:most] for item in items]
+        made = self.extractor(sounds, sampling_rate=rate, return_tensors="pt")
+        return made[getattr(self.tower, "main_input_name", "input_features")]
+
+    def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
+        """Tokens leave the last norm; CLAP's are those of its last stage. A layer's vector is its tokens' mean."""
+        tower: Any = self.tower
+        out = tower(pixels, output_hidden_states=bool(layers))
+        tokens = out.last_hidden_state
+        if self.is_clap:
+            tokens = tokens.flatten(2).transpose(1, 2)
+            vectors = (tokens.mean(1),) if layers else ()
+            return Features(tokens, out.audio_embeds, vectors)
+        pooled = getattr(out, "pooler_output", None)
+        vectors = tuple(out.hidden_states[number].mean(1) for number in layers)
+        return Features(tokens, tokens.mean(1) if pooled is None else pooled, vectors)
+
+
+def read_sound(source: Any, rate: int) -> np.ndarray:
+    """One channel of float32 at a rate: channels are averaged, other rates resampled.
+
+    Raises:
+        DataError: naming the file, if it is missing, no sound, or too long.
+        ConfigError: if soundfile is not installed.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ConfigError(f"sound is read by soundfile: pip install 'zinit[audio]' ({error}).") from error
+    if not isinstance(source, str | Path) or not is_file(source):
+        raise DataError(f"there is no sound {source}.")
+    with parsing(f"{source} is no sound that can be read", DataError):
+        known = soundfile.info(str(source))
+        if known.duration > LONGEST:
+            raise DataError(f"{source} is {known.duration:.0f} seconds long, more than {LONGEST}. Cut it.")
+        samples, own = soundfile.read(str(source), dtype="float32", always_2d=True)
+    sound = samples.mean(1)
+    if own == rate:
+        return sound
+    from scipy.signal import resample_poly
+
+    common = gcd(own, rate)
+    return resample_poly(sound, rate // common, own // common).astype(np.float32)
+
+
+class AudioEncoders(EncoderLibrary):
+    """The library."""
+
+    def knows(self, source: str) -> bool:
+        """A folder of one of `KINDS`, or ``audio:HUB_ID``."""
+        return source.startswith("audio:") or config_kind(source) in KINDS
+
+    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
+        """An encoder around a tower; None if it is none of `KINDS`."""
+        kind = getattr(getattr(module, "config", None), "model_type", "")
+        if kind not in KINDS:
+            return None
+        part = KINDS[kind][1]
+        return AudioEncoder(getattr(module, part, module) if part else module, None, bgr=bgr)
+
+    def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
+        """See `zinit.adapter.encoding.EncoderLibrary.load`."""
+        from transformers import AutoFeatureExtractor
+
+        tower = load_tower(named(source, "audio"), KINDS, "audio", revision)
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(named(source, "audio"), revision=revision)
+        except (OSError, ValueError):
+            extractor = None
+        return AudioEncoder(tower, extractor, source=str(source), bgr=bgr)
+
+
+AUDIO = AudioEncoders()

@@ -1,0 +1,68 @@
+"""What encoders of sound and video share: how a tower of transformers is found and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinit.errors import BackboneError
+from zinit.models.loading import model_source, quiet, reason
+
+Kinds = Mapping[str, tuple[str, str]]
+
+
+def named(source: str | Path, library: str) -> str:
+    """A source without the library's name before it."""
+    return str(source).removeprefix(f"{library}:")
+
+
+def config_kind(source: str) -> str:
+    """The model type that a folder's ``config.json`` names; empty for anything else."""
+    try:
+        return str(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> nn.Module:
+    """The encoder of a model, its weights complete.
+
+    Args:
+        source: folder or Hub id.
+        kinds: {model type: (class of transformers, attribute that is the encoder; empty for the whole)}.
+        sense: for messages.
+        revision: on the Hub.
+
+    Raises:
+        BackboneError: if there is no such model, it is of no known kind, or weights of the encoder are missing.
+    """
+    import transformers
+
+    source = model_source(source)
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # transformers raises many classes; all mean that it cannot load this
+        raise BackboneError(f"{source} cannot be loaded as an {sense} encoder: {reason(source, error)}") from error
+    if config.model_type not in kinds:
+        raise BackboneError(f"{source} is a {config.model_type}; {sense} encoders are {', '.join(kinds)}.")
+    name, part = kinds[config.model_type]
+    model_class: Any = getattr(transformers, name)
+    if not isinstance(config, model_class.config_class):  # a model of two towers
+        config = config.audio_config if sense == "audio" else config.video_config
+    try:
+        with quiet():
+            model, report = model_class.from_pretrained(
+                source, config=config, revision=revision, trust_remote_code=False, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise BackboneError(f"{source} cannot be loaded as an {sense} encoder: {reason(source, error)}") from error
+    missing = [key for key in report["missing_keys"] if not part or key.startswith(f"{part}.")]
+    if missing:
+        raise BackboneError(f"{source} lacks weights of its {sense} encoder: {', '.join(sorted(missing)[:5])}.")
+    return getattr(model, part) if part else model
