@@ -18,7 +18,7 @@ LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/new-backbone.md",
                                   "docs/new-task.md", "docs/other-libraries.md", "docs/scaling.md",
-                                  "docs/image-text-tasks.md", "docs/suites.md", "docs/serving.md",
+                                  "docs/image-text-tasks.md", "docs/suites.md", "docs/senses.md", "docs/serving.md",
                                   "zinit/demo/README.md"])  # fmt: skip
 def test_paths_in_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.senses import config_kind, load_tower, named
-from zinit.errors import ConfigError, DataError
+from zinit.errors import ConfigError, DataError, install_extra
 from zinit.files import is_file, parsing
 
 # The kinds of configuration: the class of the tower, and where the encoder is in it.
@@ -91,7 +91,7 @@ def read_sound(source: Any, rate: int) -> np.ndarray:
     try:
         import soundfile
     except ImportError as error:
-        raise ConfigError(f"sound is read by soundfile: pip install 'zinit[audio]' ({error}).") from error
+        raise ConfigError(f"sound is read by the package soundfile. {install_extra('audio')}") from error
     if not isinstance(source, str | Path) or not is_file(source):
         raise DataError(f"there is no sound {source}.")
     with parsing(f"{source} is no sound that can be read", DataError):

@@ -14,7 +14,7 @@ from zinit.adapter.encoding import Encoder, EncoderLibrary, Features, load_featu
 from zinit.data.images import SUFFIXES, read_image
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.senses import named
-from zinit.errors import ConfigError, DataError
+from zinit.errors import ConfigError, DataError, install_extra
 from zinit.files import is_file, is_folder, is_hidden, parsing
 
 SPACED = 8  # frames of a video
@@ -97,7 +97,7 @@ def _decoded(path: Path, count: int) -> list[Image.Image]:
         import av
     except ImportError as error:
         raise ConfigError(
-            f"{path} is read by the package av: pip install 'zinit[video]' ({error}), or give a folder of frames."
+            f"{path} is read by the package av. {install_extra('video')} Or give a folder of frames."
         ) from error
     library: Any = av
     with parsing(f"{path} is no video that can be read", DataError), library.open(str(path)) as video:

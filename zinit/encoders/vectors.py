@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zinit.errors import ConfigError, DataError, first_line
+from zinit.errors import ConfigError, DataError, first_line, install_extra
 from zinit.files import is_file, is_lfs_pointer, local_path, parsing
 
 SUFFIXES = (".npy", ".safetensors", ".index")
@@ -73,7 +73,7 @@ def _faiss(path: Path, tensor: str) -> np.ndarray:
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError(f"{path} is an index of faiss: pip install 'zinit[retrieval]' ({error}).") from error
+        raise ConfigError(f"{path} is read by the package faiss. {install_extra('retrieval')}") from error
     library: Any = faiss
     try:
         index = library.read_index(str(path))

@@ -30,6 +30,9 @@ EXTRAS = {
     "deepspeed": ("deepspeed",),
     "ocr": ("rapidocr", "onnxruntime"),
     "eval": ("lm_eval",),
+    "retrieval": ("faiss",),
+    "audio": ("soundfile",),
+    "video": ("av",),
     "meteor": ("pycocoevalcap",),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
