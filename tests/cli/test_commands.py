@@ -241,6 +241,7 @@ OPTIONS = {
     "ls": {"--json"},
     "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--tables", "--json"},
     "push": {"--private", "--json"},
+    "index": set(),
     "doctor": {"--json"},
 }  # fmt: skip
 

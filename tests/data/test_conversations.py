@@ -76,7 +76,11 @@ def test_alpacas_input_and_a_category_are_kept(tmp_path: Path) -> None:
         ("no_answer", {"messages": [ASKED]}),
         ("no_answer", {"messages": []}),
         ("unknown_role", {"messages": [ASKED, {"role": "tool", "content": "4"}, ANSWERED]}),
-        ("unknown_content", {"messages": [{"role": "user", "content": [{"type": "video"}]}, ANSWERED]}),
+        ("unknown_content", {"messages": [{"role": "user", "content": [{"type": "file"}]}, ANSWERED]}),
+        ("missing_audio", {"messages": [{"role": "user", "content": "<audio>Who?"}, ANSWERED], "audio": "b.wav"}),
+        ("missing_video", {"messages": [{"role": "user", "content": [{"type": "video", "video": "c"}]}, ANSWERED]}),
+        ("missing_audio", {"instruction": "<audio>", "output": "x", "audio": "frames"}),
+        ("several_senses", {"instruction": "<audio><image>", "output": "x", "audio": "a.png", "image": "a.png"}),
         ("wrong_number_of_images", {"messages": [{"role": "user", "content": "<image>Who?"}, ANSWERED]}),
         ("wrong_number_of_images", {"messages": [ASKED, ANSWERED], "image": "a.png"}),
         ("missing_image", {"messages": [{"role": "user", "content": "<image>Who?"}, ANSWERED], "image": "b.png"}),
@@ -89,6 +93,7 @@ def test_alpacas_input_and_a_category_are_kept(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_used_is_counted(reason: str, record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
     (tmp_path / "torn.png").write_bytes(save_image(tmp_path / "a.png").read_bytes()[:20])
     found, counts = read(tmp_path, record, {"messages": [ASKED, ANSWERED]})
     assert len(found) == 1

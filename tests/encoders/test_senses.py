@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,62 +11,13 @@ import transformers
 from PIL import Image
 
 import zinit
+from tests.encoders.senses import made, saved
 from tests.shared import SHARED, needs_data
 from tests.tiny import save_tiny_llama
 from zinit.adapter.encoding import encode, load_feature_encoder
 from zinit.demo import vit_path
 from zinit.encoders.frames import read_frames, spaced
 from zinit.errors import BackboneError, ConfigError, DataError
-
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-VIDEO = {**SIZES, "image_size": 16, "patch_size": 8, "num_frames": 4}
-
-
-def made(kind: str) -> Any:
-    """A tiny random model."""
-    torch.manual_seed(0)
-    config: Any = {
-        "ast": lambda: transformers.ASTConfig(
-            **SIZES, num_mel_bins=16, max_length=40, patch_size=8, time_stride=8, frequency_stride=8
-        ),
-        "whisper": lambda: transformers.WhisperConfig(
-            d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=16, max_source_positions=50, vocab_size=40,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        ),
-        "clap": lambda: transformers.ClapAudioConfig(
-            window_size=4, num_mel_bins=16, spec_size=64, patch_size=4, patch_stride=[4, 4], patch_embeds_hidden_size=8,
-            depths=[1, 1], num_attention_heads=[2, 2], hidden_size=16, projection_dim=12, enable_fusion=False,
-        ),
-        "videomae": lambda: transformers.VideoMAEConfig(**VIDEO, tubelet_size=2),
-        "vjepa2": lambda: transformers.VJEPA2Config(
-            patch_size=8, crop_size=16, frames_per_clip=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-            mlp_ratio=2, pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1,
-        ),
-    }[kind]()  # fmt: skip
-    name = {"clap": "ClapAudioModelWithProjection", "whisper": "WhisperModel", "vjepa2": "VJEPA2Model"}.get(kind)
-    return (getattr(transformers, name)(config) if name else transformers.AutoModel.from_config(config)).eval()
-
-
-def saved(kind: str, folder: Path) -> Path:
-    """The model with its own extractor."""
-    made(kind).save_pretrained(folder)
-    processor: Any = {
-        "ast": lambda: transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=40),
-        "whisper": lambda: transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
-        "clap": lambda: transformers.ClapFeatureExtractor(
-            feature_size=16, fft_window_size=256, hop_length=480, max_length_s=1, truncation="rand_trunc"
-        ),
-        "videomae": lambda: transformers.VideoMAEVideoProcessor(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-        ),
-        "vjepa2": lambda: transformers.VJEPA2VideoProcessor(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-        ),
-    }[kind]()
-    processor.save_pretrained(folder)
-    return folder
-
 
 SOUNDS, VIDEOS = ("ast", "whisper", "clap"), ("videomae", "vjepa2")
 
@@ -141,7 +91,8 @@ def test_frames_are_equally_spaced(tmp_path: Path) -> None:
     first.save(tmp_path / "moving.webp", save_all=True, append_images=rest, lossless=True)
     moving = read_frames(tmp_path / "moving.webp", 4)
     assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(moving, found, strict=True))
-    for bad, message in ((tmp_path / "gone", "there is no video"), (tmp_path, "holds no frames")):
+    (tmp_path / "empty").mkdir()
+    for bad, message in ((tmp_path / "gone", "there is no video"), (tmp_path / "empty", "holds no frames")):
         with pytest.raises(DataError, match=message):
             read_frames(bad, 2)
 
@@ -189,7 +140,7 @@ def test_an_adapter_hears_real_sounds(tmp_path: Path) -> None:
 def test_wrong_models(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"is a llama; audio encoders are clap"):
         load_feature_encoder(f"audio:{save_tiny_llama(tmp_path / 'llama')}")
-    with pytest.raises(BackboneError, match="cannot be loaded as an video encoder"):
+    with pytest.raises(BackboneError, match="cannot be loaded as an encoder of video"):
         load_feature_encoder("video:nobody/nothing")
     made("ast").save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="came without an extractor"):

@@ -80,7 +80,7 @@ class BindNetwork(ContextSource):
     @classmethod
     def options_for(cls, encoder: Encoder, options: dict[str, Any]) -> dict[str, Any]:
         """The width of an encoder's vectors."""
-        return {"feature_width": encoder.width}
+        return {"feature_width": encoder.pooled_width}
 
     def forward(self, features: Features | Tensor | Senses) -> Context:
         """(B, 1, C).

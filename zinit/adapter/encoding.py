@@ -91,6 +91,11 @@ class Encoder(nn.Module, ABC):
     def difference(self, identity: Mapping[str, Any]) -> str | None:
         """How it differs from the encoder of a recorded identity, in words; None if it does not."""
 
+    @property
+    def pooled_width(self) -> int:
+        """Of the pooled vector."""
+        return self.width
+
     def train(self, mode: bool = True) -> Encoder:
         """Stays in evaluation mode."""
         return super().train(False)

@@ -23,10 +23,10 @@ from zinit.data.images import Encoded, ImageSource, check_image, inside
 from zinit.data.records import check_text, describe, each_record, plain_text, read_document, same_text, unused_fields
 from zinit.data.tables import with_encoded_images
 from zinit.errors import DataError
-from zinit.files import is_file
+from zinit.files import is_file, is_folder
 
 MARK = "<image>"
-SENSES = ("image", "audio", "video")  # a record's columns, and those in the plural: what the encoder of the run takes
+SENSES = ("image", "audio", "video")  # of a record one, which the encoder of the run takes
 SHOWN = tuple(name for sense in SENSES for name in (sense, f"{sense}s"))
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {
@@ -283,7 +283,7 @@ def _content(content: Any, role: str, where: str, images: _Images) -> str:
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(check_text(part["text"], "content", where))
-        elif kind in ("image", "image_url") and role == USER:
+        elif kind in ("image_url", *SENSES) and role == USER:
             images.add(part)
         else:
             raise _Unusable("unknown_content")
@@ -294,7 +294,7 @@ def _content(content: Any, role: str, where: str, images: _Images) -> str:
 
 
 class _Images:
-    """The images of a record, in the order in which its turns name them.
+    """The images of a record, in the order in which its turns name them; or its sounds, or its videos.
 
     Args:
         record: with the columns of `SHOWN`.
@@ -304,15 +304,21 @@ class _Images:
 
     def __init__(self, record: Mapping[str, Any], folder: Path | None, where: str) -> None:
         self.folder, self.where = folder, where
-        columns = [record.get(name) for name in SHOWN]
-        self.marks = [MARK, *(f"<{sense}>" for sense in SENSES[1:] if record.get(sense) or record.get(f"{sense}s"))]
-        lists = [list(value) if isinstance(value, list | tuple) else [value] for value in columns]
-        self.given = [value for values in lists for value in values if value is not None and value != ""]
+        self.senses: set[str] = set()
+        self.given: list[Any] = []
+        for name in SHOWN:
+            value = record.get(name)
+            values = [
+                each for each in (value if isinstance(value, list | tuple) else [value]) if each not in (None, "")
+            ]
+            self.given += values
+            self.senses |= {name.removesuffix("s")} if values else set()
+        self.marks = "|".join({MARK, *(f"<{sense}>" for sense in self.senses)})
         self.named: list[Any] = []  # one for each mark; None is the next of those given
 
     def take(self, text: str, *, may_be_empty: bool = False) -> str:
         """A text without its marks, each of which is one image."""
-        pieces = re.split("|".join(self.marks), text)
+        pieces = re.split(self.marks, text)
         self.named += [None] * (len(pieces) - 1)
         if len(pieces) == 1:
             if not text.strip() and not may_be_empty:
@@ -322,41 +328,46 @@ class _Images:
 
     def add(self, part: Mapping[str, Any]) -> None:
         """An image that is a part of a turn: with its own file or content, or a mark for one of the record's."""
-        own = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name) is not None), None)
+        names = (*SENSES, "path", "url", "image_url")
+        own = next((part[name] for name in names if part.get(name) is not None), None)
         self.named.append(own.get("url") if isinstance(own, dict) and "url" in own else own)
+        self.senses.add(part["type"].removesuffix("_url"))
 
     def all(self) -> tuple[ImageSource, ...]:
         """All images, in order."""
         if sum(value is None for value in self.named) != len(self.given):
             raise _Unusable("wrong_number_of_images")
-        given = iter(self.given)
-        found = tuple(self._one(next(given) if value is None else value) for value in self.named)
+        if len(self.senses) > 1:
+            raise _Unusable("several_senses")
+        given, (sense,) = iter(self.given), self.senses or {SENSES[0]}
+        found = tuple(self._one(next(given) if value is None else value, sense) for value in self.named)
         for image in found:
             try:
-                if not isinstance(image, Image.Image):
+                if sense == "image" and not isinstance(image, Image.Image):
                     check_image(image)
             except DataError as error:
                 raise _Unusable("unreadable_image") from error
         return found
 
-    def _one(self, value: Any) -> ImageSource:
+    def _one(self, value: Any, sense: str) -> ImageSource:
         if isinstance(value, Image.Image):
             return value
         if isinstance(value, str):
-            return self._data(value) if value.startswith("data:") else self._file(value)
+            return self._data(value) if value.startswith("data:") and sense == "image" else self._file(value, sense)
         content = value.get("bytes") if isinstance(value, dict) else None
-        if isinstance(content, bytes) and content:
+        if isinstance(content, bytes) and content and sense == "image":
             return Encoded(self.where, partial(bytes, content))
         if isinstance(value, dict) and isinstance(value.get("path"), str):
-            return self._file(value["path"])
-        raise DataError(f"{self.where}: an image must be a path, or hold its content; got {describe(value)}.")
+            return self._file(value["path"], sense)
+        how = "an image must be a path, or hold its content" if sense == "image" else f"{sense} must be a path"
+        raise DataError(f"{self.where}: {how}; got {describe(value)}.")
 
-    def _file(self, path: str) -> Path:
+    def _file(self, path: str, sense: str) -> Path:
         if self.folder is None or "://" in path:
-            raise _Unusable("missing_image")
+            raise _Unusable(f"missing_{sense}")
         file = inside(self.folder, path)
-        if not is_file(file):
-            raise _Unusable("missing_image")
+        if not is_file(file) and not (sense == "video" and is_folder(file)):  # a folder of frames
+            raise _Unusable(f"missing_{sense}")
         return file
 
     def _data(self, address: str) -> Encoded:

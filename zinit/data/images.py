@@ -315,6 +315,8 @@ class Images(Sequence[Tensor]):
 def content_digest(source: ImageSource) -> bytes:
     """Tells an image from every other by its file's bytes, which are not decoded; one in memory by its pixels.
 
+    A folder, of a video's frames, is known by the names and bytes of its files.
+
     Raises:
         DataError: if there is no such file.
     """
@@ -322,6 +324,9 @@ def content_digest(source: ImageSource) -> bytes:
         return image_digest(source)
     if isinstance(source, Encoded):
         return hashlib.sha256(source.read()).digest()
+    if is_folder(source):
+        frames = [(path.name.encode(), content_digest(path)) for path in sorted(source.iterdir()) if is_file(path)]
+        return hashlib.sha256(repr(frames).encode()).digest()
     with parsing(f"{source} cannot be read", DataError), source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

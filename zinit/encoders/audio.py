@@ -1,4 +1,4 @@
-"""Models of transformers that turn sound into a sequence of tokens: CLAP, AST, Whisper's encoder, PE-A."""
+"""Models of transformers that turn sound into a sequence of tokens: CLAP, AST and Whisper's encoder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ KINDS = {
     "clap_audio_model": ("ClapAudioModelWithProjection", ""),
     "audio-spectrogram-transformer": ("ASTModel", ""),
     "whisper": ("WhisperModel", "encoder"),
-    "pe_audio": ("PeAudioModel", "audio_encoder"),
-    "pe_audio_encoder": ("PeAudioEncoder", ""),
 }
 LONGEST = 600  # seconds of one sound
 
@@ -48,6 +46,12 @@ class AudioEncoder(TowerEncoder):
         self.width = self.layer_width
         # CLAP's stages differ in width: it gives the vector of the last alone.
         self.depth = 1 if self.is_clap else int(getattr(config, "num_hidden_layers", 0) or config.encoder_layers)
+
+    @property
+    def pooled_width(self) -> int:
+        """CLAP's vector has passed a projection, its tokens have not."""
+        config: Any = self.tower.config
+        return config.projection_dim if self.is_clap else self.width
 
     def prepare(self, items: Sequence[Any]) -> Tensor:
         """Sound files to what the model takes, by its own extractor.
@@ -100,6 +104,8 @@ def read_sound(source: Any, rate: int) -> np.ndarray:
             raise DataError(f"{source} is {known.duration:.0f} seconds long, more than {LONGEST}. Cut it.")
         samples, own = soundfile.read(str(source), dtype="float32", always_2d=True)
     sound = samples.mean(1)
+    if not len(sound) or not np.isfinite(sound).all():
+        raise DataError(f"{source} holds no sound: it is empty, or not all of its samples are numbers.")
     if own == rate:
         return sound
     from scipy.signal import resample_poly

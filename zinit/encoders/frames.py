@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor, nn
 
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features, load_feature_encoder
-from zinit.data.images import SUFFIXES, read_image
+from zinit.data.images import MAX_PIXELS, SUFFIXES, read_image
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.senses import named
 from zinit.errors import ConfigError, DataError, install_extra
@@ -34,7 +35,8 @@ class FramesEncoder(TowerEncoder):
     ready = ("batch", "frames", "3", "height", "width")
 
     def __init__(self, of: Encoder, *, source: str = "") -> None:
-        super().__init__(of, None, source=source, processing=f"{SPACED} frames, {of.processing}")
+        how = f"{SPACED} frames, {of.processing}"
+        super().__init__(of, None, source=source, processing=how, bgr=bool(of.identity.get("bgr")))
         self.of = of
         self.depth, self.layer_width, self.width = of.depth, of.layer_width, of.width
 
@@ -78,8 +80,7 @@ def read_frames(source: Any, count: int) -> list[Image.Image]:
     elif not is_file(source):
         raise DataError(f"there is no video {source}.")
     elif Path(source).suffix.lower() in ANIMATED:
-        with parsing(f"{source} is no animated image that can be read", DataError), Image.open(source) as image:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+        return _animated(Path(source), count)
     else:
         return _decoded(Path(source), count)
     if not frames:
@@ -92,14 +93,28 @@ def spaced(length: int, count: int) -> list[int]:
     return [round(place * (length - 1) / max(1, count - 1)) for place in range(count)]
 
 
+def _animated(path: Path, count: int) -> list[Image.Image]:
+    found = []
+    formats = [suffix[1:].upper() for suffix in ANIMATED]
+    with (
+        parsing(f"{path} is no animated image that can be read", DataError),
+        Image.open(path, formats=formats) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{path} has frames of {image.width} x {image.height} pixels. Scale it down.")
+        for place in spaced(getattr(image, "n_frames", 1), count):
+            image.seek(place)
+            found.append(image.convert("RGB"))
+    return found
+
+
 def _decoded(path: Path, count: int) -> list[Image.Image]:
     try:
-        import av
+        library: Any = import_module("av")
     except ImportError as error:
         raise ConfigError(
             f"{path} is read by the package av. {install_extra('video')} Or give a folder of frames."
         ) from error
-    library: Any = av
     with parsing(f"{path} is no video that can be read", DataError), library.open(str(path)) as video:
         total = sum(1 for _ in video.decode(video=0))
         if not 0 < total <= MOST_FRAMES:

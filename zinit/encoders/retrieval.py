@@ -7,7 +7,6 @@ exact: products with all keys, in blocks. No index library is needed.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -119,16 +118,14 @@ class FeatureIndex:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
-                keys = np.lib.format.open_memmap(
-                    str(Path(made) / KEYS), mode="w+", dtype=np.float16, shape=(count, width)
-                )
-                start = 0
-                for block in blocks:
-                    keys[start : start + len(block)] = _rounded(block, start, normalised)
-                    start += len(block)
+                start, header = 0, {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
+                with (Path(made) / KEYS).open("wb") as file:  # not mapped: a full disk is an error that can be caught
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for block in blocks:
+                        file.write(_rounded(block, start, normalised).tobytes())
+                        start += len(block)
                 if start != count:
                     raise DataError(f"the index was to get {count} features; got {start}.")
-                keys.flush()
                 os.replace(Path(made) / KEYS, folder / KEYS)
             about = {"keys": count, "width": width, "normalised": normalised, "encoder": encoder}
             write_atomically(folder / ABOUT, to_json(about, indent=2).encode() + b"\n")
@@ -203,4 +200,4 @@ def _rounded(block: np.ndarray, start: int, normalised: bool) -> np.ndarray:
 def describe_index(folder: str | Path) -> dict[str, Any]:
     """What ``zinit index info`` prints."""
     index = FeatureIndex.open(folder)
-    return {**json.loads(to_json(index.about)), "bytes": index.keys.nbytes}
+    return {**index.about, "bytes": index.keys.nbytes}

@@ -47,7 +47,7 @@ def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> n
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many classes; all mean that it cannot load this
-        raise BackboneError(f"{source} cannot be loaded as an {sense} encoder: {reason(source, error)}") from error
+        raise BackboneError(f"{source} cannot be loaded as an encoder of {sense}: {reason(source, error)}") from error
     if config.model_type not in kinds:
         raise BackboneError(f"{source} is a {config.model_type}; {sense} encoders are {', '.join(kinds)}.")
     name, part = kinds[config.model_type]
@@ -61,7 +61,7 @@ def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> n
                 output_loading_info=True,
             )  # fmt: skip
     except Exception as error:
-        raise BackboneError(f"{source} cannot be loaded as an {sense} encoder: {reason(source, error)}") from error
+        raise BackboneError(f"{source} cannot be loaded as an encoder of {sense}: {reason(source, error)}") from error
     missing = [key for key in report["missing_keys"] if not part or key.startswith(f"{part}.")]
     if missing:
         raise BackboneError(f"{source} lacks weights of its {sense} encoder: {', '.join(sorted(missing)[:5])}.")

@@ -1,4 +1,4 @@
-"""Models of transformers that turn video into a sequence of tokens: VideoMAE, V-JEPA 2, PE-V."""
+"""Models of transformers that turn video into a sequence of tokens: VideoMAE, V-JEPA 2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.frames import read_frames
 from zinit.encoders.senses import config_kind, load_tower, named
-from zinit.errors import ConfigError
+from zinit.errors import ConfigError, DataError
 
 KINDS = {
     "videomae": ("VideoMAEModel", ""),
     "vjepa2": ("VJEPA2Model", ""),
-    "pe_video": ("PeVideoModel", "video_encoder"),
-    "pe_video_encoder": ("PeVideoEncoder", ""),
 }
 FRAMES = 16  # where the model's configuration says nothing
 
@@ -53,6 +51,9 @@ class VideoEncoder(TowerEncoder):
                 f"give pixels (batch, frames, 3, height, width)."
             )
         videos = [read_frames(item, self.frames) for item in items]
+        for item, frames in zip(items, videos, strict=True):
+            if len(sizes := {frame.size for frame in frames}) > 1:
+                raise DataError(f"{item}: frames of a video are of one size; got {sorted(sizes)[:3]}. Scale them.")
         made = self.processor_of_video(videos, return_tensors="pt")
         return made["pixel_values_videos"] if "pixel_values_videos" in made else made["pixel_values"]
 

@@ -166,10 +166,6 @@ class ChatSession:
 
     def _read(self, image: str | Path) -> Any:
         """An image from a file; for encoders of sound or video the file itself, which they read."""
-        if self.sense != "image":
-            if not local_path(image).exists():
-                raise DataError(f"there is no file {image}.")
-            return local_path(image)
         if not self._takes_images and not self.experts.experts:
             raise ConfigError(
                 f"the run is language-only: its adapter takes no images, but was given {image}. Train one that does "
@@ -177,7 +173,14 @@ class ChatSession:
             )
         if self.base and not self.experts.experts:
             say(f"({image} is not seen: images reach the model by the adapter, which is off)", error=True)
-        return read_image(local_path(image))
+        file = local_path(image)
+        if self.sense == "image":
+            return read_image(file)
+        if self.experts.experts:
+            raise ConfigError(f"experts read images, and the run's encoder takes {self.sense}. Leave --experts out.")
+        if not file.exists():
+            raise DataError(f"there is no file {file}.")
+        return file
 
     def _encode(self, rounds: Sequence[Round], images: Sequence[Any] = ()) -> list[int]:
         """The prompt, with what experts say about the images beside the last question."""
