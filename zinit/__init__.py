@@ -22,7 +22,7 @@ _WHERE = {
     "load": "zinit.adapter.attach",
     "from_pretrained": "zinit.models.pretrained",
     "get_handle": "zinit.adapter.attach",
-    "SaveAdapter": "zinit.models.trainer",
+    "ZinitCallback": "zinit.models.trainer",
     "import_adapter": "zinit.interop.importing",
     "AttentionSite": "zinit.backbones.base",
     "Task": "zinit.tasks.base",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from zinit.errors import BackboneError, CheckpointError, ConfigError, DataError, ZinitError
     from zinit.interop.importing import import_adapter
     from zinit.models.pretrained import from_pretrained
-    from zinit.models.trainer import SaveAdapter
+    from zinit.models.trainer import ZinitCallback
     from zinit.prefix import Context, ZeroGatedPrefix
     from zinit.tasks.base import Task
 
@@ -56,10 +56,10 @@ __all__ = [
     "DataError",
     "Handle",
     "PrefixConfig",
-    "SaveAdapter",
     "Task",
     "TuningConfig",
     "ZeroGatedPrefix",
+    "ZinitCallback",
     "ZinitError",
     "attach",
     "from_pretrained",

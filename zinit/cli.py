@@ -50,7 +50,7 @@ app = App(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-RunDirectory = Annotated[str, typer.Argument(help="The folder of a finished run.", metavar="RUN_DIR")]
+RunDirectory = Annotated[str, typer.Argument(help="The folder of a run, or of a checkpoint in it.", metavar="RUN_DIR")]
 Options = Annotated[
     list[str] | None,
     typer.Option("-o", "--option", metavar="KEY=VALUE", help="Any setting: -o prefix.length=20 -o train.epochs=3."),
@@ -195,7 +195,7 @@ def eval(
     fewshot: Annotated[int | None, typer.Option(help="Examples before each question, for lm-eval.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a finished run, frozen and adapted. Questions without answers (a blind test set) are answered only."""
+    """Evaluate a run or a checkpoint, frozen and adapted. Questions without answers (a blind set) are answered only."""
     from zinit.runs.record import check_run
 
     check_run(run_dir)  # what is wrong with a path is said before torch is imported

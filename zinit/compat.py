@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Renamed settings, as options write them: in TOML files, options, `run.json`, checkpoints and plans of benchmarks.
 OLD_SETTINGS = {
     "train.trunk_cache": "train.activation_cache",
+    "train.tensorboard": "train.tracker",
 }
 
 # Settings that are in another table now, or in none.
@@ -31,10 +32,15 @@ MOVED_SETTINGS = {
     "method.start": "warm_start",
 }
 
+# Values of renamed settings, by the old name.
+OLD_VALUES: dict[str, dict[Any, Any]] = {"tensorboard": {True: "tensorboard", False: None}}
+
 # Settings that version 0.1.0 did not know, and what it did: a run that it began goes on where they are so still.
 NEW_SETTINGS: dict[str, Any] = {
     "prefix.prompt": "table",
     "prefix.prompts": "table",
+    "train.keep_best": None,
+    "train.patience": None,
 }
 
 # Renamed keys of `metrics.json` and of the cells and summaries of a benchmark: (place, old key) to new key. A place is
@@ -52,6 +58,16 @@ def modern_setting(name: str) -> str:
         name: with its section, as in an option: "train.trunk_cache".
     """
     return OLD_SETTINGS.get(name) or MOVED_SETTINGS.get(name, name)
+
+
+def modern_value(name: str, value: Any) -> Any:
+    """What the value of a setting is today.
+
+    Args:
+        name: that it is given under, with or without its section.
+        value: of the setting.
+    """
+    return OLD_VALUES.get(name.rpartition(".")[2], {}).get(value, value) if isinstance(value, bool) else value
 
 
 def modern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +115,7 @@ def _renamed(value: Any, table: Mapping[str, str], place: str = "") -> Any:
         name = _new_key(old, place, table) if isinstance(key, str) else key
         if name in renamed or (name != key and name in value):
             raise ConfigError(f"{old} is the old name of {table[old]}: give one of the two.")
-        renamed[name] = _renamed(inner, table, f"{place}{name}.")
+        renamed[name] = modern_value(old, _renamed(inner, table, f"{place}{name}."))
     return renamed
 
 

@@ -30,7 +30,7 @@ def made(source: Path, folder: Path, steps: int, start: int = 0, **settings: Any
         str(folder), max_steps=steps, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=0.05,
         per_device_train_batch_size=4, save_steps=2, lr_scheduler_type="constant", seed=3, **settings,
     )  # fmt: skip
-    callbacks: list[Any] = [zinit.SaveAdapter(handle)]
+    callbacks: list[Any] = [zinit.ZinitCallback(handle)]
     return (
         transformers.Trainer(model, arguments, train_dataset=EXAMPLES, eval_dataset=EXAMPLES, callbacks=callbacks),
         handle,

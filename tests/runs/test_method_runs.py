@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import save_records, save_tiny_llama
@@ -19,7 +20,10 @@ from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import Interrupted, train_run
+from zinit.train.checkpoint import latest
 from zinit.train.events import Event, Step
+from zinit.ui.answers import Asking, answer_file
+from zinit.ui.chat import ChatSession
 
 OPTIONS = ("prefix.length=3", "steps=6", "batch_size=8", "micro_batch_size=4", "task.evaluation_limit=4",
            "max_new_tokens=4", "learning_rate=0.02", "warmup_steps=0", "evaluate_every=0", "save_every=2")  # fmt: skip
@@ -71,6 +75,10 @@ def test_trained_saved_and_loaded_again(method: str, runs: Path) -> None:
     assert results["metrics"]["adapted"]["loss"] != results["metrics"]["base"]["loss"]
     again = evaluate_run(runs / method)
     assert again["metrics"] == results["metrics"]
+    of_the_end = evaluate_run(latest(runs / method))
+    assert of_the_end["metrics"] == results["metrics"], "the last checkpoint has the weights of the end"
+    assert "step-00000006" in of_the_end["note"]
+    assert "note" not in again
     document = json.loads((runs / method / "run.json").read_text())
     assert document["method"] == method
     assert sum(tensor.numel() for tensor in weights(runs / method).values()) == results["num_trainable"]
@@ -98,12 +106,45 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     with pytest.raises(Interrupted):
         train_run(config, tmp_path / "stopped", on_event=stop)
-    with pytest.raises(CheckpointError, match="has not finished"):
-        evaluate_run(tmp_path / "stopped")
+    found = evaluate_run(tmp_path / "stopped")
+    assert "step-00000003" in found["note"]
+    assert found["metrics"]["base"] == results_of(runs, method)["metrics"]["base"]
+    assert found["metrics"]["adapted"]["loss"] not in (
+        found["metrics"]["base"]["loss"], results_of(runs, method)["metrics"]["adapted"]["loss"]
+    )  # fmt: skip
     train_run(config, tmp_path / "stopped", resume=True)
     whole, resumed = weights(runs / method), weights(tmp_path / "stopped")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_every_method_is_talked_to(method: str, inputs: dict[str, str], runs: Path) -> None:
+    """The answers of a chat are those of the evaluation, greedy; the base's too, and a checkpoint's."""
+    samples = results_of(runs, method)["samples"]
+    for base, column in ((False, "adapted"), (True, "base")):
+        session = ChatSession(runs / method, temperature=0, max_new_tokens=4, base=base)
+        for sample in samples[:2]:
+            answer = session.answer(sample["prompt"], raw=True, stream=False)
+            assert answer == sample[column].strip()
+
+
+@pytest.mark.parametrize("name", ["lora", "zero-init/resume/step-00000006"])
+def test_a_file_of_questions_for_any_method_and_checkpoint(name: str, runs: Path, tmp_path: Path) -> None:
+    questions = [{"prompt": "Say red"}, {"prompt": "x" * 600}, {"prompt": "Say blue", "image": "red.png"}]
+    Image.new("RGB", (4, 4)).save(tmp_path / "red.png")
+    questions[2]["prompt"] = "<image>Say blue"
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    asking = Asking(run_dir=str(runs / name), temperature=0, max_new_tokens=5)
+    counts = answer_file(asking, str(tmp_path / "q.json"), str(tmp_path / "a.jsonl"))
+    assert (counts["read"], counts["answered"], counts["refused"]) == (3, 1, 2)
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    session = ChatSession(runs / name.partition("/")[0], temperature=0, max_new_tokens=5)
+    expected = {"answer": session.answer("Say red", stream=False), "finish_reason": "length", "tokens": 5}
+    assert found[0] == {"index": 0, "question": "Say red", **expected}
+    assert "the model has room for" in found[1]["error"]
+    assert "takes no images" in found[2]["error"]
+    with pytest.raises(ConfigError, match="exists already"):
+        answer_file(asking, str(tmp_path / "q.json"), str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("unfit", sorted(UNFIT))

@@ -20,9 +20,24 @@ from tests.tiny import byte_tokenizer
 from zinit.adapter.attach import attach
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import ConfigError, DataError
+from zinit.methods.base import Adapted
+from zinit.runs.directory import SavedRun
+from zinit.runs.record import Record
 from zinit.tasks.conversation.config import ConversationConfig
 from zinit.ui import chat
 from zinit.ui.chat import ChatSession
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, config: Any, model: Any, tokenizer: Any, handle: Any) -> None:
+    """A run that is not read from a folder."""
+
+    def load_saved(run: Any, device: torch.device, *, base: bool) -> Any:
+        adapted = Adapted(model=model.to(device), handle=handle, disabled=handle.disabled)
+        return SimpleNamespace(adapted=adapted, processor=tokenizer)
+
+    run = SavedRun(folder=Path("run"), config=config, record=Record())
+    monkeypatch.setattr(SavedRun, "read", lambda where: run)
+    monkeypatch.setattr(chat, "load_saved", load_saved)
 
 
 @pytest.fixture
@@ -32,8 +47,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     shape: dict[str, Any] = {"vocab_size": 264, "n_positions": 120, "n_embd": 32, "n_layer": 1, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).eval()
     handle = attach(model, PrefixConfig(length=2))
-    monkeypatch.setattr(chat, "read_finished_run", lambda where: (SimpleNamespace(task="alpaca", options=None), None))
-    monkeypatch.setattr(chat, "load_run", lambda where, device: (None, model.to(device), byte_tokenizer(), handle))
+    replaced(monkeypatch, SimpleNamespace(task="alpaca", options=None), model, byte_tokenizer(), handle)
     return model
 
 
@@ -97,8 +111,7 @@ def talking(monkeypatch: pytest.MonkeyPatch, form: str, text: str, **adapter: An
     handle = attach(model, adapter.pop("config", PrefixConfig(length=2)), **adapter)
     speaker = tokenizer("bytes", "marked" if form == "tokenizer" else None)
     options = SimpleNamespace(task="conversation", options=ConversationConfig(template=form))
-    monkeypatch.setattr(chat, "read_finished_run", lambda where: (options, None))
-    monkeypatch.setattr(chat, "load_run", lambda where, device: (None, model.to(device), speaker, handle))
+    replaced(monkeypatch, options, model, speaker, handle)
     return Saying(model, text), handle
 
 

@@ -12,7 +12,7 @@ from zinit.files import write_atomically
 from zinit.models.offload import move
 from zinit.runs.build import Built, build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
-from zinit.runs.directory import TRAINED, load_trained, read_finished_run, write_json, writing
+from zinit.runs.directory import TRAINED, SavedRun, write_json, writing
 from zinit.runs.record import RESULTS, Results
 from zinit.runs.trained_on import TrainedOn
 from zinit.tasks import TASKS
@@ -28,11 +28,10 @@ BASE, ADAPTED = "base", "adapted"
 
 @dataclass(kw_only=True)
 class OpenRun:
-    """A finished run whose model is ready to be asked.
+    """A run whose model is ready to be asked.
 
     Attributes:
-        folder: of the run.
-        config: its settings.
+        saved: its settings and weights.
         built: its model; what was trained beside the adapter is not in it before `adapt`.
         accelerator: where it runs.
         task: of the run; None where its examples can no longer be read.
@@ -40,29 +39,44 @@ class OpenRun:
         unknown: why not, in words.
     """
 
-    folder: Path
-    config: RunConfig
+    saved: SavedRun
     built: Built
     accelerator: Accelerator
     task: Task | None = None
     trained_on: TrainedOn | None = None
     unknown: str = ""
 
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.saved.folder
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self.saved.config
+
     def adapt(self) -> None:
         """Adds what was trained beside the adapter: not before the base has been asked, which is without it."""
         if self.task is not None:
-            load_trained(self.task, self.folder)
+            self.saved.load_into_task(self.task)
+        elif self.saved.checkpoint is not None:
+            self.saved.load_into_model(self.built.adapted.model)
 
 
 def open_run(directory: str | Path) -> OpenRun:
-    """A finished run's model, and what it was trained on.
+    """A run's model, and what it was trained on.
+
+    Args:
+        directory: of the run, or of a checkpoint in it.
 
     Raises:
-        CheckpointError: if there is no run, or it has not finished.
+        CheckpointError: if there is no run, or nothing was saved yet.
         ConfigError: if its task does not generate text.
         DataError: if its method keeps weights that only the task can take, and the task's data are gone.
     """
-    config, record = read_finished_run(directory)
+    saved = SavedRun.read(directory)
+    config, record = saved.config, saved.record
     if not TASKS.get(config.task).generates:
         raise ConfigError(
             f"the run in {directory} is of the task {config.task!r}, which does not generate text; suites ask in words."
@@ -73,12 +87,12 @@ def open_run(directory: str | Path) -> OpenRun:
         examples = read_data(config, labels=record.labels, device=accelerator.device)
     except ZinitError as error:
         unknown = str(error)
-        if (Path(directory) / TRAINED).is_file():
+        if (saved.folder / TRAINED).is_file():
             raise
     load_to = loading_device(accelerator, offload=config.offload)
-    built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
-    check_models(directory, record, built)
-    run = OpenRun(folder=Path(directory), config=config, built=built, accelerator=accelerator, unknown=unknown)
+    built = build_model(config, accelerator.device, load_to=load_to, saved=saved.adapter)
+    check_models(saved.folder, record, built)
+    run = OpenRun(saved=saved, built=built, accelerator=accelerator, unknown=unknown)
     if examples is not None:
         run.task = build_task(config, built, labels=record.labels, examples=examples)
         run.trained_on = TrainedOn(run.task)

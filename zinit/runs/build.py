@@ -21,7 +21,7 @@ from zinit.models.several import LoadedModel, load_models
 from zinit.registry import import_object
 from zinit.runs.captioner import RunCaptioner
 from zinit.runs.config import RunConfig
-from zinit.runs.directory import read_finished_run
+from zinit.runs.directory import SavedRun
 from zinit.runs.images import feature_cache, freeze_what_only_images_use, load_encoder
 from zinit.runs.record import RECORD, Record
 from zinit.tasks import TASKS
@@ -221,7 +221,7 @@ def demo_model(backbone: str) -> Path:
 
 
 def run_expert(words: str, *, device: torch.device | str) -> Expert:
-    """An expert; "caption:RUN" is a finished run of the task caption.
+    """An expert; "caption:RUN" is a run of the task caption.
 
     Args:
         words: see `zinit.experts.base.make_expert`.
@@ -229,7 +229,7 @@ def run_expert(words: str, *, device: torch.device | str) -> Expert:
 
     Raises:
         ConfigError: if there is none, or the run is of another task.
-        CheckpointError: if the run is not finished.
+        CheckpointError: if nothing of the run was saved yet.
     """
     name, _, folder = words.partition(":")
     if name != RunCaptioner.name or not is_file(Path(folder) / RECORD):
@@ -240,21 +240,34 @@ def run_expert(words: str, *, device: torch.device | str) -> Expert:
     return RunCaptioner(config, model, tokenizer, handle)
 
 
-def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:
-    """A finished run's settings, model (where it runs), tokenizer and prefix.
+def load_saved(run: SavedRun, device: torch.device, *, base: bool = False) -> Built:
+    """A run's model, trained, where it runs, and its tokenizer.
+
+    Args:
+        run: of a task that generates text.
+        device: that it will run on.
+        base: leave what was trained beside the prefix as it began: full fine-tuning cannot be switched off.
 
     Raises:
-        CheckpointError: if there is no run, or it has no adapter yet.
-        ConfigError: if its method has no prefix.
+        CheckpointError: if the weights do not fit.
     """
-    config, record = read_finished_run(directory)
-    if not (Path(directory) / "adapter.json").is_file():
-        raise ConfigError(
-            f"the run in {directory} was made by the method {config.method!r}, which has no prefix. "
-            f"Only runs with a prefix can chat and generate; 'zinit eval' takes any."
-        )
-    built = build_model(config, device, load_to="cpu" if config.offload else device, saved=Path(directory))
-    check_models(directory, record, built)
-    assert built.adapted.handle is not None
-    move(built.adapted.model, device, offload=config.offload)
-    return config, built.adapted.model, built.processor, built.adapted.handle
+    load_to = "cpu" if run.config.offload else device
+    built = build_model(run.config, device, load_to=load_to, saved=run.adapter)
+    check_models(run.folder, run.record, built)
+    if not base:
+        run.load_into_model(built.adapted.model)
+    move(built.adapted.model, device, offload=run.config.offload)
+    return built
+
+
+def load_run(directory: str | Path, device: torch.device) -> tuple[RunConfig, Any, Any, Handle]:
+    """As `load_saved`, for runs with a prefix: settings, model, tokenizer and prefix.
+
+    Raises:
+        ConfigError: if the run's method has none.
+    """
+    run = SavedRun.read(directory)
+    built = load_saved(run, device)
+    if built.adapted.handle is None:
+        raise ConfigError(f"the run in {directory} was made by the method {run.config.method!r}, which has no prefix.")
+    return run.config, built.adapted.model, built.processor, built.adapted.handle

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ from zinit.files import (
     write_atomically,
 )
 from zinit.runs.config import RunConfig
-from zinit.runs.record import RECORD, Record, check_run
-from zinit.train.checkpoint import resume_command, tidy
+from zinit.runs.record import RECORD, Record, check_run, split_checkpoint
+from zinit.train.checkpoint import latest, load_weights, resume_command, tidy, trainable
 from zinit.train.events import Event, Listener, Notice
 from zinit.train.strategy import gather_full, shard_like
 
@@ -59,11 +60,84 @@ def read_finished_run(directory: str | Path) -> tuple[RunConfig, Record]:
         CheckpointError: if there is no run, or it has not come to its end.
     """
     config, record = read_run(directory)
-    if not all((Path(directory) / name).is_file() for name in record.weights):
-        raise CheckpointError(
-            f"the run in {directory} has not finished: there is no adapter yet. Go on with: {resume_command(directory)}"
-        )
+    if not _is_finished(Path(directory), record):
+        raise _unfinished(directory)
     return config, record
+
+
+def _is_finished(directory: Path, record: Record) -> bool:
+    return all((directory / name).is_file() for name in record.weights)
+
+
+def _unfinished(directory: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"the run in {directory} has not finished: there is no adapter yet. Go on with: {resume_command(directory)}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """A run with weights that can be used: those of its end, or of a checkpoint.
+
+    Attributes:
+        folder: of the run.
+        config: its settings.
+        record: what it says of itself.
+        checkpoint: whose weights are used; None are those of a finished run.
+    """
+
+    folder: Path
+    config: RunConfig
+    record: Record
+    checkpoint: Path | None = None
+
+    @classmethod
+    def read(cls, directory: str | Path) -> SavedRun:
+        """A run, or one of its checkpoints. Of a run that has not finished the last checkpoint is used.
+
+        Args:
+            directory: of a run, or of a checkpoint in it: ``RUN_DIR/resume/step-00000120``.
+
+        Raises:
+            CheckpointError: if there is no run, or nothing was saved yet.
+        """
+        folder, checkpoint = split_checkpoint(directory)
+        config, record = read_run(folder)
+        if checkpoint is None and not _is_finished(folder, record):
+            checkpoint = latest(folder)
+            if checkpoint is None:
+                raise _unfinished(folder)
+        if checkpoint is not None and not checkpoint.is_dir():
+            there = ", ".join(sorted(found.name for found in checkpoint.parent.glob("step-*"))) or "none"
+            raise CheckpointError(f"there is no checkpoint {checkpoint}. There are: {there}.")
+        return cls(folder=folder, config=config, record=record, checkpoint=checkpoint)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder that a method loads its prefix from; None where a checkpoint's weights replace a fresh one's."""
+        return self.folder if self.checkpoint is None else None
+
+    @property
+    def note(self) -> str:
+        """Whose weights are used, for people; empty for those of the run's end."""
+        if self.checkpoint is None:
+            return ""
+        return f"these are the weights of the checkpoint {self.checkpoint.name}, not of the run's end"
+
+    def load_into_task(self, task: Task) -> None:
+        """Puts the weights in place: what trains beside the prefix, of a checkpoint all that trains."""
+        if self.checkpoint is None:
+            load_trained(task, self.folder)
+        else:
+            load_weights(self.checkpoint, trainable(task))
+
+    def load_into_model(self, model: nn.Module) -> None:
+        """As `load_into_task` for a task's model alone: what the task trains beside it is left out."""
+        own = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+        if self.checkpoint is not None:
+            load_weights(self.checkpoint, own, under="model.")
+        elif (self.folder / TRAINED).is_file():
+            _load(own, self.folder / TRAINED, under="model.")
 
 
 @contextmanager
@@ -212,12 +286,15 @@ def _save(own: Mapping[str, nn.Parameter], path: Path, writes: bool) -> None:
 
 
 @torch.no_grad()
-def _load(own: Mapping[str, nn.Parameter], path: Path) -> None:
+def _load(own: Mapping[str, nn.Parameter], path: Path, *, under: str = "") -> None:
+    """Copies a file's weights; with ``under`` those whose names begin so, which need not be all parameters."""
     from safetensors.torch import load
 
     with parsing(f"{path} is damaged or unreadable", CheckpointError, "Copy it again, or resume the run that made it."):
         tensors = load(path.read_bytes())
     check_plain(tensors, path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(under)}
+    own = {name: parameter for name, parameter in own.items() if name in tensors or not under}
     try:
         check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
     except CheckpointError as error:

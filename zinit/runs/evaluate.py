@@ -13,7 +13,7 @@ from zinit.models.offload import weights_in_place
 from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
-from zinit.runs.directory import load_baseline, load_trained, read_finished_run, write_json
+from zinit.runs.directory import SavedRun, load_baseline, write_json
 from zinit.runs.images import encode_images
 from zinit.runs.settings import absolute_path, override
 from zinit.train.held_out import held_out_loss
@@ -33,18 +33,21 @@ def evaluate_run(
     output: str | Path | None = None,
     experts: str | None = None,
 ) -> dict[str, Any]:
-    """The base and the adapted model of a finished run on its held-out examples, or on other data.
+    """The base and the adapted model of a run on its held-out examples, or on other data.
+
+    Of a run that has not finished, the weights are those of its last checkpoint.
 
     The base is left out where its baseline needs training data that are not read, and the run kept none.
 
     Args:
-        directory: of the run.
+        directory: of the run, or of a checkpoint in it.
         data: evaluate on all of this instead.
         limit: examples an answer is generated for.
         output: a folder for what the adapted model answered, such as ``predictions.json``.
         experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
     """
-    config, record = read_finished_run(directory)
+    run = SavedRun.read(directory)
+    config, record = run.config, run.record
     if experts is not None:
         config = override(config, options=[f"task.experts={experts or '[]'}"])
     if data is not None:
@@ -53,8 +56,8 @@ def evaluate_run(
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
     examples = read_data(config, labels=record.labels, train=data is None, device=accelerator.device)
-    built = build_model(config, accelerator.device, load_to=load_to, saved=Path(directory))
-    check_models(directory, record, built)
+    built = build_model(config, accelerator.device, load_to=load_to, saved=run.adapter)
+    check_models(run.folder, record, built)
     task = build_task(config, built, labels=record.labels, train=data is None, examples=examples)
     given = {
         "the run": str(directory),
@@ -67,11 +70,11 @@ def evaluate_run(
     place(task, accelerator, offload=config.offload)
     encode_images(task, accelerator)
     metrics = {}
-    kept = load_baseline(task, Path(directory))
+    kept = load_baseline(task, run.folder)
     if known := kept or data is None or not task.baseline_parameters():
         with built.adapted.disabled(), nullcontext() if kept else task.frozen_baseline():
             metrics["base"] = evaluate(task, config, accelerator, limit).metrics
-    load_trained(task, Path(directory))  # not before: the base is without them
+    run.load_into_task(task)  # not before: the base is without them
     adapted = evaluate(task, config, accelerator, limit)
     if output is not None and accelerator.is_main_process:
         write_artifacts(task, Path(output))
@@ -80,6 +83,7 @@ def evaluate_run(
         "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
+        **({"note": run.note} if run.note else {}),
     }
 
 

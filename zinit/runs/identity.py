@@ -11,7 +11,7 @@ from zinit.tasks import TASKS
 # The places of model and data may change too: what is in them is compared.
 MAY_CHANGE_ON_RESUME = (
     *(f"train.{name}" for name in ("micro_batch_size", "micro_batch_tokens", "evaluate_every", "save_every")),
-    *("train.workers", "train.tensorboard", "train.activation_cache", "task.packing"),
+    *("train.workers", "train.tracker", "train.activation_cache", "task.packing"),
     *("model", "data", "task.held_out_data", "task.image_folder", "task.evaluation_limit", "offload"),
     *("task.known_texts", "task.drift", "warm_start"),
     *("encoder.source", "encoder.revision", "encoder.cache", "encoder.cache_limit"),
@@ -27,6 +27,8 @@ PLACES = (
     "encoder.cache",
     "warm_start",
 )
+# What else decides which weights are best: not to be changed where they are chosen.
+CHOOSES_THE_BEST = ("train.evaluate_every", "task.evaluation_limit", "task.known_texts", "task.drift")
 
 
 def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def identity_of(config: RunConfig, examples: str) -> dict[str, Any]:
         examples: a hash of the examples; see `Task.fingerprint`.
     """
     everything = {**flat_settings(config), "examples": examples}
-    return {name: value for name, value in everything.items() if name not in MAY_CHANGE_ON_RESUME}
+    fixed = () if config.train.keep_best is None else CHOOSES_THE_BEST
+    return {name: value for name, value in everything.items() if name in fixed or name not in MAY_CHANGE_ON_RESUME}
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zinit.compat import MOVED_SETTINGS, OLD_SETTINGS, modern_setting
+from zinit.compat import MOVED_SETTINGS, OLD_SETTINGS, modern_setting, modern_value
 from zinit.config import ROLES, setting_paths
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
@@ -64,7 +64,7 @@ def parse_options(options: Iterable[str], known: Sequence[str], method: str = ""
     values: dict[str, Any] = {}
     for option in options:
         name, text = _split(option)
-        value = parse_value(text)
+        value = modern_value(name, parse_value(text))
         for part in reversed(_full_name(name, known, method).split(".")):
             value = {part: value}
         merge(values, value)

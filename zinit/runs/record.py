@@ -19,15 +19,24 @@ from zinit.validation import check_fields
 
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "evaluate", "safetensors")
 RECORD, RESULTS, EXAMPLES = "run.json", "metrics.json", "examples.json"
+RESUME = "resume"  # the folder of checkpoints
+
+
+def split_checkpoint(directory: str | Path) -> tuple[Path, Path | None]:
+    """A run's folder, and the checkpoint in it that a path names, if it does: ``RUN_DIR/resume/step-00000120``."""
+    path = Path(directory)
+    inside = path.parent.name == RESUME and not is_file(path / RECORD)
+    return (path.parent.parent, path) if inside else (path, None)
 
 
 def check_run(directory: str | Path) -> None:
-    """A folder holds a run. Without torch: what is wrong with a path is said at once.
+    """A folder holds a run, or is a checkpoint of one. Without torch: what is wrong with a path is said at once.
 
     Raises:
         CheckpointError: if it holds none.
     """
-    if is_file(Path(directory) / RECORD):
+    directory, _ = split_checkpoint(directory)
+    if is_file(directory / RECORD):
         return
     with parsing(f"{directory} cannot be read", CheckpointError):
         killed = is_folder(directory) and all(is_ours(file.name) for file in Path(directory).iterdir())
@@ -152,6 +161,7 @@ class Results:
         steps: optimizer steps; None until the run is finished.
         seconds: of training; None until the run is finished.
         num_trainable: how many numbers were trained; None until the run is finished.
+        best: figure, value and step of the weights that were kept, where ``train.keep_best`` chose them.
         suites: figures and counts of the suites that a finished run was evaluated on, by name.
     """
 
@@ -163,11 +173,12 @@ class Results:
     steps: int | None = None
     seconds: float | None = None
     num_trainable: int | None = None
+    best: dict[str, Any] = field(default_factory=dict)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``metrics.json``; what only a finished run has is left out before."""
-        finished = ("steps", "seconds", "num_trainable", "suites")
+        finished = ("steps", "seconds", "num_trainable", "best", "suites")
         return {name: value for name, value in vars(self).items() if name not in finished or value not in (None, {})}
 
     @classmethod

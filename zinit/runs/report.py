@@ -130,6 +130,7 @@ def render_page(record: Record, results: Results, log: _Log, notes: list[str]) -
         status=log.status(),
         totals={name: np.nansum(log.curve(name)[1]) for name in ("examples", "seconds")},
         notes=notes,
+        best=results.best,
         models=models,
         rows=rows,
         better={name: way for name, *_ in rows if (way := task.direction(name))},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinit.adapter.fingerprint import cosine
 from zinit.adapter.handle import Handle
-from zinit.errors import CheckpointError, ConfigError, DataError, install_extra
+from zinit.errors import CheckpointError, ConfigError, DataError
 from zinit.methods.base import Method
 from zinit.models.offload import weights_in_place
 from zinit.runs import agreement
@@ -36,9 +36,11 @@ from zinit.runs.images import encode_images
 from zinit.runs.preview import fit_warmup, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
 from zinit.runs.start import WarmStart, check_has_start, check_same_start
+from zinit.runs.tracking import Tracked, begin, settings_of
 from zinit.train import activation_cache
+from zinit.train.best import LOSS, Best
 from zinit.train.checkpoint import check_identity, resume_command
-from zinit.train.events import Ended, Evaluated, Event, Listener, Notice, Stage, Step, Stopped
+from zinit.train.events import Ended, Evaluated, Listener, Notice, Stage, Stopped
 from zinit.train.loop import Interrupted, fit, ignore
 from zinit.train.plan import Plan, rates_by_role
 from zinit.train.strategy import describe, loading_device, make_accelerator, place
@@ -122,8 +124,9 @@ def train_run(
         run = build(config, output, preset=preset, resume=resume, on_event=on_event)
         preflight(run, preset=preset)
         results = baseline(run)
-        steps, seconds = train(run)
-        publish(run, results, steps=steps, seconds=seconds)
+        best = choose_by(run, results)
+        steps, seconds = train(run, best)
+        publish(run, results, steps=steps, seconds=seconds, best=best)
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
         return results.to_dict()
@@ -133,7 +136,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     """The processes, the model and the task of a run. Nothing is written."""
     from accelerate.utils import set_seed
 
-    accelerator = make_accelerator(config.train, **(_tensorboard(output) if config.train.tensorboard else {}))
+    accelerator = make_accelerator(config.train, **settings_of(config.train.tracker, output))
     settings = {name: value for name, value in flat_settings(config).items() if name not in PLACES}
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
@@ -185,8 +188,8 @@ def preflight(run: Run, *, preset: str | None) -> None:
     accelerator.wait_for_everyone()  # no process begins a record before all have looked whether there is one
     if run.is_main and not run.resume:
         write_json(run.output / RECORD, make_record(run, preset).to_dict())
-    if run.config.train.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    if tracker := run.config.train.tracker:
+        begin(accelerator, tracker, run.output, flat_settings(run.config))
 
 
 def _check_trainable(run: Run) -> None:
@@ -201,8 +204,8 @@ def _check_trainable(run: Run) -> None:
     if _takes_steps(run):
         Plan.of(task, config.train, config.seed)
         activation_cache.check(task, config.train, run.accelerator)
-    elif config.train.activation_cache is not None:
-        raise ConfigError(f"train.activation_cache is of no use to the method {config.method!r}, which takes no steps.")
+    elif useless := [name for name in ("activation_cache", "keep_best") if getattr(config.train, name) is not None]:
+        raise ConfigError(f"train.{useless[0]} is of no use to the method {config.method!r}, which takes no steps.")
 
 
 def _takes_steps(run: Run) -> bool:
@@ -266,8 +269,40 @@ def baseline(run: Run) -> Results:
     return results
 
 
-def train(run: Run) -> tuple[int, float]:
+def choose_by(run: Run, results: Results) -> Best | None:
+    """What chooses the weights, if ``train.keep_best`` names a figure.
+
+    Args:
+        run: before training.
+        results: of the base, which have the same figures.
+
+    Raises:
+        ConfigError: if it is no figure, or none that has better values.
+    """
+    metric, task = run.config.train.keep_best, run.task
+    if metric is None:
+        return None
+    figures = [name for name in results.metrics["base"] if task.direction(name)]
+    direction = task.direction(metric)
+    if metric not in figures or direction is None:
+        raise ConfigError(
+            f"train.keep_best={metric!r} is none of the figures that this run's evaluation gives. Take one of "
+            f"{', '.join(figures) or 'none (nothing is held out)'}, in another folder (--output)."
+        )
+
+    def measure() -> Mapping[str, float]:
+        return evaluate(task, run.config, run.accelerator).metrics
+
+    figures_by = None if metric == LOSS else measure
+    return Best(metric=metric, direction=direction, patience=run.config.train.patience, figures=figures_by)
+
+
+def train(run: Run, best: Best | None = None) -> tuple[int, float]:
     """Trains, by the method's own procedure or by the loop.
+
+    Args:
+        run: what trains.
+        best: chooses the weights; None takes the last.
 
     Returns:
         Optimizer steps done in all, and seconds of this process's part.
@@ -277,7 +312,7 @@ def train(run: Run) -> tuple[int, float]:
     """
     task, config, accelerator = run.task, run.config.train, run.accelerator
     started, steps = time.perf_counter(), 0
-    listener = Tracker(accelerator, run.log) if config.tensorboard else run.log
+    listener = Tracked(accelerator, run.log) if config.tracker else run.log
     try:
         if not run.built.method.solve(task):
             steps = fit(
@@ -290,6 +325,7 @@ def train(run: Run) -> tuple[int, float]:
                 resume=run.resume,
                 on_event=listener,
                 batches=activation_cache.stored_activations(task, config, accelerator, listener),
+                best=best,
             )
     except Interrupted as interruption:
         run.log(Stopped(interruption.step))
@@ -298,7 +334,7 @@ def train(run: Run) -> tuple[int, float]:
     return steps, time.perf_counter() - started
 
 
-def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
+def publish(run: Run, results: Results, *, steps: int, seconds: float, best: Best | None = None) -> None:
     """Writes the weights, evaluates the adapted model, and writes results and report.
 
     Args:
@@ -306,8 +342,13 @@ def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
         results: those of the base; completed here.
         steps: optimizer steps done in all.
         seconds: of training.
+        best: what has chosen the weights.
     """
-    task, output = run.task, run.output
+    task, output, at = run.task, run.output, steps
+    if best is not None and best.value is not None:
+        at = best.step
+        results.best = {"metric": best.metric, "value": best.value, "step": at}
+        run.log(Notice(f"kept the weights of step {at} of {steps}: {best.metric} {best.value:.4f} was the best"))
     # Before the evaluation: nothing that happens there can lose it.
     save_trained(task, output, writes=run.is_main)
     if run.is_main and task.handle is not None:
@@ -326,30 +367,11 @@ def publish(run: Run, results: Results, *, steps: int, seconds: float) -> None:
         if adapted.examples:
             write_json(output / EXAMPLES, adapted.examples)
         write_json(output / RESULTS, results.to_dict())
-        run.log(Evaluated(steps, adapted.metrics))
+        run.log(Evaluated(at, adapted.metrics))
         run.log(Ended(steps))
         _report(run)
         with writing(output / CARD):
             write_card(output)
-
-
-class Tracker:
-    """Hands the numbers of events to the run's tracker (TensorBoard) after they are logged.
-
-    Args:
-        accelerator: with trackers.
-        log: gets every event first.
-    """
-
-    def __init__(self, accelerator: Accelerator, log: Listener) -> None:
-        self.accelerator, self.log = accelerator, log
-
-    def __call__(self, event: Event) -> None:
-        self.log(event)
-        document = event.to_dict()
-        numbers = {k: v for k, v in document.items() if isinstance(v, int | float) and k != "step"}
-        prefix = "train" if isinstance(event, Step) else event.kind
-        self.accelerator.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=document.get("step"))
 
 
 def _check_same_run(run: Run) -> dict[str, Any]:
@@ -379,12 +401,6 @@ def _save_adapter(handle: Handle, output: Path, key_probe: list[float] | None) -
         dataclasses.replace(file, fingerprint={**file.fingerprint, "key_probe": sample}).write(output)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Make room, then: {resume_command(output)}") from error
-
-
-def _tensorboard(output: Path) -> dict[str, Any]:
-    if find_spec("tensorboard") is None:
-        raise ConfigError(f"train.tensorboard=true needs the package tensorboard. {install_extra('tensorboard')}")
-    return {"log_with": "tensorboard", "project_dir": str(output)}
 
 
 def _report(run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from zinit.distributed import sum_over_processes
 from zinit.tasks.base import Batch, Task
 from zinit.train import checkpoint
+from zinit.train.best import Best
 from zinit.train.events import Evaluated, Gates, Listener, PlanMade, Step
 from zinit.train.held_out import held_out_loss
 from zinit.train.plan import Plan
@@ -30,11 +31,13 @@ class Progress:
         plan: of all steps.
         done: optimizer steps done.
         stopping: set by a callback that wants the loop to end; the callbacks after it are still called.
+        finished: set by a callback for which enough has been trained: this step was the last.
     """
 
     plan: Plan
     done: int
     stopping: bool = False
+    finished: bool = False
 
 
 class Callback:
@@ -95,28 +98,47 @@ class LogGates(Callback):
             self.tell(Gates(step, {site: gates.tolist() for site, gates in self.handle.gates().items()}))
 
 
-class EvaluateLoss(Callback):
-    """Tells the held-out loss every ``train.evaluate_every`` steps; after the last one the run evaluates everything.
+class EvaluateHeldOut(Callback):
+    """Evaluates every ``train.evaluate_every`` steps: the held-out loss, or what ``best`` is chosen by.
+
+    After the last step the run evaluates everything, so that only ``best`` asks for it here.
 
     Args:
         task: to evaluate.
         runnable: the task as the loop calls it.
         accelerator: the run's.
         tell: takes the events.
+        best: takes the weights where they are the best so far, and ends training when none came for long.
     """
 
     def __init__(
-        self, task: Task, runnable: Callable[[Batch], torch.Tensor], accelerator: Accelerator, tell: Listener
+        self,
+        task: Task,
+        runnable: Callable[[Batch], torch.Tensor],
+        accelerator: Accelerator,
+        tell: Listener,
+        best: Best | None = None,
     ) -> None:
-        self.task, self.runnable, self.accelerator, self.tell = task, runnable, accelerator, tell
+        self.task, self.runnable, self.accelerator, self.tell, self.best = task, runnable, accelerator, tell, best
+
+    def on_start(self, progress: Progress) -> None:
+        progress.finished = self.best is not None and self.best.is_over
 
     def on_step(self, progress: Progress, step: Step) -> None:
-        config, steps = progress.plan.config, progress.plan.steps
-        every = _or_ten_times(config.evaluate_every, steps)
-        if every and progress.done % every == 0 and progress.done < steps:
-            loss, count = held_out_loss(self.task, config, self.accelerator, runnable=self.runnable)
-            if count:
-                self.tell(Evaluated(progress.done, {"loss": loss, "count": count}))
+        done, steps, best = progress.done, progress.plan.steps, self.best
+        every = _or_ten_times(progress.plan.config.evaluate_every, steps)
+        if not every or (done % every and done < steps) or (done == steps and best is None):
+            return
+        figures = self._loss(progress) if best is None or best.figures is None else best.figures()
+        if figures:
+            self.tell(Evaluated(done, figures))
+        if best is not None:
+            best.see(done, figures, checkpoint.trainable(self.task))
+            progress.finished = best.is_over
+
+    def _loss(self, progress: Progress) -> Mapping[str, float]:
+        loss, count = held_out_loss(self.task, progress.plan.config, self.accelerator, runnable=self.runnable)
+        return {"loss": loss, "count": count} if count else {}
 
 
 class StopOnRequest(Callback):
@@ -145,6 +167,7 @@ class SaveCheckpoints(Callback):
         optimizer: torch's own.
         identity: what a resumed run must have in common with this one.
         accelerator: the run's.
+        best: weights that are kept beside the last ones.
     """
 
     def __init__(
@@ -154,15 +177,19 @@ class SaveCheckpoints(Callback):
         optimizer: torch.optim.Optimizer,
         identity: dict[str, Any],
         accelerator: Accelerator,
+        best: Best | None = None,
     ) -> None:
-        self.directory, self.task, self.optimizer = directory, task, optimizer
+        self.directory, self.task, self.optimizer, self.best = directory, task, optimizer, best
         self.identity, self.accelerator = identity, accelerator
 
     def on_step(self, progress: Progress, step: Step) -> None:
         done, steps = progress.done, progress.plan.steps
         every = _or_ten_times(progress.plan.config.save_every, steps)
-        if progress.stopping or (every and (done == steps or done % every == 0)):
-            checkpoint.save(self.directory, done, self.task, self.optimizer, self.identity, self.accelerator)
+        last = done == steps or progress.finished
+        if progress.stopping or (every and (last or done % every == 0)):
+            checkpoint.save(
+                self.directory, done, self.task, self.optimizer, self.identity, self.accelerator, best=self.best
+            )
 
 
 def _or_ten_times(every: int | None, steps: int) -> int:

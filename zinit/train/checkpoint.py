@@ -24,6 +24,7 @@ from zinit import compat
 from zinit.distributed import sum_over_processes
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import check_tensors, parsing, read_json
+from zinit.train.best import Best
 from zinit.train.strategy import gather_full, shard_like
 from zinit.validation import NonNegativeInt, check_fields
 
@@ -43,7 +44,9 @@ OF_MANIFEST = {  # what is read of it
     "identity": dict[str, Any],
     "sha256": dict[str, str],
     "scaler": dict[str, Any] | None,
+    "best": dict[str, Any] | None,
 }
+OF_BEST = {"step": NonNegativeInt, "value": float | None, "since": NonNegativeInt}
 
 
 def resume_command(directory: Path | str) -> str:
@@ -63,8 +66,19 @@ def save(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     accelerator: Accelerator,
+    *,
+    best: Best | None = None,
 ) -> Path:
     """Writes a checkpoint; all processes call it.
+
+    Args:
+        directory: of the run.
+        step: optimizer steps done.
+        task: what trains.
+        optimizer: torch's own.
+        identity: what a resumed run must have in common with this one.
+        accelerator: the run's.
+        best: kept too, if given.
 
     Raises:
         CheckpointError: if it cannot be written. The one before is untouched.
@@ -72,7 +86,7 @@ def save(
     target = directory / "resume" / _folder_name(step)
     building = target.with_name(f".building-{target.name}")
     problem = ""
-    tensors = _collect(task, optimizer)  # every process takes part, in case something is sharded
+    tensors = _collect(task, optimizer, best)  # every process takes part, in case something is sharded
     try:
         if accelerator.is_main_process:
             shutil.rmtree(building, ignore_errors=True)
@@ -86,10 +100,7 @@ def save(
     failed = sum_over_processes(accelerator, torch.tensor(float(bool(problem)), device=accelerator.device)).item()
     if accelerator.is_main_process and not failed:
         try:
-            files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
-            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-            manifest = {"format_version": 1, "step": step, "identity": identity, "scaler": scaler, "sha256": files}
-            _write(building / MANIFEST, json.dumps(manifest, indent=2).encode())
+            _seal(building, step, identity, accelerator, best)
             if target.exists():
                 _remove(target)
             os.replace(building, target)
@@ -105,6 +116,16 @@ def save(
             f"The last whole checkpoint is {_name(latest(directory))}. Make room, then: {resume_command(directory)}"
         )
     return target
+
+
+def _seal(building: Path, step: int, identity: dict[str, Any], accelerator: Accelerator, best: Best | None) -> None:
+    """Writes the manifest, which tells a checkpoint's files from others."""
+    manifest: dict[str, Any] = {"format_version": 1, "step": step, "identity": identity}
+    manifest["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    if best is not None:
+        manifest["best"] = best.to_dict()
+    manifest["sha256"] = {file.name: _sha256(file) for file in sorted(building.iterdir())}
+    _write(building / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def tidy(directory: Path) -> None:
@@ -136,8 +157,10 @@ def load_latest(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     accelerator: Accelerator,
+    *,
+    best: Best | None = None,
 ) -> int:
-    """Restores the last whole checkpoint of a run.
+    """Restores the last whole checkpoint of a run; see `save`.
 
     Returns:
         Its step, or 0 if there is none: the run starts from its beginning.
@@ -157,6 +180,8 @@ def load_latest(
         if accelerator.scaler is not None and manifest.get("scaler"):
             accelerator.scaler.load_state_dict(manifest["scaler"])
     _restore(tensors, parameters, optimizer)
+    if best is not None and manifest.get("best"):
+        best.load(manifest["best"], _under("best:", tensors))
     state = folder / f"random-{accelerator.process_index}.json"
     if state.exists():  # a run may go on with more processes than it had
         with parsing(f"{state} is damaged", CheckpointError, advice):
@@ -173,7 +198,9 @@ def _read_manifest(folder: Path, advice: str) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, CheckpointError, advice)
     with parsing(f"{path} is damaged", CheckpointError, advice, also=(ConfigError,)):
-        check_fields(manifest, OF_MANIFEST, optional=("scaler",))
+        check_fields(manifest, OF_MANIFEST, optional=("scaler", "best"))
+        if manifest.get("best"):
+            check_fields(manifest["best"], OF_BEST)
         check_fields(manifest["sha256"], dict.fromkeys((STATE, *(file.name for file in folder.glob("random-*"))), str))
         if folder.name != _folder_name(manifest["step"]):
             raise ConfigError(f"its step is {manifest['step']}.")
@@ -194,12 +221,43 @@ def _read_state(path: Path, parameters: Mapping[str, nn.Parameter], advice: str)
 
     with parsing(f"{path} does not fit the run", CheckpointError, advice, also=(CheckpointError,)):
         tensors = load_file(path)
-        values = {name.partition(":")[2]: value for name, value in tensors.items() if name.startswith("parameter:")}
-        check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        check_tensors(_under("parameter:", tensors), shapes)
+        if kept := _under("best:", tensors):
+            check_tensors(kept, shapes)
         for name in tensors:
             if name.startswith("optimizer:") and name.split(":", 2)[-1] not in parameters:
                 raise CheckpointError(f"{name} is of no parameter that trains.")
     return tensors
+
+
+def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one kind, by the names of the parameters."""
+    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+
+
+@torch.no_grad()
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter], *, under: str = "") -> None:
+    """Copies the weights of a checkpoint, and nothing else of it. What it does not hold stays as it is.
+
+    Args:
+        folder: of the checkpoint.
+        parameters: by name.
+        under: how the names begin of those that are taken.
+
+    Raises:
+        CheckpointError: if it holds weights of no such name or shape, or is damaged.
+    """
+    from safetensors.torch import load_file
+
+    advice = "Take another checkpoint of the run."
+    _read_manifest(folder, advice)
+    with parsing(f"{folder / STATE} does not fit the run", CheckpointError, advice, also=(CheckpointError,)):
+        tensors = _under("parameter:", load_file(folder / STATE))
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(under)}
+        check_tensors(tensors, {name: tuple(own.shape) for name, own in parameters.items() if name in tensors})
+    for name, tensor in tensors.items():
+        parameters[name].copy_(shard_like(tensor, parameters[name]))
 
 
 def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -218,8 +276,8 @@ def check_identity(directory: Path, saved: dict[str, Any], now: dict[str, Any]) 
             )
 
 
-def _collect(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _collect(task: nn.Module, optimizer: torch.optim.Optimizer, best: Best | None) -> dict[str, Tensor]:
+    tensors = {} if best is None else {f"best:{name}": value for name, value in best.weights.items()}
     for name, parameter in trainable(task).items():
         tensors[f"parameter:{name}"] = gather_full(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from zinit.config import HEAD, ROLES, JsonConfig, setting_names
 from zinit.errors import ConfigError
 from zinit.registry import did_you_mean
-from zinit.validation import Folder, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Rate, Workers
+from zinit.validation import Folder, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Rate, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,13 @@ class TrainConfig(JsonConfig):
         gradient_checkpointing: recompute activations of the host in the backward pass.
         compile: pass the model through ``torch.compile``.
         evaluate_every: steps between evaluations of the held-out loss; 0 only at the end, None ten times a run.
+        keep_best: a figure of the task's evaluation, such as "loss" or "accuracy": the run ends with the weights whose
+            figure was best. All figures are then measured at each evaluation. None ends with the last weights.
+        patience: with ``keep_best``: training ends after so many evaluations in a row without a better figure.
         save_every: steps between resume checkpoints; 0 never, None ten times a run.
         workers: processes that prepare batches; 0 does it in the training process.
-        tensorboard: also log to TensorBoard, in the run's folder.
+        tracker: also log to "tensorboard" (in the run's folder), "wandb", "trackio" or "mlflow", whose own
+            environment variables set them up.
         activation_cache: folder for the output of the frozen layers below the lowest adapted one, one per training
             example, so that they run once and not every epoch; runs share it. For examples of one size (images); see
             `zinit.train.activation_cache`. None computes it anew each time.
@@ -115,9 +119,11 @@ class TrainConfig(JsonConfig):
     gradient_checkpointing: bool = False
     compile: bool = False
     evaluate_every: NonNegativeInt | None = None
+    keep_best: Name | None = None
+    patience: PositiveInt | None = None
     save_every: NonNegativeInt | None = None
     workers: Workers = 0
-    tensorboard: bool = False
+    tracker: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
     activation_cache: Folder | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +131,10 @@ class TrainConfig(JsonConfig):
         # Where one is in steps and the other in epochs, `zinit.train.loop.Plan` knows.
         if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps}).")
+        if self.patience is not None and self.keep_best is None:
+            raise ConfigError("patience needs a figure to look at: -o train.keep_best=loss, or another figure.")
+        if self.keep_best is not None and self.evaluate_every == 0:
+            raise ConfigError("keep_best chooses among evaluations: leave out evaluate_every, or give it steps.")
         in_epochs = self.steps is None and self.warmup_steps is None
         if in_epochs and self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must be fewer than epochs ({self.epochs}).")

@@ -24,9 +24,10 @@ from zinit.models.offload import is_offloaded
 from zinit.tasks.base import MAIN, Batch, Task
 from zinit.train import checkpoint
 from zinit.train.batches import Collate, load_batches
+from zinit.train.best import Best
 from zinit.train.callbacks import (
     Callback,
-    EvaluateLoss,
+    EvaluateHeldOut,
     LogGates,
     LogSteps,
     Progress,
@@ -85,6 +86,7 @@ def fit(
     resume: bool = False,
     on_event: Listener = ignore,
     batches: AbstractContextManager[Collate] | None = None,
+    best: Best | None = None,
 ) -> int:
     """Trains what the task marks as trainable.
 
@@ -98,6 +100,7 @@ def fit(
         resume: go on from the last checkpoint in ``directory``, if there is one.
         on_event: gets every event, on the main process.
         batches: what makes the micro-batches while it is open; default: `Task.collate`.
+        best: chooses the weights that the task has afterwards; default: the last ones.
 
     Returns:
         Steps done in all.
@@ -111,7 +114,7 @@ def fit(
     stepper = Stepper(task, Plan.of(task, config, seed), accelerator)
     optimizer, identity, done = stepper.optimizer.optimizer, identity or {}, 0
     if resume and directory is not None:
-        done = checkpoint.load_latest(directory, task, optimizer, identity, accelerator)
+        done = checkpoint.load_latest(directory, task, optimizer, identity, accelerator, best=best)
         if done:
             tell(Resumed(done))
     with (
@@ -122,12 +125,16 @@ def fit(
         callbacks = [
             LogSteps(tell),
             LogGates(task, tell),
-            EvaluateLoss(task, stepper.runnable, accelerator, tell),
+            EvaluateHeldOut(task, stepper.runnable, accelerator, tell, best),
             StopOnRequest(stop_requested, accelerator),
         ]
         if directory is not None:
-            callbacks.append(SaveCheckpoints(directory, task, optimizer, identity, accelerator))
-        return run_steps(stepper, load_batches(stepper.plan, collate, accelerator, start=done), callbacks, start=done)
+            callbacks.append(SaveCheckpoints(directory, task, optimizer, identity, accelerator, best))
+        batches_left = load_batches(stepper.plan, collate, accelerator, start=done)
+        done = run_steps(stepper, batches_left, callbacks, start=done)
+    if best is not None:
+        best.restore(checkpoint.trainable(task))
+    return done
 
 
 def run_steps(stepper: Stepper, batches: Iterator[Batch], callbacks: list[Callback], *, start: int) -> int:
@@ -149,6 +156,8 @@ def run_steps(stepper: Stepper, batches: Iterator[Batch], callbacks: list[Callba
     for callback in callbacks:
         callback.on_start(progress)
     for step in range(start, stepper.plan.steps):
+        if progress.finished:
+            break
         measured = stepper.step(step, batches)
         progress.done = step + 1
         for callback in callbacks:

@@ -19,11 +19,14 @@ from zinit.adapter.file import DESCRIPTION
 from zinit.config import to_json
 from zinit.data.conversations import Conversation, read_questions
 from zinit.data.images import content_digest
-from zinit.errors import ConfigError
-from zinit.files import claim, local_path, write_atomically
+from zinit.errors import ConfigError, DataError
+from zinit.files import claim, is_file, local_path, write_atomically
+from zinit.runs.directory import TRAINED, SavedRun
 from zinit.serve.engine import Engine
 from zinit.serve.requests import BASE, Event, Failed, Limits, Refused, Sampling
 from zinit.serve.served import Models
+from zinit.train.checkpoint import MANIFEST
+from zinit.ui.chat import ChatSession
 from zinit.ui.console import QUIET_SECONDS, print_json, say
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
@@ -75,7 +78,7 @@ def answer_file(
         ConfigError: if the output exists, or was begun with other settings or data.
         DataError: if a record asks nothing.
     """
-    path = local_path(output)
+    path, run = local_path(output), SavedRun.read(asking.run_dir)
     if path.exists():
         raise ConfigError(f"{output} exists already. Name another --output, or remove it.")
     counts: Counter[str] = Counter()
@@ -84,11 +87,11 @@ def answer_file(
     ]
     folder = path.with_name(f"{path.name}.part")
     with claim(folder, tell=lambda text: None):
-        done = _begun(folder, {**asdict(asking), "run": _identity(asking.run_dir), "data": _digest(talks)})
+        done = _begun(folder, {**asdict(asking), "run": _identity(run), "data": _digest(talks)})
         if len(done) < len(talks):
             with (
                 (folder / ANSWERS).open("ab") as file,
-                closing(_answers(asking, talks, done=len(done), batch=batch)) as lines,
+                closing(_answers(asking, talks, done=len(done), batch=batch, run=run)) as lines,
             ):
                 for line in lines:
                     file.write(to_json(line).encode() + b"\n")
@@ -124,8 +127,9 @@ def run_file(run_dir: str, data: str, output: str, *, batch: int, quiet: bool, *
     say(f"wrote {output}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
-def _identity(run_dir: str) -> str:
-    return hashlib.sha256((Path(run_dir) / DESCRIPTION).read_bytes()).hexdigest()
+def _identity(run: SavedRun) -> str:
+    files = [run.folder / DESCRIPTION, run.folder / TRAINED] if run.checkpoint is None else [run.checkpoint / MANIFEST]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def _digest(talks: Sequence[Conversation]) -> str:
@@ -156,8 +160,13 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[Line]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _answers(asking: Asking, talks: Sequence[Conversation], *, done: int, batch: int) -> Generator[Line, None, None]:
+def _answers(
+    asking: Asking, talks: Sequence[Conversation], *, done: int, batch: int, run: SavedRun
+) -> Generator[Line, None, None]:
     """A line for each record from a number on, in order."""
+    if not is_file(run.folder / DESCRIPTION) or run.checkpoint is not None:  # the engine batches prefixes
+        yield from _one_by_one(asking, talks, done=done)
+        return
     models = Models(asking.run_dir)
     if not asking.base:
         models.add("run", asking.run_dir)
@@ -174,6 +183,21 @@ def _answers(asking: Asking, talks: Sequence[Conversation], *, done: int, batch:
             yield asked.line()
     finally:
         engine.stop()
+
+
+def _one_by_one(asking: Asking, talks: Sequence[Conversation], *, done: int) -> Generator[Line, None, None]:
+    """As `_answers`, for every method."""
+    how = {"temperature": asking.temperature, "top_p": asking.top_p, "max_new_tokens": asking.max_new_tokens}
+    session = ChatSession(asking.run_dir, base=asking.base, **how)
+    for number, talk in enumerate(itertools.islice(talks, done, None), start=done):
+        line: Line = {"index": number, "question": talk.rounds[-1].asked}
+        try:
+            answer, tokens = session.reply(talk, seed=asking.seed + number)
+        except (ConfigError, DataError) as error:
+            yield {**line, "error": str(error)}
+            continue
+        reason = "length" if tokens >= asking.max_new_tokens else "stop"
+        yield {**line, "answer": answer, "finish_reason": reason, "tokens": tokens}
 
 
 class _Asked:

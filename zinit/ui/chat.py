@@ -16,8 +16,8 @@ from zinit.data.images import read_image
 from zinit.errors import ConfigError, DataError, ZinitError, printable
 from zinit.files import local_path
 from zinit.models.room import positions
-from zinit.runs.build import load_run, run_expert
-from zinit.runs.directory import read_finished_run
+from zinit.runs.build import load_saved, run_expert
+from zinit.runs.directory import SavedRun
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
 from zinit.tasks.chat import ChatFormat, cut_at
@@ -31,7 +31,7 @@ class ChatSession:
     """A tuned model, its tokenizer and how to sample from it.
 
     Args:
-        run_dir: of a finished run.
+        run_dir: of a run, or of a checkpoint in it.
         temperature: 0 is greedy. Paper: 0.1.
         top_p: nucleus sampling. Paper: 0.75.
         max_new_tokens: longest answer.
@@ -59,12 +59,16 @@ class ChatSession:
     ) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
-        config, _ = read_finished_run(run_dir)
+        run = SavedRun.read(run_dir)
+        config = run.config
         self.task: type[Task] = TASKS.get(config.task)
         if not self.task.generates:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
-        _, model, self.tokenizer, self.handle = load_run(run_dir, device)
-        self.model: Any = model.eval()
+        if run.note:
+            say(f"({run.note})", error=True)
+        built = load_saved(run, device, base=base)
+        self.adapted, self.tokenizer = built.adapted, built.processor
+        self.model: Any = built.adapted.model.eval()
         self.device, self.base, self.system = device, base, system
         words = getattr(config.options, "experts", ()) if experts is None else split_at_commas(experts)
         self.experts = Experts([run_expert(each, device=device) for each in words])
@@ -115,7 +119,23 @@ class ChatSession:
         shown = [self._read(image) for image in images]
         rounds = [Round(question=instruction, input=input)]
         ids = self._encode_raw(instruction) if raw else self._encode(rounds, shown)
-        return self._complete(ids, shown, stream)
+        return self._complete(ids, shown, stream)[0]
+
+    def reply(self, talk: Conversation, *, seed: int) -> tuple[str, int]:
+        """The answer to the last round of a conversation, and its tokens.
+
+        Args:
+            talk: as a record has it.
+            seed: of the sampling.
+
+        Raises:
+            ConfigError: if the run takes no images, or the prompt is too long.
+        """
+        if talk.images and not self._takes_images:
+            raise ConfigError("the run is language-only: its adapter takes no images.")
+        _check_texts(talk.system, *(text for each in talk.rounds for text in (each.question, each.input)))
+        torch.manual_seed(seed)
+        return self._complete(self.format.prompt(talk), [read_image(image) for image in talk.images], stream=False)
 
     def converse(self, images: Sequence[str | Path] = ()) -> None:
         """Reads instructions from the standard input and answers each, all earlier turns and images in view.
@@ -149,7 +169,7 @@ class ChatSession:
             elif line:
                 try:
                     ids = self._encode([*rounds, Round(question=line)], shown)
-                    rounds.append(Round(question=line, answer=self._complete(ids, shown, stream=True)))
+                    rounds.append(Round(question=line, answer=self._complete(ids, shown, stream=True)[0]))
                 except (ConfigError, DataError) as error:  # no reason to lose the conversation
                     say(f"({error} Say /new for a new one.)")
                 except KeyboardInterrupt:
@@ -157,12 +177,13 @@ class ChatSession:
 
     @property
     def _takes_images(self) -> bool:
-        return self.handle.shared.get("context") is not None
+        return self.adapted.handle is not None and "context" in self.adapted.handle.shared
 
     @property
     def sense(self) -> str:
         """What the adapter's encoder takes: "image", "audio" or "video"."""
-        return self.handle.get_encoder().modality if self._takes_images and self.handle.encoder is not None else "image"
+        handle = self.adapted.handle
+        return "image" if handle is None or handle.encoder is None else handle.get_encoder().modality
 
     def _read(self, image: str | Path) -> Any:
         """An image from a file; for encoders of sound or video the file itself, which they read."""
@@ -199,7 +220,7 @@ class ChatSession:
         return self.task.encode_prompt(self.tokenizer, prompt)
 
     @torch.no_grad()
-    def _complete(self, ids: list[int], images: Sequence[Any], stream: bool) -> str:
+    def _complete(self, ids: list[int], images: Sequence[Any], stream: bool) -> tuple[str, int]:
         if not ids:
             raise ConfigError("the prompt is empty; say something.")
         room = positions(self.model)
@@ -212,9 +233,9 @@ class ChatSession:
         streamer = _streamer(self.tokenizer, tuple(self.format.stop_strings)) if stream else None
         with ExitStack() as scopes:
             if self.base:
-                scopes.enter_context(self.handle.disabled())
-            elif images and self._takes_images:
-                scopes.enter_context(self.handle.given(**{self.sense: [list(images)]}))
+                scopes.enter_context(self.adapted.disabled())
+            elif images and self._takes_images and self.adapted.handle is not None:
+                scopes.enter_context(self.adapted.handle.given(**{self.sense: [list(images)]}))
             try:
                 generated = self.model.generate(
                     input_ids=inputs,
@@ -229,8 +250,9 @@ class ChatSession:
                 from zinit.models.generation import unusable
 
                 raise unusable(error) from error
-        text = self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
-        return cut_at(text, self.format.stop_strings).strip()
+        new = generated[0, len(ids) :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return cut_at(text, self.format.stop_strings).strip(), len(new)
 
 
 def _check_texts(*texts: str) -> None:

@@ -194,6 +194,8 @@ def print_metrics(results: dict[str, Any], *, title: str) -> None:
         return
     answered = f", {counts['answered']} of them answered in words" if "answered" in counts else ""
     console.print(f"{counts.get('held_out', '?')} held-out examples{answered}; seed {results['seed']}")
+    if "note" in results:
+        console.print(results["note"])
     if "baseline" in results:
         console.print(f"base: {results['baseline']}")
     odd = {name: n for name, n in counts.items() if n and any(word in name for word in ODD)}
