@@ -16,7 +16,7 @@ from zinit.runs.config import RunConfig
 from zinit.runs.presets import Preset
 from zinit.runs.preview import Preview, settle
 from zinit.runs.settings import resolve
-from zinit.train.events import Notice
+from zinit.train.events import Event, Notice, Stage
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +158,13 @@ def test_a_short_try_of_a_preset_trains_says_what_was_scaled_and_records_it(
 ) -> None:
     options = ["train.steps=10", "task.evaluation_limit=0", "train.batch_size=8", "prefix.length=2"]
     config, preset = resolve(backbone="llama", preset="llama-7b", model=model, data=data, options=options)
-    said: list[str] = []
-    runs.train_run(
-        config,
-        tmp_path / "run",
-        preset=preset,
-        on_event=lambda event: said.append(event.text) if isinstance(event, Notice) else None,
+    events: list[Event] = []
+    runs.train_run(config, tmp_path / "run", preset=preset, on_event=events.append)
+    said = [event.text for event in events if isinstance(event, Notice)]
+    [picked] = [event.text for event in events if isinstance(event, Stage) and event.text.startswith("training ")]
+    assert picked == (
+        "training 2 prompts in 4 of 4 layers; prompts: 256 numbers at rate 0.00225; gates: 16 numbers at rate 0.00225; "
+        "10 steps, 4 of them warm-up; at most 512 tokens"
     )
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["scaled"] == [

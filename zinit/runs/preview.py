@@ -22,7 +22,7 @@ from zinit.runs.config import RunConfig
 from zinit.runs.presets import Preset
 from zinit.tasks import TASKS
 from zinit.train.config import TrainConfig
-from zinit.train.plan import Draws
+from zinit.train.plan import Draws, Plan, rates_by_role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,6 +135,22 @@ def fit_warmup(train: TrainConfig, preset: str | None, task: Task, seed: int) ->
     steps = int(train.steps * train.warmup_epochs / train.epochs)
     note = f"train.warmup_steps={steps} of {train.steps} (the preset: {train.warmup_epochs} of {train.epochs} epochs)"
     return replace(train, warmup_epochs=None, warmup_steps=steps), [note]
+
+
+def picked(config: RunConfig, task: Task) -> str:
+    """What a run trains and how, in words: what was asked for, and what was left to the method and the model."""
+    parts = {} if task.handle is None else task.handle.parts
+    layers = 0 if task.handle is None else len(task.handle.state.sites)
+    plan, rates = Plan.of(task, config.train, config.seed), rates_by_role(task, config.train)
+    longest = getattr(config.options, "max_length", None)
+    return "; ".join(
+        [
+            *(f"{part.config.length} prompts in {len(part.prefixes)} of {layers} layers" for part in parts.values()),
+            *(f"{role}: {own['numbers']:,} numbers at rate {own['rate']:.3g}" for role, own in rates.items()),
+            f"{plan.steps} steps, {plan.warmup} of them warm-up",
+            *([] if longest is None else [f"at most {longest} tokens"]),
+        ]
+    )
 
 
 def check_settings(config: RunConfig, preview: Preview) -> None:

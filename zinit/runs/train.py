@@ -33,7 +33,7 @@ from zinit.runs.directory import (
 from zinit.runs.evaluate import controlled, evaluate
 from zinit.runs.identity import PLACES, flat_settings, identity_of
 from zinit.runs.images import encode_images
-from zinit.runs.preview import fit_warmup, settle
+from zinit.runs.preview import fit_warmup, picked, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
 from zinit.runs.start import WarmStart, check_has_start, check_same_start
 from zinit.runs.tracking import Tracked, begin, settings_of
@@ -315,6 +315,7 @@ def train(run: Run, best: Best | None = None) -> tuple[int, float]:
     listener = Tracked(accelerator, run.log) if config.tracker else run.log
     try:
         if not run.built.method.solve(task):
+            run.on_event(Stage(f"training {picked(run.config, task)}"))
             steps = fit(
                 task,
                 config,
