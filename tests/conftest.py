@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 TESTS = Path(__file__).parent
 
+gc.set_threshold(50_000, 20, 100)  # searches of all that is imported take longer than many a test
 torch.set_num_threads(1)  # tiny models: more threads only make them slower and less alike
 
 

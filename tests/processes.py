@@ -17,7 +17,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GRACE = 30.0  # seconds that the other ranks have to end after one of them has failed, as torchrun gives them
@@ -29,6 +31,17 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 def environment() -> dict[str, str]:
     """For processes: this source tree, no network, one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def server() -> Any:
+    """The address of the server, which starts with the first call, for a process that starts further ones."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ.update(environment())  # the server finds the tests by it
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return forkserver._forkserver._forkserver_address
 
 
 class Process:
@@ -46,14 +59,9 @@ class Process:
         files = [str(Path(self.folder.name) / name) for name in ("out", "err")]
         for file in files:
             Path(file).touch()
-        given = (self.args, {**environment(), **(more or {})}, os.getcwd(), *files)
-        self.process = CONTEXT.Process(target=_run, args=given)
-        before = os.environ.get("PYTHONPATH")
-        os.environ.update(environment())  # the server starts with the first process, and finds the tests by it
-        try:
-            self.process.start()
-        finally:
-            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        variables = {**environment(), **(more or {})}
+        self.process = CONTEXT.Process(target=_run, args=(self.args, variables, os.getcwd(), server(), *files))
+        self.process.start()
 
     @property
     def pid(self) -> int:
@@ -132,8 +140,10 @@ def run_ranks(
     return subprocess.CompletedProcess(ranks[0].args, status, *texts)
 
 
-def _run(args: list[str], variables: dict[str, str], folder: str, out: str, err: str) -> None:
+def _run(args: list[str], variables: dict[str, str], folder: str, address: Any, out: str, err: str) -> None:
     """In the new process."""
+    known = forkserver._forkserver  # processes of this one come from the same server, not from one of their own
+    known._forkserver_address, known.ensure_running = address, lambda: None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(variables)
