@@ -36,6 +36,9 @@ def test_sources_of_several_forms_with_weights(zinit: Zinit, tmp_path: Path) -> 
     assert counts["epoch_source_1"] == 3 * counts["train_source_1"]
     assert counts["epoch_source_2"] == pytest.approx(counts["train_source_2"] / 2, abs=0.5)
     assert counts["train_cut_at_front"] > 0
+    for figures in json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"].values():
+        first, second = figures["loss/source_1"], figures["loss/source_2"]
+        assert min(first, second) < figures["loss"] < max(first, second)
     asked = ("--prompt", "Who are you?", "--system", "Be brief.", "--max-new-tokens", 4, "--temperature", 0)
     done = zinit("generate", tmp_path / "run", *asked, "--json")
     assert done.code == 0, done.err

@@ -120,10 +120,14 @@ def evaluate(task: Task, config: RunConfig, accelerator: Accelerator, limit: int
     losses: list[tuple[float, float]] = []
     with weights_in_place(task):
         loss, count = held_out_loss(task, config.train, accelerator, parts=losses)
+        apart = {
+            f"loss/{name}": held_out_loss(task, config.train, accelerator, chosen=chosen)[0]
+            for name, chosen in task.held_out_groups().items()
+        }
     with accelerator.autocast(), weights_in_place(task):
         evaluation = task.evaluate(accelerator, limit=limit)
     of_text = {"perplexity": math.exp(loss) if loss < 700 else math.inf} if task.generates else {}
-    evaluation.metrics = ({"loss": loss, **of_text} if count else {}) | evaluation.metrics
+    evaluation.metrics = ({"loss": loss, **of_text, **apart} if count else {}) | evaluation.metrics
     evaluation.counts = {"held_out_units": count, **evaluation.counts}
     if count and accelerator.num_processes == 1:
         evaluation.examples = {"loss": losses, **evaluation.examples}

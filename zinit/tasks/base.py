@@ -205,6 +205,10 @@ class Task(nn.Module, ABC):
         """Further rows of the results by name, each a scope in which the adapted model is evaluated once more."""
         return {}
 
+    def held_out_groups(self) -> dict[str, list[int]]:
+        """Kinds of held-out examples by name, whose losses are measured apart too, as "loss/NAME"."""
+        return {}
+
     def artifacts(self) -> dict[str, Any]:
         """JSON documents for the run's folder, by file name: what the last evaluation answered, say."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ def held_out_loss(
     *,
     runnable: Callable[[Batch], Tensor] | None = None,
     parts: list[tuple[float, float]] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> tuple[float, int]:
     """Mean loss per supervised unit over the held-out examples, and how many units there were.
 
@@ -34,10 +35,12 @@ def held_out_loss(
         accelerator: whose processes take the examples in turn.
         runnable: the task as the loop calls it; default: the task itself.
         parts: gets (summed loss, units) of every micro-batch of this process, longest examples first.
+        chosen: the examples; None is all.
     """
     split = task.held_out_stream
     task.eval()
-    order = sorted(range(len(split)), key=lambda index: (-split.lengths[index], index))
+    chosen = range(len(split)) if chosen is None else chosen
+    order = sorted(chosen, key=lambda index: (-split.lengths[index], index))
     world = accelerator.num_processes
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for part in cut(config, split, order, world)[accelerator.process_index :: world]:
@@ -47,5 +50,5 @@ def held_out_loss(
         total += loss.double() if part else 0.0
         if parts is not None and part:
             parts.append((loss.item(), float(sum(split.counts[index] for index in part))))
-    count = sum(split.counts)
+    count = sum(split.counts[index] for index in chosen)
     return sum_over_processes(accelerator, total).item() / max(1, count), count

@@ -57,6 +57,13 @@ class ConversationTask(TextTask):
         """Of the conversations' texts."""
         return self.chat_format(self.tokenizer, self.config)
 
+    def held_out_groups(self) -> dict[str, list[int]]:
+        """Of several sources each: of two languages, say."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for place, example in enumerate(self.held_out_examples):
+            groups[example.source].append(place)
+        return {f"source_{number + 1}": own for number, own in sorted(groups.items())} if len(groups) > 1 else {}
+
     def encode(self, records: Sequence[Conversation]) -> tuple[list[TextExample], Counter[str]]:
         """See `encode_conversations`; of examples with what experts say also `context_lines`."""
         told, heard = zip(*map(self._with_experts, records), strict=True) if records else ((), ())
