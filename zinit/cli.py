@@ -375,6 +375,9 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, or a backbone's name for its embedded demo.")],
     backbone: Annotated[str | None, typer.Option(help="Default: the one that knows the model.")] = None,
     option: Options = None,
+    train: Annotated[bool, typer.Option("--train", help="Also estimate memory and time of a training step.")] = False,
+    batch: Annotated[int, typer.Option(help="Examples of a forward pass, for --train.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of each, for --train.", min=1)] = 256,
     as_json: Json = False,
 ) -> None:
     """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
@@ -384,9 +387,12 @@ def inspect(
     if model not in BACKBONES:
         model_source(model)
     from zinit.ui.console import print_json, print_table, say
-    from zinit.ui.inspection import inspect_model
+    from zinit.ui.inspection import describe_training, estimate_training, inspect_model
 
-    found = inspect_model(model, backbone=backbone, options=option or ())
+    how: dict[str, Any] = {"backbone": backbone, "options": option or ()}
+    found = inspect_model(model, **how)
+    if train:
+        found["training"] = estimate_training(model, batch=batch, length=length, **how)
     if as_json:
         print_json(found)
         return
@@ -403,6 +409,8 @@ def inspect(
         f"trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
         f"({100 * found['num_trainable'] / found['num_parameters']:.3f} %), {found['file_bytes'] / 1e6:.2f} MB saved"
     )
+    if train:
+        say(describe_training(found["training"]))
 
 
 @app.command(name="ls")

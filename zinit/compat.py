@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from zinit.errors import ConfigError
@@ -398,3 +399,49 @@ def unwrap_checkpointing(block: nn.Module, wrapper: Any) -> None:
     checkpoint: Any = vars(block).get("_gradient_checkpointing_func")
     if isinstance(checkpoint, wrapper):
         vars(block)["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
+
+def watch_operations(tell: Callable[[int, int, list[Any]], None]) -> AbstractContextManager[Any]:
+    """A scope that tells of every operation of torch: its multiplications and additions, the bytes it reads and writes,
+    and the storages of what it makes. Attention runs there as one kernel, as it does on devices that have values.
+
+    Private: torch's own counters of memory and of operations are built on the same mode.
+
+    Args:
+        tell: called with (operations, bytes, storages).
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+                return args[0].dtype == torch.bool  # "is all of it the same?": masks that hide nothing are left out
+            made = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                read, written = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in (args, made))
+                count = flop_registry.get(func._overloadpacket)
+                flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=made)
+                tell(flops, sum(t.nbytes for t in (*read, *written)), [t.untyped_storage() for t in written])
+            return made
+
+    class OneKernel(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is scaled_dot_product_attention:
+                return attend(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **options: Any) -> Any:
+        if options.get("enable_gqa"):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, attn_mask=attn_mask)[0]
+
+    scope = ExitStack()
+    scope.enter_context(OneKernel())
+    scope.enter_context(Operations())
+    return scope

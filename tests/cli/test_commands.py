@@ -237,7 +237,7 @@ OPTIONS = {
              "--seed", "--frozen"},
     "serve": {"--host", "--port", "--api-key-file", "--model", "--template", "--batch", "--queue", "--max-tokens",
               "--max-seconds"},
-    "inspect": {"--backbone", "--option", "--json"},
+    "inspect": {"--backbone", "--option", "--train", "--batch", "--length", "--json"},
     "ls": {"--json"},
     "convert": {"--from", "--to", "--model", "--length", "--gate", "--reader", "--tables", "--json"},
     "push": {"--private", "--json"},

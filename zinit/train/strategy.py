@@ -75,6 +75,7 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
 def describe(accelerator: Accelerator) -> str:
     """How a run is spread, for people: "2 processes on cpu, FSDP2"."""
     count, kind = accelerator.num_processes, accelerator.device.type
+    kind = "mps (Apple's GPUs are not tested)" if kind == "mps" else kind
     if count == 1:
         return f"one process on {kind}"
     how = "ZeRO-3" if is_zero3(accelerator) else "FSDP2" if is_sharded(accelerator) else "data parallelism"
