@@ -1,0 +1,271 @@
+"""How zero-init attention learns on really pretrained models: what opens when, which lever helps, what harm is done.
+
+    python -m benchmarks.dynamics --models DIR --data DIR [--only "MiniLM: named entities"] [--steps 20]
+
+The models, data and starting rates of benchmarks/real.toml; losses are of its validation parts. One seed and short
+runs: what is found here is a reason to try something, not a result. Writes ``benchmarks/results/dynamics.json``, after
+every run, and the tables of docs/dynamics.md; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import RESULTS
+from benchmarks.real import PLAN, make_parts
+from zinit.adapter.handle import Handle
+from zinit.bench.cells import Experiment
+from zinit.bench.plan import make_benchmark
+from zinit.bench.summary import FORGETTING, show
+from zinit.prefix import ZeroGatedPrefix
+from zinit.runs.train import Run, build
+from zinit.train.batches import load_batches
+from zinit.train.callbacks import Callback, Progress
+from zinit.train.events import Step
+from zinit.train.held_out import held_out_loss
+from zinit.train.loop import Stepper, ignore, run_steps
+from zinit.train.plan import Plan
+from zinit.train.strategy import place
+
+OUTPUT = RESULTS / "dynamics.json"
+PAGE = Path(__file__).parents[1] / "docs" / "dynamics.md"
+TABLES = "<!-- tables: python -m benchmarks.dynamics -->"
+MATTERS = 0.1  # of the gates' gradient: from there on prompts learn too
+BATCH = ("train.batch_size=8", "train.micro_batch_size=8")
+THIRD = "prefix.layers={third}"
+# What is changed, one thing at a time: {name: (method, options)}.
+LEVERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "as it is": ("zero-init", ()),
+    "gates x1": ("zero-init", ("train.rates.gates=1",)),
+    "gates x30": ("zero-init", ("train.rates.gates=30",)),
+    "gates x100": ("zero-init", ("train.rates.gates=100",)),
+    "gates without tanh": ("zero-init", ("prefix.gate=identity",)),
+    "gates start at N(0, 1)": ("random-gate", ()),
+    "a gate for each query": ("query-gate", ()),
+    "prompts N(0, 1)": ("zero-init", ("prefix.init_std=1",)),
+    "prompts through the projections, N(0, 1)": ("zero-init", ("prefix.parametrization=prompt", "prefix.init_std=1")),
+    "prompts by a network": ("hyper-prompts", ("prefix.parametrization=prompt", "prefix.init_std=1")),
+    "K = 2": ("zero-init", ("prefix.length=2",)),
+    "K = 32": ("zero-init", ("prefix.length=32",)),
+    "topmost third": ("zero-init", (THIRD,)),
+    "no warm-up": ("zero-init", ("train.warmup_steps=0",)),
+    "weight decay 0.02": ("zero-init", ("train.weight_decay=0.02",)),
+}
+# Before any training: {name: options}, each with random gates and as a plain prefix.
+STARTS: dict[str, tuple[str, ...]] = {
+    "N(0, 0.02²)": ("prefix.parametrization=prompt", "prefix.init_std=0.02"),
+    "N(0, 1)": ("prefix.parametrization=prompt", "prefix.init_std=1"),
+    "N(0, 1), K = 2": ("prefix.parametrization=prompt", "prefix.init_std=1", "prefix.length=2"),
+    "N(0, 1), K = 32": ("prefix.parametrization=prompt", "prefix.init_std=1", "prefix.length=32"),
+    "N(0, 1), topmost third": ("prefix.parametrization=prompt", "prefix.init_std=1", THIRD),
+}
+UNTRAINED = ("zero-init", "random-gate", "prefix-tuning")
+SHOWN = ("loss", "forgetting", "prompts learn from step", *UNTRAINED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", action="append", default=[], help="name of an experiment; repeatable")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
+    make_parts(options.data, parts)
+    places = {"models": str(options.models.absolute()), "parts": str(parts), "data": str(options.data.absolute())}
+    found: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
+    for experiment in make_benchmark(config_file=str(PLAN)).experiments:
+        if experiment.name in (options.only or [experiment.name]):
+            measure(experiment, places, options.steps, found)
+    write_page(found)
+
+
+def measure(experiment: Experiment, places: dict[str, str], steps: int, found: dict[str, Any]) -> None:
+    """Everything that ``found`` does not hold yet of a host; runs of another length are made anew.
+
+    Args:
+        experiment: of benchmarks/real.toml.
+        places: see `zinit.bench.cells.Cell.at`.
+        steps: of a short run.
+        found: by experiment; completed here, and written.
+    """
+    host = Host(experiment, places, steps)
+    own = found.setdefault(experiment.name, {"steps": steps, "starts": {}, "levers": {}})
+    if own["steps"] != steps:
+        own |= {"steps": steps, "levers": {}}
+    for kind, names, look in (("starts", STARTS, host.start), ("levers", LEVERS, host.lever)):
+        for name in names:
+            if name not in own[kind]:
+                own[kind][name] = look(name)
+                print(experiment.name, name, {key: value for key, value in own[kind][name].items() if key in SHOWN})
+                OUTPUT.write_text(json.dumps(found, allow_nan=False, indent=1) + "\n")
+
+
+class Host:
+    """A pretrained model with its task, as an experiment has them.
+
+    Args:
+        experiment: of benchmarks/real.toml.
+        places: see `zinit.bench.cells.Cell.at`.
+        steps: of a short run.
+    """
+
+    def __init__(self, experiment: Experiment, places: dict[str, str], steps: int) -> None:
+        self.experiment, self.places, self.steps = experiment, places, steps
+        handle = self.run("zero-init", ()).task.handle
+        assert handle is not None
+        self.layers = len(handle.sites)
+
+    def run(self, method: str, options: Sequence[str]) -> Run:
+        """A run that nothing is trained in yet and that writes nothing."""
+        experiment = self.experiment
+        rates = [option for option in experiment.method_options["zero-init"] if option.startswith("train.")]
+        cell = replace(experiment, methods=(method,), method_options={method: rates}, seeds=(0,)).cells()
+        short = (f"train.steps={self.steps}", f"train.warmup_steps={self.steps // 5}", *BATCH)
+        said = (*experiment.select.options, *short, *(self._filled(option) for option in options))
+        first = next(iter(cell))
+        config = replace(first, options=(*first.options, *said)).at(self.places).resolve()
+        run = build(config, Path(), preset=None, resume=False, on_event=ignore)
+        place(run.task, run.accelerator)
+        with run.built.adapted.disabled():
+            run.task.prepare()
+        return run
+
+    def _filled(self, option: str) -> str:
+        return option.format(third=max(1, self.layers // 3)) if "{" in option else option
+
+    def start(self, name: str) -> dict[str, float]:
+        """Harm before any training: how far features moved, or how much the loss on known texts rose."""
+        found = {}
+        for method in UNTRAINED:
+            run = self.run(method, STARTS[name])
+            with run.built.adapted.disabled():
+                before = forgetting(run)
+            found[method] = forgetting(run) - before
+        return found
+
+    def lever(self, name: str) -> dict[str, Any]:
+        """A short run with one thing changed."""
+        run = self.run(*LEVERS[name])
+        watch = Watch(run)
+        stepper = Stepper(run.task, Plan.of(run.task, run.config.train, 0), run.accelerator)
+        watch.follow(stepper.optimizer.optimizer)
+        batches = load_batches(stepper.plan, run.task.collate, run.accelerator, start=0)
+        run_steps(stepper, batches, [watch], start=0)
+        found = watch.summary()
+        loss, _ = held_out_loss(run.task, run.config.train, run.accelerator)
+        return {"loss": loss, "forgetting": forgetting(run), **found}
+
+
+def forgetting(run: Run) -> float:
+    """Of the first held-out examples, or the known texts."""
+    metrics = run.task.evaluate(run.accelerator, limit=1).metrics
+    return next(metrics[name] for name in FORGETTING if name in metrics)
+
+
+class Watch(Callback):
+    """Notes gates, gradients by role and where prompts are attended to, step by step.
+
+    Args:
+        run: whose adapter is watched.
+    """
+
+    def __init__(self, run: Run) -> None:
+        assert run.task.handle is not None
+        self.handle: Handle = run.task.handle
+        self.gates: list[float] = []
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, float]] = []
+        self.spread: list[float] = []  # of this step: entropy of the attention to prompts, 1 where it is even
+        self.spreads: list[float] = []
+        for prefix in self.handle.prefixes.values():
+            prefix.register_forward_hook(self._attended)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are noted before each update, clipped as it takes them."""
+        optimizer.register_step_pre_hook(lambda *_: self.gradients.append(self._norms()))
+
+    def _norms(self) -> dict[str, float]:
+        return {role: norm([p.grad for p in own]) for role, own in self.handle.roles().items()}
+
+    def _attended(self, prefix: ZeroGatedPrefix, given: tuple[Any, ...], _: Tensor) -> None:
+        query, key, _, scale = given
+        with torch.no_grad():
+            weights = (query @ key.to(query.dtype).transpose(-1, -2) * scale).float().softmax(-1)
+            entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean().item()
+        self.spread.append(entropy / math.log(key.shape[2]))
+
+    def on_step(self, progress: Progress, step: Step) -> None:
+        gates = torch.cat([gates.detach().abs().flatten() for gates in self.handle.gates().values()])
+        self.gates.append(gates.mean().item())
+        self.losses.append(step.loss)
+        self.spreads.append(sum(self.spread) / max(1, len(self.spread)))
+        self.spread.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """What is kept of a run."""
+        ratios = [found["prompts"] / found["gates"] if found.get("gates") else math.inf for found in self.gradients]
+        matters = next((step + 1 for step, ratio in enumerate(ratios) if ratio >= MATTERS), None)
+        return {
+            "prompts learn from step": matters,
+            "mean gate": self.gates[-1],
+            "spread": [round(self.spreads[0], 4), round(self.spreads[-1], 4)],
+            "gradient of prompts / gates": " ".join(f"{ratio:.2g}" for ratio in ratios),
+            "training loss": " ".join(f"{loss:.3f}" for loss in self.losses),
+        }
+
+
+def norm(gradients: list[Tensor | None]) -> float:
+    """Of all of them together; parameters without one count as zero."""
+    return math.sqrt(sum(g.double().pow(2).sum().item() for g in gradients if g is not None))
+
+
+# --- the page ---
+
+
+def write_page(found: dict[str, Any]) -> None:
+    """Puts the tables into the page, behind the line `TABLES`."""
+    parts = []
+    for name, host in found.items():
+        parts += [f"### {name}", f"Harm before any training:\n\n{_starts(host['starts'])}"]
+        parts.append(f"After {host['steps']} steps, one seed:\n\n{_levers(host['levers'])}")
+    head = PAGE.read_text("utf-8").partition(TABLES)[0] + TABLES
+    PAGE.write_text("\n\n".join([head, *parts]) + "\n", "utf-8")
+
+
+def _starts(found: dict[str, dict[str, float]]) -> str:
+    cells = [[name, *(f"{own[method]:.4f}" for method in UNTRAINED)] for name, own in found.items()]
+    return _table(["prompts", *UNTRAINED], cells)
+
+
+def _levers(found: dict[str, dict[str, Any]]) -> str:
+    cells = [
+        [
+            name,
+            show(own["loss"], 4),
+            show(own["forgetting"], 4),
+            str(own["prompts learn from step"] or "-"),
+            show(own["mean gate"]),
+            ", ".join(f"{spread:.2f}" for spread in own["spread"]),
+        ]
+        for name, own in found.items()
+    ]
+    return _table(["lever", *SHOWN[:3], "mean gate, last", "spread, first and last"], cells)
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+
+
+if __name__ == "__main__":
+    main()
