@@ -1,13 +1,15 @@
-"""The script that makes docs/backbones.md: what it takes from its log."""
+"""docs/backbones.md: what its script takes from its log, and what others say of the table."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from scripts import make_backbones
+from tests.shared import ROOT
 
 
 def test_results_of_other_versions_are_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +26,18 @@ def test_results_of_other_versions_are_run_again(tmp_path: Path, capsys: pytest.
     assert f"1 results are of transformers 4.0, and installed are {now}: run again" in said
     assert "1 results are of versions that are not noted" in said
     assert make_backbones.read_log(tmp_path / "none", work) == {}
+
+
+def test_the_readme_counts_what_the_table_lists() -> None:
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    version = re.findall(r"transformers (\d+\.\d+)\.\S+, timm ", page)
+    supported = re.findall(r"^\| supported \| (\d+) \|$", page, re.MULTILINE)
+    assert len(version) == 1
+    assert len(supported) == 2
+    for count, title in zip(supported, ("transformers", "timm"), strict=True):
+        table = page.partition(f"### Supported ({title})")[2].partition("\n#")[0]
+        assert len(re.findall(r"^\| [^|]+ \| `", table, re.MULTILINE)) == int(count)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"the {supported[0]} families of transformers {version[0]} and {supported[1]} kinds of timm attention" in readme
+    )
