@@ -17,6 +17,8 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import sys
 import time
 import warnings
@@ -36,7 +38,8 @@ from zinit.backbones._discover import FOREIGN
 from zinit.backbones._replay import Replay, states_of
 from zinit.errors import BackboneError
 
-TIMEOUT = 180
+TIMEOUT = 180  # seconds of a processor, whatever else the machine does
+HANGS = 20 * TIMEOUT  # seconds on the clock
 UNSEEN = ("no gate gets a gradient", "an open gate changes nothing")
 Result = dict[str, Any]
 
@@ -243,6 +246,7 @@ def smallest_of_timm(module: str) -> dict[str, str]:
 
 def in_child(library: str, name: str, pipe: Connection) -> None:
     """One family, in a process of its own; sends a JSON document."""
+    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 5))
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
@@ -314,14 +318,17 @@ def run_all(work: list[tuple[str, str]], jobs: int, log: Path | None) -> dict[tu
             try:
                 done(library, name, json.loads(pipe.recv()))  # pyright: ignore
             except EOFError:
-                done(library, name, {"status": "not built", "reason": "its process died"})
+                process.join()
+                late = process.exitcode == -signal.SIGXCPU
+                reason = f"it takes more than {TIMEOUT} s" if late else "its process died"
+                done(library, name, {"status": "not built", "reason": reason})
             process.join()
         for pipe, (library, name, process, since) in list(running.items()):
-            if time.monotonic() - since > TIMEOUT:
+            if time.monotonic() - since > HANGS:
                 process.kill()
                 process.join()
                 del running[pipe]
-                done(library, name, {"status": "not built", "reason": f"it takes more than {TIMEOUT} s"})
+                done(library, name, {"status": "not built", "reason": "it hangs"})
     return results
 
 
