@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +43,17 @@ def test_the_readme_counts_what_the_table_lists() -> None:
     assert (
         f"the {supported[0]} families of transformers {version[0]} and {supported[1]} kinds of timm attention" in readme
     )
+
+
+def test_what_takes_too_long_is_untried_and_what_waits_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(name: str) -> dict[str, Any]:
+        while name == "busy":
+            pass
+        time.sleep(1.5)
+        return {"class": name}
+
+    monkeypatch.setattr(make_backbones, "TIMEOUT", 1)
+    monkeypatch.setattr(make_backbones, "try_transformers", trial)
+    found = make_backbones.run_all([("transformers", "busy"), ("transformers", "waiting")], 2, None)
+    assert found["transformers", "busy"] == {"status": "not built", "reason": "it takes more than 1 s"}
+    assert found["transformers", "waiting"] == {"status": "supported", "class": "waiting"}
