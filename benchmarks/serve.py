@@ -1,7 +1,8 @@
 """Serving: 64 requests over 16 adapters in one batch, against one after another, and against one adapter alone.
 
 The engine is measured without HTTP. Every way answers the same requests, greedily, and the answers are compared; gates
-are open, so that adapters differ. One after another: ``model.generate`` for each request, under its adapter.
+are open, so that adapters differ. One after another: ``model.generate`` for each request, under its adapter. A closed
+loop: clients that each wait for an answer before they ask again. PEFT: its AdaptionPrompt, a model for each adapter.
 
     python -m benchmarks.serve                                   # the demo's LLaMA
     python -m benchmarks.serve --model DIR --tokens 32 --rate 2  # another base
@@ -10,11 +11,13 @@ are open, so that adapters differ. One after another: ``model.generate`` for eac
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 
 import zinit
 from benchmarks.common import RESULTS, save
+from zinit.data.conversations import Conversation, Round
 from zinit.demo import instructions, llama_path
 from zinit.models.loading import load_causal_lm
 from zinit.serve.engine import Engine
@@ -77,7 +81,24 @@ def in_batches(
     assert over.wait(3600)
     seconds = time.perf_counter() - began
     made = [answers[number] for number in range(len(requests))]
-    return {**figures(made, seconds, list(first.values()), list(whole.values())), "answers": made}
+    found = figures(made, seconds, list(first.values()), list(whole.values()))
+    return {**found, "answers": made, "first_seconds": first[0]}
+
+
+def closed_loop(engine: Engine, requests: list[Request], tokens: int, clients: int) -> dict[str, Any]:
+    """So many clients, each of which asks its next question when the last one is answered."""
+    parts = [requests[number::clients] for number in range(clients)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        times = [each for found in pool.map(lambda part: _client(engine, part, tokens), parts) for each in found]
+    seconds = time.perf_counter() - began
+    firsts, wholes, answers = (list(column) for column in zip(*times, strict=True))
+    return figures(answers, seconds, firsts, wholes)
+
+
+def _client(engine: Engine, requests: list[Request], tokens: int) -> list[tuple[float, float, tuple[int, ...]]]:
+    return [(one["first_seconds"], one["seconds"], one["answers"][0]) for one in
+            (in_batches(engine, [request], tokens, None) for request in requests)]  # fmt: skip
 
 
 def one_after_another(engine: Engine, requests: list[Request], tokens: int) -> dict[str, Any]:
@@ -88,18 +109,56 @@ def one_after_another(engine: Engine, requests: list[Request], tokens: int) -> d
     began = time.perf_counter()
     for adapter, text in requests:
         served = models.get(adapter)
-        from zinit.data.conversations import Conversation, Round
-
-        prompt = served.format.prompt(Conversation(rounds=(Round(question=text),)))
-        config = engine._generation(served, prompt, Sampling(max_tokens=tokens, temperature=0))
-        config.eos_token_id = list(dict.fromkeys([*config.eos_token_id, *served.format.stop_tokens]))
-        ids = torch.tensor([prompt])
+        ids, config = _prompt(engine, served, text, tokens)
         assert served.handle is not None
         with served.handle.alone():
             found = models.base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        answers.append(tuple(found[0, len(prompt) :].tolist()))
+        answers.append(tuple(found[0, ids.shape[1] :].tolist()))
         whole.append(time.perf_counter() - began)
     return {**figures(answers, time.perf_counter() - began, [], whole), "answers": answers}
+
+
+def _prompt(engine: Engine, served: Any, text: str, tokens: int) -> tuple[torch.Tensor, Any]:
+    prompt = served.format.prompt(Conversation(rounds=(Round(question=text),)))
+    config = engine._generation(served, prompt, Sampling(max_tokens=tokens, temperature=0))
+    config.eos_token_id = list(dict.fromkeys([*config.eos_token_id, *served.format.stop_tokens]))
+    return torch.tensor([prompt]), config
+
+
+def peft_models(options: argparse.Namespace) -> list[Any]:
+    """PEFT's AdaptionPrompt of the same K and L, a model for each adapter; the gates as open as ours."""
+    from peft import AdaptionPromptConfig, TaskType, get_peft_model
+
+    made = []
+    for number in range(options.adapters):
+        model, _ = load_causal_lm(options.model, dtype=torch.float32)
+        layers = options.layers or model.config.num_hidden_layers
+        torch.manual_seed(number)
+        config = AdaptionPromptConfig(
+            adapter_len=options.prefix_length, adapter_layers=layers, task_type=TaskType.CAUSAL_LM
+        )
+        adapted = get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if name.endswith("adaption_gate"):
+                    parameter.fill_(0.3)
+        made.append(adapted)
+    return made
+
+
+def with_peft(engine: Engine, models: list[Any], requests: list[Request], tokens: int) -> dict[str, Any]:
+    """Each model answers its requests one after the other, as `one_after_another` does."""
+    whole: list[float] = []
+    answers: list[tuple[int, ...]] = []
+    began = time.perf_counter()
+    for number, (adapter, text) in enumerate(requests):
+        ids, config = _prompt(engine, engine._models.get(adapter), text, tokens)
+        model = models[number % len(models)]
+        with torch.no_grad():
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        answers.append(tuple(found[0, ids.shape[1] :].tolist()))
+        whole.append(time.perf_counter() - began)
+    return figures(answers, time.perf_counter() - began, [], whole)
 
 
 def figures(answers: list[tuple[int, ...]], seconds: float, first: list[float], whole: list[float]) -> dict[str, Any]:
@@ -122,11 +181,13 @@ def main() -> None:
     options.add_argument("--model", default=str(llama_path()), help="default: the demo's")
     options.add_argument("--requests", type=int, default=64)
     options.add_argument("--adapters", type=int, default=16)
-    options.add_argument("--tuned", type=int, default=0, help="how many of them tune the host")
+    options.add_argument("--tuned", type=int, default=8, help="how many of them tune the host")
     options.add_argument("--prefix-length", type=int, default=10, help="K")
     options.add_argument("--layers", type=int, default=None, help="L; default: all")
     options.add_argument("--tokens", type=int, default=64, help="longest answer")
     options.add_argument("--rate", type=float, default=20.0, help="requests a second of the Poisson process")
+    options.add_argument("--clients", type=int, default=16, help="of the closed loop")
+    options.add_argument("--no-peft", action="store_true", help="for bases that PEFT's AdaptionPrompt does not know")
     options.add_argument("--rounds", type=int, default=5, help="interleaved; medians are reported")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--output", type=Path, default=None)
@@ -137,7 +198,6 @@ def main() -> None:
     random.Random(0).shuffle(texts)
     names = [f"user{number}" for number in range(options.adapters)]
     mixed = [(names[number % len(names)], texts[number]) for number in range(options.requests)]
-    single = [(names[-1], texts[number]) for number in range(options.requests)]
     with tempfile.TemporaryDirectory() as folder:
         make_adapters(options, Path(folder))
         models = Models(
@@ -146,35 +206,48 @@ def main() -> None:
         for name in names:
             models.add(name, str(Path(folder) / name))
     engine = Engine(models, Limits(batch=options.requests, queue=4 * options.requests)).start()
+    tokens = options.tokens
     ways = {
-        "one_after_another": lambda: one_after_another(engine, mixed, options.tokens),
-        "mixed": lambda: in_batches(engine, mixed, options.tokens, None),
-        "one_adapter": lambda: in_batches(engine, single, options.tokens, None),
-        "poisson": lambda: in_batches(engine, mixed, options.tokens, options.rate),
+        "one_after_another": lambda: one_after_another(engine, mixed, tokens),
+        "mixed": lambda: in_batches(engine, mixed, tokens, None),
+        "closed_loop": lambda: closed_loop(engine, mixed, tokens, options.clients),
+        "poisson": lambda: in_batches(engine, mixed, tokens, options.rate),
     }
+    alone = {"one_tuned": names[0]} if options.tuned else {}
+    alone |= {"one_plain": names[-1]} if options.tuned < options.adapters else {}
+    for name, adapter in alone.items():
+        ways[name] = lambda adapter=adapter: in_batches(engine, [(adapter, text) for _, text in mixed], tokens, None)
+    if not options.no_peft:
+        others = peft_models(options)
+        ways["peft"] = lambda: with_peft(engine, others, mixed, tokens)
+    before = [round(load, 2) for load in os.getloadavg()]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     in_batches(engine, mixed[:8], 8, None)  # warms up
     for _ in range(options.rounds):
         for name, way in ways.items():
+            started = time.process_time()  # on a machine that others use, processor seconds say more than the clock
             found[name].append(way())
+            used = time.process_time() - started
+            found[name][-1] |= {
+                "cpu_seconds": round(used, 3),
+                "tokens_per_cpu_second": round(found[name][-1]["tokens"] / used, 1),
+            }
     engine.stop()
     equal = sum(
         a == b for a, b in zip(found["mixed"][0]["answers"], found["one_after_another"][0]["answers"], strict=True)
     )
-    report: dict[str, Any] = {"answers_equal": f"{equal} of {len(mixed)}"}
+    report: dict[str, Any] = {"answers_equal": f"{equal} of {len(mixed)}", "load_before": before}
     for name, rounds in found.items():
-        rounds.sort(key=lambda each: each["tokens_per_second"])
-        report[name] = {key: value for key, value in rounds[len(rounds) // 2].items() if key != "answers"}
+        middle = sorted(rounds, key=lambda each: each["tokens_per_second"])[len(rounds) // 2]
+        report[name] = {key: value for key, value in middle.items() if key not in ("answers", "first_seconds")}
 
-    def speed(over: str, under: str) -> float:
-        return round(
-            statistics.median(a["tokens_per_second"] for a in found[over])
-            / statistics.median(b["tokens_per_second"] for b in found[under]),
-            3,
-        )
+    def speed(under: str, of: str) -> float:
+        """The mixed batch's over another's: the median over rounds."""
+        pairs = zip(found["mixed"], found[under], strict=True)
+        return round(statistics.median(a[of] / b[of] for a, b in pairs), 3)
 
-    report["mixed_over_one_after_another"] = speed("mixed", "one_after_another")
-    report["one_adapter_over_mixed"] = speed("one_adapter", "mixed")
+    for of in ("tokens_per_second", "tokens_per_cpu_second"):
+        report[f"mixed_over: {of}"] = {name: speed(name, of) for name in ways if name != "mixed"}
     options.model = Path(options.model).name
     options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
     save("serve", options, report)

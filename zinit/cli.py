@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
-from zinit.serve.command import serve
+from zinit.serve.command import serve, serve_page
 from zinit.ui import index
 
 
@@ -283,11 +283,18 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     frozen: Frozen = False,
+    web: Annotated[bool, typer.Option("--web", help="On a page in the browser, beside the base.")] = False,
 ) -> None:
     """Talk to a tuned model over several turns. /new starts over, /image FILE shows one, /quit (or Ctrl-D) ends."""
     from zinit.runs.record import check_run
 
     check_run(run_dir)  # what is wrong with a path is said before torch is imported
+    if web:
+        of_the_terminal = {"--image": image, "--experts": experts, "--frozen": frozen}
+        if given := [flag for flag, value in of_the_terminal.items() if value]:
+            raise ConfigError(f"{', '.join(given)} is for the terminal: the page of --web has its own. Leave it out.")
+        serve_page(run_dir, system=system, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+        return
     from zinit.ui.chat import ChatSession
 
     session = ChatSession(

@@ -234,7 +234,7 @@ OPTIONS = {
     "generate": {"--prompt", "--input", "--data", "--output", "--batch", "--system", "--image", "--audio", "--video",
                  "--experts", "--raw", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen", "--json"},
     "chat": {"--system", "--image", "--audio", "--video", "--experts", "--temperature", "--top-p", "--max-new-tokens",
-             "--seed", "--frozen"},
+             "--seed", "--frozen", "--web"},
     "serve": {"--host", "--port", "--api-key-file", "--model", "--template", "--batch", "--queue", "--max-tokens",
               "--max-seconds"},
     "inspect": {"--backbone", "--option", "--train", "--batch", "--length", "--json"},

@@ -188,8 +188,10 @@ def test_what_means_nothing_is_taken(client: openai.OpenAI) -> None:
 # --- without a client -------------------------------------------------------------------------------------------------
 
 
-def call(app: Any, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
-    """One request to an application, without a socket."""
+def call(
+    app: Any, method: str, path: str, body: bytes = b"", *, seen: dict[str, str] | None = None, **headers: str
+) -> tuple[int, bytes]:
+    """One request to an application, without a socket; the headers of the answer go into ``seen``."""
     sent: list[Any] = []
     pieces = [body[start : start + 4096] for start in range(0, len(body), 4096)] or [b""]
     messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
@@ -212,6 +214,8 @@ def call(app: Any, method: str, path: str, body: bytes = b"", **headers: str) ->
     }  # fmt: skip
     with suppress(RuntimeError):  # of a fault, once it is answered
         asyncio.run(app(scope, receive, send))
+    if seen is not None:
+        seen |= {name.decode(): text.decode() for name, text in sent[0]["headers"]}
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 

@@ -15,6 +15,7 @@ from zinit.errors import ConfigError, install_extra, printable
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 SHORTEST_KEY = 16
+ADAPTED = "adapted"  # the run on the page of ``zinit chat --web``, beside "base"
 GRACE = 10  # seconds
 
 
@@ -43,9 +44,7 @@ def serve(
     keys = read_keys(api_key_file)
     names = name_sources(sources)
     check_address(host, keys)
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise ConfigError(f"zinit serve needs {package}. {install_extra('serve')}")
+    check_packages("zinit serve")
     from zinit.serve.engine import Engine
     from zinit.serve.requests import Limits
     from zinit.serve.served import Models
@@ -60,6 +59,50 @@ def serve(
             print(f"({printable(models.uses)})", file=sys.stderr)
         print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)
         listen(engine, listener, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset())
+
+
+def serve_page(run_dir: str, **sampling: Any) -> None:
+    """Serves the page of ``zinit chat --web`` for a run, to this machine alone, on a free port.
+
+    Args:
+        run_dir: of a finished run.
+        sampling: what the page's settings show at first, see `zinit.serve.page.Page`.
+
+    Raises:
+        ZinitError: if the run cannot be served.
+    """
+    check_packages("zinit chat --web")
+    from zinit.serve.engine import Engine
+    from zinit.serve.page import Page
+    from zinit.serve.requests import Limits
+    from zinit.serve.served import Models
+
+    with bound("127.0.0.1", 0) as listener:
+        models = Models(run_dir)
+        models.add(ADAPTED, run_dir)
+        engine = Engine(models, Limits(new_tokens=max(Limits.new_tokens, sampling["max_tokens"]))).start()
+        served = models.get(ADAPTED)
+        page = Page(
+            title=Path(run_dir).absolute().name,
+            about=f"{type(models.base).__name__}, {len(served.gates())} sites with a prefix",
+            sees=not served.blind,
+            most=engine.limits.new_tokens,
+            gates=served.gates,
+            sampling=sampling,
+        )
+        print(f"open {address(listener)} in a browser; Ctrl-C ends", file=sys.stderr)
+        listen(engine, listener, keys=frozenset(), hosts=LOOPBACK_NAMES, page=page)
+
+
+def check_packages(command: str) -> None:
+    """What a server needs is installed.
+
+    Raises:
+        ConfigError: if not.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise ConfigError(f"{command} needs {package}. {install_extra('serve')}")
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -84,13 +127,15 @@ def address(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def listen(engine: Any, listener: socket.socket, *, keys: frozenset[str], hosts: frozenset[str]) -> None:
+def listen(
+    engine: Any, listener: socket.socket, *, keys: frozenset[str], hosts: frozenset[str], page: Any = None
+) -> None:
     """Answers requests until it is told to stop; what is being answered then has some seconds to end."""
     import uvicorn
 
     from zinit.serve.http import make_app
 
-    app = make_app(engine, keys=keys, hosts=hosts, on_stop=engine.stop)
+    app = make_app(engine, keys=keys, hosts=hosts, page=page, on_stop=engine.stop)
     settings = uvicorn.Config(
         app,
         access_log=False,

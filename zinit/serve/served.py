@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -65,6 +66,14 @@ class Served:
     def info(self) -> ModelInfo:
         """What others are told."""
         return ModelInfo(id=self.name, sees=not self.blind, created=self.created)
+
+    def gates(self) -> list[dict[str, Any]]:
+        """For each site of the adapter "name" and "values", one for each head; None where there is none yet."""
+        found = {} if self.handle is None else self.handle.gates()
+        return [
+            {"name": name, "values": [value if math.isfinite(value) else None for value in gate.flatten().tolist()]}
+            for name, gate in found.items()
+        ]
 
     @torch.no_grad()
     def see(self, images: Sequence[Any]) -> Context:
