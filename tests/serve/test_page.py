@@ -100,8 +100,9 @@ def test_a_browser_shows_both_answers(app: Any, engine: Engine, tmp_path: Path) 
     from tests.serve.test_engine import png
 
     (tmp_path / "red.png").write_bytes(png((250, 0, 0)))
-    (expected,) = ask(engine, "adapted", "What is it?", images=[png((250, 0, 0))], max_tokens=12).wait()
-    (plain,) = ask(engine, "base", "What is it?", max_tokens=12).wait()
+    (expected,) = ask(engine, "adapted", "Name it", images=[png((250, 0, 0))], max_tokens=12).wait()
+    (plain,) = ask(engine, "base", "Name it", max_tokens=12).wait()
+    assert expected.answer
     said: list[str] = []
     with listening(app) as address, browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -115,7 +116,7 @@ def test_a_browser_shows_both_answers(app: Any, engine: Engine, tmp_path: Path) 
             assert tab.locator("#heat tr").count() == 3
             tab.set_input_files("#file", str(tmp_path / "red.png"))
             tab.wait_for_selector("#shown img")
-            tab.fill("#question", "What is it?")
+            tab.fill("#question", "Name it")
             tab.press("#question", "Enter")
             tab.wait_for_selector("#send:visible")
             tab.wait_for_selector("#stop", state="hidden")
