@@ -68,8 +68,10 @@ def test_the_page_learns_gates_and_settings(app: Any, engine: Engine) -> None:
     gate = next(iter(handle.prefixes.values())).gate
     before = gate.detach().clone()
     gate.data.fill_(float("nan"))
-    assert None in json.loads(call(app, "GET", "/page/facts")[1])["gates"][0]["values"]
-    gate.data.copy_(before)
+    try:
+        assert None in json.loads(call(app, "GET", "/page/facts")[1])["gates"][0]["values"]
+    finally:
+        gate.data.copy_(before)
 
 
 def test_the_command_serves_a_run_beside_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +88,10 @@ def test_the_command_serves_a_run_beside_its_base(monkeypatch: pytest.MonkeyPatc
     assert len(answers) == 2
 
 
-def test_the_page_takes_no_options_of_the_terminal() -> None:
+def test_the_page_takes_no_options_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from zinit.cli import chat
 
+    monkeypatch.setattr("zinit.cli.serve_page", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"--image, --frozen is for the terminal: .*Leave it out"):
         chat(str(folders()["anna"]), image=["x.png"], frozen=True, web=True)
 
