@@ -134,8 +134,11 @@ def listen(
     import uvicorn
 
     from zinit.serve.http import make_app
+    from zinit.serve.page import add_page
 
-    app = make_app(engine, keys=keys, hosts=hosts, page=page, on_stop=engine.stop)
+    app = make_app(engine, keys=keys, hosts=hosts, on_stop=engine.stop)
+    if page is not None:
+        add_page(app, page)
     settings = uvicorn.Config(
         app,
         access_log=False,

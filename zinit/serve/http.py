@@ -20,7 +20,6 @@ from zinit.errors import ZinitError
 from zinit.serve.bodies import AdapterBody, Asking, ChatBody, CompletionBody
 from zinit.serve.guard import Guard
 from zinit.serve.metrics import Metrics
-from zinit.serve.page import Page, add_page
 from zinit.serve.requests import Deliver, Event, Failed, Piece, Refused, Service, Ticket
 from zinit.serve.shapes import ChatShape, CompletionShape, Shape
 
@@ -33,7 +32,6 @@ def make_app(
     *,
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
-    page: Page | None = None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application.
@@ -42,7 +40,6 @@ def make_app(
         service: what answers.
         keys: any of these is needed, if there are some; without one nothing can be loaded or unloaded.
         hosts: names that requests may be sent to; empty is any.
-        page: shown at the root.
         on_stop: called when the server goes down.
     """
 
@@ -57,8 +54,6 @@ def make_app(
     _add_errors(app)
     _add_models(app, service, metrics)
     _add_admin(app, service, may=bool(keys))
-    if page is not None:
-        add_page(app, page)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
