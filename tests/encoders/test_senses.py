@@ -22,9 +22,9 @@ from zinit.errors import BackboneError, ConfigError, DataError
 SOUNDS, VIDEOS = ("ast", "whisper", "clap"), ("videomae", "vjepa2")
 
 
-def tone(path: Path, hertz: float, rate: int = 22_050, channels: int = 2) -> Path:
+def tone(path: Path, hertz: float, rate: int = 22_050, channels: int = 2, seconds: float = 1) -> Path:
     soundfile = pytest.importorskip("soundfile")
-    wave = np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
+    wave = np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate).astype(np.float32)
     soundfile.write(path, np.stack([wave] * channels, axis=1) if channels > 1 else wave, rate)
     return path
 
@@ -38,7 +38,11 @@ def clip(folder: Path, count: int = 6) -> Path:
 
 
 def item(kind: str, folder: Path, seed: int) -> Path:
-    return tone(folder / f"{seed}.wav", 300 * (seed + 1)) if kind in SOUNDS else clip(folder / f"clip{seed}", 6 + seed)
+    return (
+        tone(folder / f"{seed}.wav", 300 * (seed + 1), seconds=1.5)
+        if kind in SOUNDS
+        else clip(folder / f"clip{seed}", 6 + seed)
+    )
 
 
 @pytest.mark.parametrize("kind", [*SOUNDS, *VIDEOS])
@@ -57,6 +61,7 @@ def test_files_pass_the_models_own_extractor_and_its_last_norm(kind: str, tmp_pa
     assert features.tokens is not None
     assert features.pooled is not None
     assert features.tokens.shape[::2] == (2, encoder.width)
+    assert features.pooled.shape == (2, encoder.pooled_width)
     assert features.layers[0].shape == (2, encoder.layer_width)
     if kind == "clap":
         torch.testing.assert_close(features.pooled, out.audio_embeds)
