@@ -88,7 +88,7 @@ def test_one_registry_does_not_change_another() -> None:
 
 def test_did_you_mean() -> None:
     assert did_you_mean("x", []) == " Known: none."
-    assert did_you_mean("x", ["b", "a"]) == " Known: a, b."
+    assert did_you_mean("x", ["b", "a", "b"]) == " Known: a, b."
     assert did_you_mean("alpca", ["alpaca", "squad"]) == " Did you mean 'alpaca'? Known: alpaca, squad."
 
 

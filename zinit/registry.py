@@ -22,7 +22,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         name: what the user wrote.
         known: the names that exist.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{hint} Known: {', '.join(names) or 'none'}."
