@@ -246,7 +246,10 @@ def test_without_an_encoder_or_a_source_images_are_refused(folder: Path) -> None
     handle = zinit.attach(causal_lm("Llama"), whole)
     with pytest.raises(ConfigError, match="has no encoder for images"), handle.given(image=[image(1)]):
         pass
-    with pytest.raises(ConfigError, match=r"either image=\.\.\. or features="), handle.given():
+    with (
+        pytest.raises(ConfigError, match=r"either image=\.\.\. \(or audio=\.\.\., video=\.\.\.\) or features="),
+        handle.given(),
+    ):
         pass
     with pytest.raises(ConfigError, match="needs feature_width: name the encoder"):
         zinit.attach(causal_lm("Llama"), zinit.AdapterConfig(parts={"late": LATE}, context="visual-tokens"))

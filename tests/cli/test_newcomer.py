@@ -24,7 +24,15 @@ def test_a_run_says_nothing_of_libraries(zinit: Zinit, model: Path, data: Path, 
     done = zinit("train", "--backbone", "llama", "--model", model, "--data", data, *QUICK, "--output", tmp_path / "run")
     assert done.code == 0, done.err
     said = [line for line in done.err.splitlines() if line.strip()]
-    own = ("loading model", "evaluating", "step ", "Everything is in", "Talk to it", "/")
+    own = (
+        "loading model",
+        "evaluating",
+        "training 3 prompts in 3 of 3 layers; ",
+        "step ",
+        "Everything is in",
+        "Talk to it",
+        "/",
+    )
     assert said
     assert [line for line in said if not line.startswith(own)] == []
     assert "%|" not in done.out + done.err

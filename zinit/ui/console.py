@@ -106,9 +106,9 @@ class RunView:
         match event:
             case Stage():
                 self._stop()
-                self.console.print(f"{event.text} ...", style="dim")
+                self.console.print(f"{event.text} ...", style="dim", soft_wrap=True)
             case Notice():
-                self.console.print(f"note: {event.text}", style="bold")
+                self.console.print(f"note: {event.text}", style="bold", soft_wrap=True)
             case Encoded():
                 self._encoded(event)
             case PlanMade():
