@@ -19,6 +19,7 @@ import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
 from zinit.serve.command import serve, serve_page
 from zinit.ui import index
+from zinit.ui.tune import tune
 
 
 class OnceEach(TyperCommand):
@@ -375,6 +376,9 @@ def bench(
         print_json({"output": output, "finished": finished.complete, "rows": [row.to_dict() for row in finished.rows]})
     if finished.status:
         raise typer.Exit(finished.status)
+
+
+app.command()(tune)
 
 
 @app.command()

@@ -231,6 +231,8 @@ OPTIONS = {
     "eval": {"--data", "--suite", "--fewshot", "--experts", "--limit", "--output", "--json"},
     "bench": {"--preset", "--config", "--backbone", "--task", "--method", "--seed", "--model", "--data", "--option",
               "--output", "--jobs", "--budget", "--dry-run", "--json"},
+    "tune": {"--backbone", "--task", "--method", "--model", "--data", "--preset", "--option", "--validation", "--range",
+             "--metric", "--trials", "--seed", "--output", "--jobs", "--json"},
     "generate": {"--prompt", "--input", "--data", "--output", "--batch", "--system", "--image", "--audio", "--video",
                  "--experts", "--raw", "--temperature", "--top-p", "--max-new-tokens", "--seed", "--frozen", "--json"},
     "chat": {"--system", "--image", "--audio", "--video", "--experts", "--temperature", "--top-p", "--max-new-tokens",

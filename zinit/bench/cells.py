@@ -289,13 +289,26 @@ class Experiment(JsonConfig):
         }
 
     def _trials(self, method: str, values: dict[str, Any]) -> Iterator[tuple[Cell, Options]]:
-        cell = self._cell(method, self.seeds[0], values)
         for tried, factors in self.select.trials(method):
-            varied = tuple(f"{key}={_toml(value)}" for key, value in tried.items())
-            start = replace(cell, options=(*cell.options, *varied)).resolve().train if factors else TrainConfig()
-            said = (*varied, *rate_options(start, factors))
-            options = (*cell.options, *self.select.options, *said)
-            yield replace(cell, experiment=f"{self.name} (selection)", options=options), said
+            yield self.trial(method, values, tried, factors)
+
+    def trial(
+        self, method: str, values: dict[str, Any], tried: Mapping[str, Any], factors: dict[str, float]
+    ) -> tuple[Cell, Options]:
+        """A run to choose by, and the settings that it stands for.
+
+        Args:
+            method: registered name.
+            values: of what the experiment goes through.
+            tried: settings.
+            factors: on rates, see `Selection.rates`.
+        """
+        cell = self._cell(method, self.seeds[0], values)
+        varied = tuple(f"{key}={_toml(value)}" for key, value in tried.items())
+        start = replace(cell, options=(*cell.options, *varied)).resolve().train if factors else TrainConfig()
+        said = (*varied, *rate_options(start, factors))
+        options = (*cell.options, *self.select.options, *said)
+        return replace(cell, experiment=f"{self.name} (selection)", options=options), said
 
     def _cell(self, method: str, seed: int, values: dict[str, Any]) -> Cell:
         options = (*self.options, *self.method_options.get(ALL, ()), *self.method_options.get(method, ()))

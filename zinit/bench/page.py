@@ -12,6 +12,11 @@ from zinit.bench.summary import Row, table
 from zinit.runs import plots
 
 COLOURS = ("#3987e5", "#e8743b", "#2e9c6a", "#b07cc6", "#c4a000", "#d05a8c", "#6b8e9e", "#8a6d3b", "#5b5bd6", "#999999")
+ABOUT = (
+    'Mean and standard deviation (n - 1) are over the seeds named. "minus zero-init" is the mean and standard '
+    'deviation of the differences to zero-init, seed by seed (number of pairs). "base" is the task\'s baseline '
+    "without any training of the model."
+)
 Curves = dict[tuple[str, str, str], list[list[list[float]]]]
 
 
@@ -46,7 +51,22 @@ def page(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]], cur
                 }
             )
     missing = sum(len(row.missing) for row in rows)
-    return plots.render("bench/page.html.jinja", benchmark=benchmark, sections=sections, missing=missing)
+    return render(benchmark, sections, missing, title="zinit bench", about=ABOUT)
+
+
+def render(benchmark: Benchmark, sections: list[dict[str, Any]], missing: int, *, title: str, about: str) -> str:
+    """The page with its sections in place.
+
+    Args:
+        benchmark: what was to be run.
+        sections: name, what, note, header, lines, figures (title and SVG) and notes of each.
+        missing: runs that are not finished.
+        title: of the page.
+        about: how the tables are to be read.
+    """
+    return plots.render(
+        "bench/page.html.jinja", benchmark=benchmark, sections=sections, missing=missing, title=title, about=about
+    )
 
 
 def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] | None:

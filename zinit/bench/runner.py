@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,13 +96,19 @@ class Runner:
 
     def run(self) -> None:
         """Runs what is not finished. Returns when all is done, the budget is spent, or a signal asked to stop."""
+        with self.claimed():
+            selection = [cell for experiment in self.benchmark.experiments for cell in experiment.selection_cells()]
+            self.finish(selection)
+            if not self.stopping.is_set():
+                self.finish(final_cells(self.benchmark, self.output))
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder alone; its record and the place of its cells are there."""
         with claim(self.output, tell=lambda text: self.on_event({"event": "notice", "text": text})):
             write_json(self.output / "bench.json", {"benchmark": self.benchmark.to_dict(), "jobs": self.jobs})
             (self.output / "cells").mkdir(exist_ok=True)
-            selection = [cell for experiment in self.benchmark.experiments for cell in experiment.selection_cells()]
-            self._finish(selection)
-            if not self.stopping.is_set():
-                self._finish(final_cells(self.benchmark, self.output))
+            yield
 
     def stop(self) -> None:
         """Asks every running cell to save and stop."""
@@ -110,7 +117,12 @@ class Runner:
             for process in self._running:
                 process.send_signal(signal.SIGTERM)
 
-    def _finish(self, cells: Sequence[Cell]) -> None:
+    def finish(self, cells: Sequence[Cell]) -> None:
+        """Runs those that are not finished, in a folder that is `claimed`.
+
+        Args:
+            cells: in the order to run them.
+        """
         finished = {cell["id"]: cell["status"] for cell in read_cells(self.output)}
         todo = deque(cell for cell in cells if cell.id not in finished)
         done = {None, *(name for name, status in finished.items() if status == "done")}

@@ -274,6 +274,16 @@ class Task(nn.Module, ABC):
         return "lower" if name in cls.lower_is_better else "higher"
 
     @classmethod
+    def validation_options(cls, *, demo: bool) -> tuple[str, ...]:
+        """Options of runs to choose settings by: a part of what is trained on is held out, in the place of the part
+        that figures are reported of. None where the task makes no such part.
+
+        Args:
+            demo: whether the data are the embedded demo's.
+        """
+        return ()
+
+    @classmethod
     def over_datasets(cls, results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Figures over several data sets, as the task's literature has them; each under a name that says what it is.
 

@@ -83,9 +83,9 @@ def run_benchmark(
     console = SafeConsole(stderr=True)
     finished = Finished()
     with Progress(*COLUMNS, console=console, disable=quiet) as progress:
-        view = _View(progress, finished)
+        view = View(progress, finished)
         runner = Runner(benchmark, output, jobs=jobs, budget=budget, on_event=view)
-        with _stopping_on_signals(runner, finished):
+        with stopping_on_signals(runner, finished):
             runner.run()
     finished.rows = write_summary(benchmark, output)
     if not quiet:
@@ -137,7 +137,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 
 
 @contextmanager
-def _stopping_on_signals(runner: Runner, finished: Finished) -> Iterator[None]:
+def stopping_on_signals(runner: Runner, finished: Finished) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask every running cell to save and stop."""
 
     def ask_to_stop(number: int, frame: Any) -> None:
@@ -152,7 +152,7 @@ def _stopping_on_signals(runner: Runner, finished: Finished) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _View:
+class View:
     """Shows the events of a benchmark; they come from several threads.
 
     Args:

@@ -27,6 +27,7 @@ EXTRAS = {
     "quantize": ("bitsandbytes", "torchao"),
     "tensorboard": ("tensorboard",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "tune": ("optuna",),
     "deepspeed": ("deepspeed",),
     "ocr": ("rapidocr", "onnxruntime"),
     "eval": ("lm_eval",),

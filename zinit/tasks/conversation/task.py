@@ -48,6 +48,11 @@ class ConversationTask(TextTask):
         return split_conversations(inputs, config)
 
     @classmethod
+    def validation_options(cls, *, demo: bool) -> tuple[str, ...]:
+        """A tenth of the demo's training part; other data have `ConversationConfig.held_out_data`."""
+        return ("task.validation=true", "task.held_out_data=none") if demo else ()
+
+    @classmethod
     def chat_format(cls, tokenizer: Any, config: ConversationConfig) -> Encoder:
         """The template of the run."""
         return Encoder(make_template(config.template, tokenizer, config.system))

@@ -99,6 +99,11 @@ class VTAB(Task):
         return tuple(self.processor["mean"]), tuple(self.processor["std"])
 
     @classmethod
+    def validation_options(cls, *, demo: bool) -> tuple[str, ...]:
+        """VTAB-1k's own: train800, val200."""
+        return ("task.split=train800", "task.held_out_data=none")
+
+    @classmethod
     def read_data(
         cls, inputs: DataInputs, config: VTABConfig
     ) -> tuple[list[str], list[Labelled], list[Labelled], dict[str, Any]]:

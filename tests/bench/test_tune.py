@@ -1,0 +1,187 @@
+"""``zinit tune``: known optima are found; whatever stops a search, the same command goes on with the same trials."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench.test_bench import FAKE, Page, journal, started  # noqa: F401
+from tests.cli.conftest import Zinit, zinit  # noqa: F401
+from zinit.bench import tune
+from zinit.bench.runner import Runner
+from zinit.errors import ZinitError
+
+pytestmark = pytest.mark.integration
+
+CONVERSATION = ("tune", "--backbone", "llama", "--task", "conversation", "-o", "train.learning_rate=1", "--jobs", 2)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:  # noqa: F811
+    monkeypatch.setattr(tune, "Runner", functools.partial(Runner, launcher=FAKE))
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tune.json").read_text())
+
+
+def options(folder: Path) -> list[list[str]]:
+    return [trial["options"] for trial in record(folder)["trials"]]
+
+
+def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Zinit) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    done = zinit(*CONVERSATION, "--trials", 12, "--output", out)
+    assert done.code == 0, done.err
+    document = record(out)
+    assert document["search"]["space"] == {"own": [0.1, 10.0], "prefix.length": [2, 40], "prefix.layers": [1, 4]}
+    first = document["trials"][0]
+    assert first["settings"] == {"own": 1.0, "prefix.length": 10, "prefix.layers": 4}, "as the method begins"
+    assert len(document["trials"]) == 12
+    for trial in document["trials"]:
+        rate = trial["settings"]["own"]  # on a rate of 1; see fake_zinit.py
+        assert trial["value"] == pytest.approx(2 - 2 * (0.8 - abs(rate - 3) / 10), abs=1e-5)
+        said = json.loads((out / "runs" / trial["cell"] / "run.json").read_text())["said"]
+        assert "task.validation=true" in said, "on the validation part"
+    best = document["best"]
+    assert best["value"] == min(trial["value"] for trial in document["trials"])
+    assert best["settings"]["own"] == pytest.approx(3, abs=0.8)
+    words = shlex.split(best["command"])
+    assert words[:2] == ["zinit", "train"]
+    assert set(best["options"]) <= set(words)
+    assert f"train.learning_rate={best['settings']['own']:.6g}" in words
+    assert not any("validation" in word or "held_out" in word for word in words), "figures are of another part"
+    assert best["command"] in done.out
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert page.captions == ["loss on the validation part by trial"]
+    assert "<td>done</td>" in (out / "report.html").read_text()
+
+
+def test_a_killed_search_goes_on_as_if_it_had_not_been(
+    tmp_path: Path,
+    journal: Path,  # noqa: F811
+    zinit: Zinit,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
+    arguments = (*CONVERSATION, "-o", "prefix.layers=2", "-o", "prefix.length=2")
+    assert zinit(*arguments, "--trials", 8, "--output", tmp_path / "whole").code == 0
+    out, finish = tmp_path / "killed", Runner.finish
+    before = len(started(journal))
+    assert zinit(*arguments, "--trials", 4, "--output", out).code == 0
+
+    def killed(self: Runner, cells: Any) -> None:
+        finish(self, cells[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "finish", killed)
+    assert zinit(*arguments, "--trials", 8, "--output", out).code == 130
+    monkeypatch.setattr(Runner, "finish", finish)
+    with (out / tune.JOURNAL).open("ab") as file:
+        file.write(b'{"op_code": 5, "tor')
+    (out / f"{tune.JOURNAL}.lock").touch()
+    done = zinit(*arguments, "--trials", 8, "--output", out, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["best"] == record(out)["best"]
+    assert options(out) == options(tmp_path / "whole")
+    assert len({str(said) for said in options(out)}) == 8
+    cells = [entry["cell"] for entry in started(journal)[before:]]
+    assert sorted(cells) == sorted({trial["cell"] for trial in record(out)["trials"]}), "each once"
+    assert zinit(*arguments, "--trials", 8, "--output", out).code == 0
+    assert len(started(journal)) == before + 8
+    refused = zinit(*arguments, "-o", "train.epochs=1", "--output", out)
+    assert refused.code == 2
+    assert "holds a search with other settings: options. Give the command" in refused.err
+
+
+def test_failures_are_told_and_tried_again(
+    tmp_path: Path,
+    journal: Path,  # noqa: F811
+    zinit: Zinit,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
+    arguments = ("tune", "--backbone", "llama", "--task", "conversation", "--jobs", 2, "--trials", 2, "--output")
+    done = zinit(*arguments, tmp_path / "full", "--method", "full", "--metric", "accuracy")
+    assert done.code == 1
+    assert [(t["status"], t["error"]) for t in record(tmp_path / "full")["trials"]] == [
+        ("failed", "RuntimeError: a fault")
+    ] * 2
+    tried = options(tmp_path / "full")
+    Path(f"{journal}.mended").touch()
+    assert zinit(*arguments, tmp_path / "full", "--method", "full", "--metric", "accuracy").code == 0
+    document = record(tmp_path / "full")
+    assert options(tmp_path / "full") == tried
+    assert document["best"]["value"] == max(trial["value"] for trial in document["trials"])
+    assert zinit(*arguments, tmp_path / "bitfit", "--method", "bitfit").code == 2
+    begun = len(started(journal))
+    assert zinit(*arguments, tmp_path / "bitfit", "--method", "bitfit").code == 2
+    assert len(started(journal)) == begun, "what the settings refuse is final"
+    trials = record(tmp_path / "bitfit")["trials"]
+    assert [(trial["status"], trial["error"]) for trial in trials] == [("refused", "there are no bias terms.")] * 2
+    assert trials[0]["settings"] == {"own": 1.0}, "it has neither K nor L"
+    unknown = zinit(*arguments, tmp_path / "metric", "--metric", "bleu")
+    assert unknown.code == 2
+    assert "the task reports no bleu, but accuracy, loss." in (tmp_path / "metric" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"task": "alpaca"}, "'alpaca' keeps no part of these data to measure trials on. Name data that no figure is"),
+        ({"data": "x.json"}, "'conversation' keeps no part of these data"),
+        ({"task": "alpaca", "validation": ["task.evaluation_limit=0"]}, "leaves the task's data as they are: the tria"),
+        ({"ranges": ["own=3"]}, "--range expects NAME=LOW:HIGH, the lower number first.*; got 'own=3'"),
+        ({"ranges": ["own=0:1"]}, "--range expects"),
+        ({"ranges": ["prefix.length=9:2"]}, "--range expects"),
+        ({"method": "lora", "ranges": ["gates=1:2"]}, "the method 'lora' has no rate of 'gates'. It has head,"),
+        ({"ranges": ["own=1:2", "own=1:3"]}, "--range own was given twice"),
+        ({"ranges": ["prefix.lenth=1:2"]}, "no option named 'prefix.lenth'"),
+        ({"ranges": ["prefix.length=0:2"]}, "length must be a whole number of at least 1"),
+        ({"metric": "best_f1_threshold", "task": "squad", "backbone": "roberta",
+          "validation": ["task.held_out_data=x"]}, "best_f1_threshold is no better the higher or the lower"),
+    ],
+)  # fmt: skip
+def test_wrong_searches_are_refused_before_anything_runs(said: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZinitError, match=message):
+        tune.make_plan(**{"backbone": "llama", "task": "conversation", **said}).check()
+
+
+def test_ranges_come_to_what_is_searched_anyway_or_in_its_place() -> None:
+    plan = tune.make_plan(
+        backbone="llama",
+        task="conversation",
+        ranges=["gates=0.3:30", "prefix.length=8:64", "train.learning_rate=1e-3:1e-1", "train.epochs=2:4"],
+    )
+    plan.check()
+    assert {name: (found.low, found.high) for name, found in plan.space.items()} == {
+        "gates": (0.3, 30),
+        "prefix.length": (8, 64),
+        "prefix.layers": (1, 4),
+        "train.learning_rate": (1e-3, 1e-1),
+        "train.epochs": (2, 4),
+    }
+    cell, said = plan.trial({"gates": 3.0, "prefix.length": 9, "train.learning_rate": 0.02})
+    assert said == ("prefix.length=9", "train.learning_rate=0.02", "train.rates.gates=3")
+    run = cell.resolve()
+    assert (run.prefix.length, run.train.learning_rate, run.train.rates.gates) == (9, 0.02, 3.0)
+
+
+def test_a_benchmarks_folder_and_a_missing_package_are_told(
+    tmp_path: Path,
+    zinit: Zinit,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "bench.json").write_text('{"benchmark": {"experiments": []}}')
+    done = zinit(*CONVERSATION, "--output", tmp_path)
+    assert (done.code, "holds a benchmark. Name another --output." in done.err) == (2, True)
+    monkeypatch.setattr("zinit.ui.tune.find_spec", lambda name: None)
+    done = zinit(*CONVERSATION, "--output", tmp_path)
+    assert done.code == 2
+    assert "zinit tune needs optuna. In zinit's source folder: pip install -e '.[tune]'" in done.err
