@@ -8,7 +8,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from tests.bench.test_bench import FAKE, Page, journal, started  # noqa: F401
 from tests.cli.conftest import Zinit, zinit  # noqa: F401
@@ -119,6 +122,8 @@ def test_failures_are_told_and_tried_again(
     document = record(tmp_path / "full")
     assert options(tmp_path / "full") == tried
     assert document["best"]["value"] == max(trial["value"] for trial in document["trials"])
+    log = JournalStorage(JournalFileBackend(str(tmp_path / "full" / tune.JOURNAL)))
+    assert optuna.load_study(study_name=None, storage=log).direction.name == "MAXIMIZE"
     assert zinit(*arguments, tmp_path / "bitfit", "--method", "bitfit").code == 2
     begun = len(started(journal))
     assert zinit(*arguments, tmp_path / "bitfit", "--method", "bitfit").code == 2
