@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
+from zinit.adapter.encoding import Features
 from zinit.encoders.base import TowerEncoder
-from zinit.encoders.senses import config_kind, load_tower, named
+from zinit.encoders.senses import SenseLibrary, mean_vectors
 from zinit.errors import ConfigError, DataError, install_extra
 from zinit.files import is_file, parsing
 
@@ -75,14 +75,10 @@ class AudioEncoder(TowerEncoder):
         """Tokens leave the last norm; CLAP's are those of its last stage. A layer's vector is its tokens' mean."""
         tower: Any = self.tower
         out = tower(pixels, output_hidden_states=bool(layers))
-        tokens = out.last_hidden_state
-        if self.is_clap:
-            tokens = tokens.flatten(2).transpose(1, 2)
-            vectors = (tokens.mean(1),) if layers else ()
-            return Features(tokens, out.audio_embeds, vectors)
-        pooled = getattr(out, "pooler_output", None)
-        vectors = tuple(out.hidden_states[number].mean(1) for number in layers)
-        return Features(tokens, tokens.mean(1) if pooled is None else pooled, vectors)
+        if not self.is_clap:
+            return mean_vectors(out, layers)
+        tokens = out.last_hidden_state.flatten(2).transpose(1, 2)
+        return Features(tokens, out.audio_embeds, (tokens.mean(1),) if layers else ())
 
 
 def read_sound(source: Any, rate: int) -> np.ndarray:
@@ -114,31 +110,4 @@ def read_sound(source: Any, rate: int) -> np.ndarray:
     return resample_poly(sound, rate // common, own // common).astype(np.float32)
 
 
-class AudioEncoders(EncoderLibrary):
-    """The library."""
-
-    def knows(self, source: str) -> bool:
-        """A folder of one of `KINDS`, or ``audio:HUB_ID``."""
-        return source.startswith("audio:") or config_kind(source) in KINDS
-
-    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
-        """An encoder around a tower; None if it is none of `KINDS`."""
-        kind = getattr(getattr(module, "config", None), "model_type", "")
-        if kind not in KINDS:
-            return None
-        part = KINDS[kind][1]
-        return AudioEncoder(getattr(module, part, module) if part else module, None, bgr=bgr)
-
-    def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
-        """See `zinit.adapter.encoding.EncoderLibrary.load`."""
-        from transformers import AutoFeatureExtractor
-
-        tower = load_tower(named(source, "audio"), KINDS, "audio", revision)
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(named(source, "audio"), revision=revision)
-        except (OSError, ValueError):
-            extractor = None
-        return AudioEncoder(tower, extractor, source=str(source), bgr=bgr)
-
-
-AUDIO = AudioEncoders()
+AUDIO = SenseLibrary("audio", KINDS, AudioEncoder, "AutoFeatureExtractor")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
 from zinit.errors import BackboneError
 from zinit.models.loading import model_source, quiet, reason
 
@@ -66,3 +67,49 @@ def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> n
     if missing:
         raise BackboneError(f"{source} lacks weights of its {sense} encoder: {', '.join(sorted(missing)[:5])}.")
     return getattr(model, part) if part else model
+
+
+class SenseLibrary(EncoderLibrary):
+    """Towers of transformers for one sense.
+
+    Args:
+        sense: "audio" or "video"; ``SENSE:HUB_ID`` names a tower.
+        kinds: see `load_tower`.
+        encoder: around a tower and what prepares its input, or None.
+        processor: the class of transformers that loads what prepares the input.
+    """
+
+    def __init__(self, sense: str, kinds: Kinds, encoder: Callable[..., Encoder], processor: str) -> None:
+        self.sense, self.kinds, self.encoder, self.processor = sense, kinds, encoder, processor
+
+    def knows(self, source: str) -> bool:
+        """A folder of one of the kinds, or ``SENSE:HUB_ID``."""
+        return source.startswith(f"{self.sense}:") or config_kind(source) in self.kinds
+
+    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
+        """An encoder around a tower; None if it is of no known kind."""
+        kind = getattr(getattr(module, "config", None), "model_type", "")
+        if kind not in self.kinds:
+            return None
+        part = self.kinds[kind][1]
+        return self.encoder(getattr(module, part, module) if part else module, None, bgr=bgr)
+
+    def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
+        """See `zinit.adapter.encoding.EncoderLibrary.load`."""
+        import transformers
+
+        name = named(source, self.sense)
+        tower = load_tower(name, self.kinds, self.sense, revision)
+        try:
+            processor = getattr(transformers, self.processor).from_pretrained(name, revision=revision)
+        except (OSError, ValueError):
+            processor = None
+        return self.encoder(tower, processor, source=str(source), bgr=bgr)
+
+
+def mean_vectors(out: Any, layers: Sequence[int]) -> Features:
+    """What a tower gives, as it is; where it pools nothing, and for each layer, the mean of the tokens."""
+    tokens = out.last_hidden_state
+    pooled = getattr(out, "pooler_output", None)
+    vectors = tuple(out.hidden_states[number].mean(1) for number in layers)
+    return Features(tokens, tokens.mean(1) if pooled is None else pooled, vectors)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
+from zinit.adapter.encoding import Features
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.frames import read_frames
-from zinit.encoders.senses import config_kind, load_tower, named
+from zinit.encoders.senses import SenseLibrary, mean_vectors
 from zinit.errors import ConfigError, DataError
 
 KINDS = {
@@ -61,38 +60,7 @@ class VideoEncoder(TowerEncoder):
         """Tokens as the model gives them; a layer's vector is the mean of its tokens."""
         tower: Any = self.tower
         how = {"skip_predictor": True} if tower.config.model_type == "vjepa2" else {}
-        out = tower(pixels, output_hidden_states=bool(layers), **how)
-        tokens = out.last_hidden_state
-        pooled = getattr(out, "pooler_output", None)
-        vectors = tuple(out.hidden_states[number].mean(1) for number in layers)
-        return Features(tokens, tokens.mean(1) if pooled is None else pooled, vectors)
+        return mean_vectors(tower(pixels, output_hidden_states=bool(layers), **how), layers)
 
 
-class VideoEncoders(EncoderLibrary):
-    """The library."""
-
-    def knows(self, source: str) -> bool:
-        """A folder of one of `KINDS`, or ``video:HUB_ID``."""
-        return source.startswith("video:") or config_kind(source) in KINDS
-
-    def wrap(self, module: nn.Module, *, bgr: bool) -> Encoder | None:
-        """An encoder around a tower; None if it is none of `KINDS`."""
-        kind = getattr(getattr(module, "config", None), "model_type", "")
-        if kind not in KINDS:
-            return None
-        part = KINDS[kind][1]
-        return VideoEncoder(getattr(module, part, module) if part else module, None, bgr=bgr)
-
-    def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
-        """See `zinit.adapter.encoding.EncoderLibrary.load`."""
-        from transformers import AutoVideoProcessor
-
-        tower = load_tower(named(source, "video"), KINDS, "video", revision)
-        try:
-            processor = AutoVideoProcessor.from_pretrained(named(source, "video"), revision=revision)
-        except (OSError, ValueError):
-            processor = None
-        return VideoEncoder(tower, processor, source=str(source), bgr=bgr)
-
-
-VIDEO = VideoEncoders()
+VIDEO = SenseLibrary("video", KINDS, VideoEncoder, "AutoVideoProcessor")
