@@ -18,7 +18,19 @@ from typer.core import TyperCommand
 import zinit
 from zinit.errors import ConfigError, ZinitError, is_by_settings, printable
 from zinit.serve.command import serve, serve_page
-from zinit.ui import index
+from zinit.ui import index, tools
+from zinit.ui.options import (
+    Experts,
+    Frozen,
+    Images,
+    Json,
+    MaxNewTokens,
+    Options,
+    RunDirectory,
+    System,
+    Temperature,
+    TopP,
+)
 from zinit.ui.tune import tune
 
 
@@ -49,23 +61,6 @@ app = App(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-RunDirectory = Annotated[str, typer.Argument(help="The folder of a run, or of a checkpoint in it.", metavar="RUN_DIR")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("-o", "--option", metavar="KEY=VALUE", help="Any setting: -o prefix.length=20 -o train.epochs=3."),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.", min=0.0)]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
-System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
-Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
-Images = Annotated[
-    list[str] | None,
-    typer.Option("--image", "--audio", "--video", help="A file for the run's encoder; repeatable."),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -379,148 +374,17 @@ def bench(
 
 
 app.command()(tune)
-
-
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, Hub id, or a backbone's name for its embedded demo.")],
-    backbone: Annotated[str | None, typer.Option(help="Default: the one that knows the model.")] = None,
-    option: Options = None,
-    train: Annotated[bool, typer.Option("--train", help="Also estimate memory and time of a training step.")] = False,
-    batch: Annotated[int, typer.Option(help="Examples of a forward pass, for --train.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of each, for --train.", min=1)] = 256,
-    as_json: Json = False,
-) -> None:
-    """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
-    from zinit.backbones import BACKBONES
-    from zinit.files import model_source
-
-    if model not in BACKBONES:
-        model_source(model)
-    from zinit.ui.console import print_json, print_table, say
-    from zinit.ui.inspection import describe_training, estimate_training, inspect_model
-
-    how: dict[str, Any] = {"backbone": backbone, "options": option or ()}
-    found = inspect_model(model, **how)
-    if train:
-        found["training"] = estimate_training(model, batch=batch, length=length, **how)
-    if as_json:
-        print_json(found)
-        return
-    shape = ("width", "num_heads", "num_kv_heads", "head_dim")
-    rows = [
-        [site["name"], *(str(site[key]) for key in shape), "yes" if site["adapted"] else ""] for site in found["sites"]
-    ]
-    print_table(
-        f"{found['class']} (backbone {found['backbone']})",
-        ["attention", "width C", "heads H", "kv heads G", "head dim D", "prefix"],
-        rows,
-    )
-    say(
-        f"trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
-        f"({100 * found['num_trainable'] / found['num_parameters']:.3f} %), {found['file_bytes'] / 1e6:.2f} MB saved"
-    )
-    if train:
-        say(describe_training(found["training"]))
-
-
-@app.command(name="ls")
-def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, templates, presets, ...")],
-    as_json: Json = False,
-) -> None:
-    """List what there is to choose from."""
-    from zinit.ui.console import print_json, print_table
-    from zinit.ui.listing import list_kind
-
-    entries = list_kind(what)
-    if as_json:
-        print_json(entries)
-    else:
-        print_table(what, ["name", "what it is"], [[name, text] for name, text in entries.items()])
-
-
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="An adapter: a file or a folder.")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Where the converted one goes; must not exist.")],
-    source_format: Annotated[str, typer.Option("--from", help="zinit, or a name of 'zinit ls formats'.")],
-    target_format: Annotated[str, typer.Option("--to", help="zinit, official-v1, peft, imagebind-llm.")],
-    model: Annotated[
-        str | None, typer.Option(help="The model it belongs to: folder or Hub id. zinit's own adapters name it.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="K; official files do not say it.", min=1)] = 10,
-    gate: Annotated[str, typer.Option(help="tanh or identity; official files do not say it.")] = "tanh",
-    reader: Annotated[
-        str, typer.Option(help="Whose gates an official file holds: the training or the inference code's.")
-    ] = "training",
-    tables: Annotated[bool, typer.Option("--tables", help="To zinit: tables instead of networks of prompts.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Convert an adapter between zinit's, the reference's, PEFT's and LitGPT's formats."""
-    from zinit.interop.convert import convert
-    from zinit.ui.console import print_json, say
-
-    if gate not in ("tanh", "identity"):
-        raise ConfigError(f"--gate must be tanh or identity; got {gate!r}.")
-    options: dict[str, Any] = {"reader": reader} if target_format == "official-v1" else {}
-    options |= {"tables": True} if tables and target_format == "zinit" else {}  # the others hold tables anyway
-    handle = convert(
-        source,
-        destination,
-        source_format=source_format,
-        target_format=target_format,
-        model=model,
-        length=length,
-        gate=gate,
-        **options,
-    )
-    if as_json:
-        print_json({"destination": destination, "layers": len(handle.prefixes), "num_trainable": handle.num_trainable})
-    else:
-        say(f"wrote {destination}: {len(handle.prefixes)} layers, {handle.num_trainable:,} parameters")
-
+app.command()(tools.inspect)
+app.command(name="ls")(tools.list_entries)
+app.command()(tools.convert)
 
 indices = App(name="index", help="Features for cache retrieval.", no_args_is_help=True, rich_markup_mode=None)
 indices.command()(index.build)
 indices.command()(index.info)
 app.add_typer(indices)
 
-
-@app.command()
-def push(
-    run_dir: RunDirectory,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the Hub; it is made if need be.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Upload a finished run's adapter to the Hub, with a model card; zinit.from_pretrained loads it."""
-    from zinit.runs.card import push as upload
-    from zinit.ui.console import print_json, say
-
-    where = upload(run_dir, repository, private=private)
-    if as_json:
-        print_json({"repository": repository, "commit": where})
-    else:
-        say(f"pushed to {where}; name its licence in the card (README.md) there")
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check this machine: versions, extras, devices, what they compute, a training step, the embedded demos."""
-    from zinit.ui.console import print_json, print_table, say
-    from zinit.ui.doctor import examine
-
-    report = examine()
-    if as_json:
-        print_json(report)
-    else:
-        print_table("zinit doctor", ["check", "found"], [[k, str(v)] for k, v in report["found"].items()])
-        for problem in report["problems"]:
-            say(f"problem: {problem}")
-        say("all well" if not report["problems"] else f"{len(report['problems'])} problems")
-    if report["problems"]:
-        raise typer.Exit(1)
+app.command()(tools.push)
+app.command()(tools.doctor)
 
 
 def _clean(format_warning: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zinit.errors import ConfigError, DataError
+from zinit.ui.options import Json
 
 ROWS = 4096  # of features at once
 IMAGES = 32
@@ -20,7 +21,7 @@ def build(
     ],
     encoder: Annotated[str | None, typer.Option(help="Makes the features of images: folder, name or Hub id.")] = None,
     normalise: Annotated[bool, typer.Option(help="Bring each feature to the length 1.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """An index of features, for cache retrieval (ImageBind-LLM): see docs/senses.md."""
     from zinit.encoders.retrieval import FeatureIndex
@@ -39,7 +40,7 @@ def build(
 
 def info(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="A folder of 'zinit index build'.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What an index holds."""
     from zinit.encoders.retrieval import describe_index

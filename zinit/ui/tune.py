@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zinit.errors import ConfigError, install_extra
+from zinit.ui.options import Json
 
 SHOWN = 10  # trials on the terminal
 
@@ -38,7 +39,7 @@ def tune(
     jobs: Annotated[
         int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per core (at most 8).", min=1)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Search rates, K (prefix.length) and L (prefix.layers) on a validation part, by Optuna; a run per trial.
 

@@ -1,0 +1,24 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RunDirectory = Annotated[str, typer.Argument(help="The folder of a run, or of a checkpoint in it.", metavar="RUN_DIR")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--option", metavar="KEY=VALUE", help="Any setting: -o prefix.length=20 -o train.epochs=3."),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.", min=0.0)]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
+System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
+Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", "--audio", "--video", help="A file for the run's encoder; repeatable."),
+]
