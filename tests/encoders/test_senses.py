@@ -16,6 +16,7 @@ from tests.shared import SHARED, needs_data
 from tests.tiny import save_tiny_llama
 from zinit.adapter.encoding import encode, load_feature_encoder
 from zinit.demo import vit_path
+from zinit.encoders.audio import read_sound
 from zinit.encoders.frames import read_frames, spaced
 from zinit.errors import BackboneError, ConfigError, DataError
 
@@ -45,33 +46,49 @@ def item(kind: str, folder: Path, seed: int) -> Path:
     )
 
 
+def extracted(kind: str, model: Path, items: list[Path]) -> torch.Tensor:
+    """What the model's own extractor makes of the items, read here."""
+    if kind in VIDEOS:
+        processor = transformers.AutoVideoProcessor.from_pretrained(model)
+        files = [sorted(folder.glob("*.png")) for folder in items]
+        chosen = [[Image.open(own[number]) for number in spaced(len(own), 4)] for own in files]
+        return processor(chosen, return_tensors="pt")[processor.model_input_names[0]]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(model)
+    rate = extractor.sampling_rate
+    sounds = [read_sound(file, rate)[: rate if kind == "clap" else None] for file in items]
+    return extractor(sounds, sampling_rate=rate, return_tensors="pt")[extractor.model_input_names[0]]
+
+
 @pytest.mark.parametrize("kind", [*SOUNDS, *VIDEOS])
 def test_files_pass_the_models_own_extractor_and_its_last_norm(kind: str, tmp_path: Path) -> None:
     encoder = load_feature_encoder(saved(kind, tmp_path / "model"))
+    count = encoder.depth
     assert encoder.modality == ("audio" if kind in SOUNDS else "video")
     items = [item(kind, tmp_path, seed) for seed in (0, 1)]
     ready = encoder.prepare(items)
-    features = encode(encoder, items, layers=1)
+    features = encode(encoder, items, layers=count)
+    torch.testing.assert_close(ready, extracted(kind, tmp_path / "model", items))
     model = made(kind)
     tower = model.encoder if kind == "whisper" else model
     with torch.no_grad():
-        out = tower(ready, **({"skip_predictor": True} if kind == "vjepa2" else {}))
+        out = tower(ready, output_hidden_states=True, **({"skip_predictor": True} if kind == "vjepa2" else {}))
     tokens = out.last_hidden_state.flatten(2).transpose(1, 2) if kind == "clap" else out.last_hidden_state
     torch.testing.assert_close(features.tokens, tokens)
     assert features.tokens is not None
     assert features.pooled is not None
     assert features.tokens.shape[::2] == (2, encoder.width)
     assert features.pooled.shape == (2, encoder.pooled_width)
-    assert features.layers[0].shape == (2, encoder.layer_width)
-    if kind == "clap":
-        torch.testing.assert_close(features.pooled, out.audio_embeds)
+    layers = [tokens] if kind == "clap" else out.hidden_states[1:]
+    assert len(features.layers) == len(layers) == count
+    for found, expected in zip(features.layers, layers, strict=True):
+        torch.testing.assert_close(found, expected.mean(1))
+    pooled = {"clap": "audio_embeds", "ast": "pooler_output"}.get(kind)
+    torch.testing.assert_close(features.pooled, getattr(out, pooled) if pooled else tokens.mean(1))
     assert not torch.allclose(features.pooled[0], features.pooled[1])
     assert torch.equal(encoder.prepare(items), ready)  # nothing is cut at random
 
 
 def test_sounds_are_mixed_down_and_resampled(tmp_path: Path) -> None:
-    from zinit.encoders.audio import read_sound
-
     sound = read_sound(tone(tmp_path / "a.wav", 441.0), 16_000)
     expected = np.sin(2 * np.pi * 441.0 * np.arange(16_000) / 16_000)
     assert sound.shape == (16_000,)
