@@ -31,6 +31,7 @@ from zinit.validation import (
     Size,
     SizeOrZero,
     Words,
+    largest_number,
     nested_error,
     shown,
 )
@@ -60,10 +61,11 @@ class SettingDescription:
     """One setting, as lists and documents show it.
 
     Attributes:
-        name: of the field.
+        name: of the field; of one in a nested table with that in front, "rates.gates".
         type: in words, "a whole number of at least 1".
         default: its value; None where it has none.
         required: whether there is no default.
+        largest: the largest size of its numbers that is taken; None where there is no such limit.
         description: what the docstring of its class says; empty where that says nothing.
     """
 
@@ -71,6 +73,7 @@ class SettingDescription:
     type: str
     default: Any
     required: bool
+    largest: int | None
     description: str
 
 
@@ -154,18 +157,26 @@ def _nested_settings(hint: Any) -> type[JsonConfig] | None:
 
 
 def describe_settings(settings: type[JsonConfig]) -> list[SettingDescription]:
-    """Name, type, default and description of each setting of a class."""
-    types, documented = _setting_types(settings), _documented_arguments(settings)
-    return [
-        SettingDescription(
-            name=field.name,
-            type=types[field.name].words,
-            default=_plain(_default(field)),
-            required=_is_required(field),
-            description=documented.get(field.name, ""),
+    """Name, type, default, limit and description of each setting of a class; those of nested tables in their place."""
+    types, documented = _setting_types(settings), documented_arguments(settings)
+    found: list[SettingDescription] = []
+    for field in _fields(settings):
+        of = types[field.name]
+        if nested := _nested_settings(of.hint):
+            inside = describe_settings(nested)
+            found += [dataclasses.replace(one, name=f"{field.name}.{one.name}") for one in inside]
+            continue
+        found.append(
+            SettingDescription(
+                name=field.name,
+                type=of.words,
+                default=_plain(_default(field)),
+                required=_is_required(field),
+                largest=largest_number(of.hint),
+                description=documented.get(field.name, ""),
+            )
         )
-        for field in _fields(settings)
-    ]
+    return found
 
 
 @cache
@@ -204,7 +215,7 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _documented_arguments(settings: type) -> dict[str, str]:
+def documented_arguments(settings: type) -> dict[str, str]:
     """The descriptions under "Args:" in the docstrings of a class and of those that it inherits from."""
     found: dict[str, str] = {}
     for base in reversed(settings.__mro__):

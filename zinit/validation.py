@@ -234,6 +234,15 @@ def shown(value: Any) -> str:
     return " ".join(_short.repr(value).split())
 
 
+def largest_number(hint: Any) -> int | None:
+    """The largest size that a type takes of a number (`Limit`); None where it has no such limit."""
+    notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    inside = () if get_origin(hint) is Literal else get_args(hint)
+    found = [note.most for note in notes if isinstance(note, Limit)]
+    found += [most for part in inside if (most := largest_number(part)) is not None]
+    return max(found, default=None)
+
+
 def describe_type(hint: Any) -> str:
     """A type in words, as they follow "must be": "a whole number of at least 1, or none"."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -15,11 +15,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PATH = re.compile(r"`((?:zinit|tests|scripts|docs|benchmarks|configs|\.ci)/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/new-backbone.md",
-                                  "docs/new-task.md", "docs/other-libraries.md", "docs/scaling.md",
-                                  "docs/image-text-tasks.md", "docs/suites.md", "docs/senses.md", "docs/serving.md",
-                                  "zinit/demo/README.md"])  # fmt: skip
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md",
+                                  "examples/README.md", "zinit/demo/README.md", *PAGES])  # fmt: skip
 def test_paths_in_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     paths = {path for path in PATH.findall(text) if "NAME" not in path}
@@ -53,7 +53,7 @@ def test_extras_hold_what_tests_of_options_need() -> None:
     extras = {name: {re.split(r"[<>=\[]", item)[0] for item in items}
               for name, items in PROJECT["project"]["optional-dependencies"].items()}  # fmt: skip
     assert extras["quantize"] | extras["tensorboard"] <= extras["test"]
-    assert "zinit[serve]" in PROJECT["project"]["optional-dependencies"]["test"]
+    assert {"zinit[serve]", "zinit[docs]"} <= set(PROJECT["project"]["optional-dependencies"]["test"])
     always = {re.split(r"[<>=\[]", item)[0] for item in PROJECT["project"]["dependencies"]}
     assert not always & set.union(*extras.values()), "a dependency of all is no extra"
     assert len(always) == len(PROJECT["project"]["dependencies"]), "a dependency is listed twice"

@@ -17,6 +17,7 @@ from zinit.adapter.encoding import Encoder, Features
 from zinit.adapter.sources import ContextSource
 from zinit.errors import ConfigError
 from zinit.prefix import Context
+from zinit.validation import Size
 
 Weight = float | Tensor
 Senses = Mapping[str, Tensor | tuple[Tensor, Weight]]
@@ -67,9 +68,9 @@ class BindNetwork(ContextSource):
         *,
         width: int,
         length: int,
-        feature_width: int,
-        hidden: int | None = None,
-        blocks: int = 3,
+        feature_width: Size,
+        hidden: Size | None = None,
+        blocks: Size = 3,
         legacy: bool = False,
     ) -> None:
         super().__init__()

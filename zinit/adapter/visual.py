@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zinit.adapter.encoding import Encoder, Features
 from zinit.adapter.sources import ContextSource
 from zinit.prefix import Context
+from zinit.validation import PositiveFloat, Size
 
 
 class ProjectedImage(ContextSource):
@@ -30,7 +31,7 @@ class ProjectedImage(ContextSource):
 
     takes = ("layers",)
 
-    def __init__(self, *, width: int, length: int, feature_width: int, hidden: int = 64, layers: int = 4) -> None:
+    def __init__(self, *, width: int, length: int, feature_width: Size, hidden: Size = 64, layers: Size = 4) -> None:
         super().__init__()
         self.layers = layers
         self.norm = nn.LayerNorm(feature_width)
@@ -68,11 +69,11 @@ class VisualTokens(ContextSource):
         *,
         width: int,
         length: int,
-        feature_width: int,
-        hidden: int = 256,
-        blocks: int = 2,
-        heads: int = 4,
-        mlp_ratio: float = 4.0,
+        feature_width: Size,
+        hidden: Size = 256,
+        blocks: Size = 2,
+        heads: Size = 4,
+        mlp_ratio: PositiveFloat = 4.0,
     ) -> None:
         super().__init__()
         self.proj_in, self.norm_in = nn.Linear(feature_width, hidden), nn.LayerNorm(hidden)

@@ -207,7 +207,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A plain table on the standard output."""
     if not is_main_process():
         return

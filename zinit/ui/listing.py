@@ -41,7 +41,7 @@ def list_kind(kind: str) -> dict[str, str]:
     if kind in FILES:
         return FILES[kind]()
     if kind not in REGISTRIES:
-        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*REGISTRIES, *FILES])}")
+        raise ConfigError(f"there is no list of {kind!r}.{did_you_mean(kind, [*REGISTRIES, *FILES, 'settings'])}")
     return {name: _about(REGISTRIES[kind], name) for name in REGISTRIES[kind]}
 
 

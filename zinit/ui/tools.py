@@ -56,10 +56,13 @@ def inspect(
 
 
 def list_entries(
-    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, templates, presets, ...")],
+    what: Annotated[str, typer.Argument(help="backbones, tasks, methods, settings, presets, ...")],
     as_json: Json = False,
 ) -> None:
-    """List what there is to choose from."""
+    """List what there is to choose from; 'zinit ls settings' all settings, with type, default and limits."""
+    if what == "settings":
+        _list_settings(as_json=as_json)
+        return
     from zinit.ui.console import print_json, print_table
     from zinit.ui.listing import list_kind
 
@@ -68,6 +71,18 @@ def list_entries(
         print_json(entries)
     else:
         print_table(what, ["name", "what it is"], [[name, text] for name, text in entries.items()])
+
+
+def _list_settings(*, as_json: bool) -> None:
+    from zinit.ui.console import print_json, print_table
+    from zinit.ui.settings import HEADER, settings_tables
+
+    tables = settings_tables()
+    if as_json:
+        print_json([table.to_dict() for table in tables])
+        return
+    for table in tables:
+        print_table(f"\n{table.title}: {table.about}", HEADER, table.rows())
 
 
 def convert(
