@@ -59,7 +59,7 @@ def attach(
         BackboneError: if no backbone knows the model, or it has fewer layers than asked for.
         ConfigError: if an adapter of that name is attached already, or the name cannot be used.
 
-    Example:
+    Examples:
         >>> import zinit, transformers
         >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=64))

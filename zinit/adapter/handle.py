@@ -237,7 +237,7 @@ class Handle:
                 cannot tell samples apart. And at the model's call, if the batch does not fit, or a module that is tuned
                 takes words without their samples.
 
-        Example:
+        Examples:
             >>> with torch.no_grad(), handle.route(["anna", "bert", None]):  # doctest: +SKIP
             ...     model.generate(**three_texts)
         """
@@ -288,7 +288,7 @@ class Handle:
         Raises:
             ConfigError: if the adapter has no source, or no encoder.
 
-        Example:
+        Examples:
             >>> with handle.given(image=["cat.jpg", None]):  # doctest: +SKIP
             ...     model.generate(**two_texts)
         """

@@ -192,7 +192,7 @@ def in_scope(function: Callable[P, T]) -> Callable[P, T]:
 
     Threads start without any scope. A thread that generates for a streamer, say, takes them along this way.
 
-    Example:
+    Examples:
         >>> with handle.route(["chat"]):  # doctest: +SKIP
         ...     threading.Thread(target=zinit.in_scope(model.generate), kwargs=inputs).start()
     """

@@ -52,7 +52,7 @@ def import_adapter(
         ConfigError: if a setting is impossible or the name is taken.
         BackboneError: if no backbone knows the model.
 
-    Example:
+    Examples:
         >>> handle = zinit.import_adapter(model, "llama_adapter_len10_layer30_release.pth")  # doctest: +SKIP
     """
     chosen: Format = FORMATS.get(format)

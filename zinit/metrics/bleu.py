@@ -15,7 +15,7 @@ class Bleu(CaptionMetric):
 
     The brevity penalty takes of each image the reference whose length is closest, the shorter of two.
 
-    Example:
+    Examples:
         >>> Bleu().compute(predictions=["a black cat"], references=[["a black dog", "the cat"]])["bleu_1"]
         1.0
     """

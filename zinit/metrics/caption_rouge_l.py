@@ -15,7 +15,7 @@ class CaptionRougeL(CaptionMetric):
     Precision and recall are each that of the reference where it is highest. For the formula of summaries and
     instructions, with one reference, see `rouge_l`.
 
-    Example:
+    Examples:
         >>> CaptionRougeL().compute(predictions=["a cat sat"], references=[["a cat", "cat sat down"]])
         {'caption_rouge_l': 0.836...}
     """

@@ -18,7 +18,7 @@ class CiderD(CaptionMetric):
     How rare an n-gram is follows from the references of the very images that are scored. Figures over different
     numbers of images cannot be compared, and over a single one it is 0.
 
-    Example:
+    Examples:
         >>> pairs = {"predictions": ["a cat", "a dog"], "references": [["a cat"], ["the dog"]]}
         >>> CiderD().compute(**pairs)
         {'cider_d': ..., 'cider_d_images': 2}

@@ -13,7 +13,7 @@ class Contains(SeveralReferences):
     It is what evaluations of models that answer questions about images in sentences use: "It is a cat." contains "cat".
     It is lenient: "concatenated" contains it too, which lets the rule serve languages that do not part their words.
 
-    Example:
+    Examples:
         >>> Contains().compute(predictions=["It is a Cat.", "A bird."], references=[["cat", "dog"], ["cat"]])
         {'contains': 0.5}
     """

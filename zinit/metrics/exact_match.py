@@ -8,7 +8,7 @@ from zinit.metrics.base import TextMetric
 class ExactMatch(TextMetric):
     """The fraction of predictions that equal their reference, white space around both aside.
 
-    Example:
+    Examples:
         >>> ExactMatch().compute(predictions=["Paris ", "paris"], references=["Paris", "Paris"])
         {'exact_match': 0.5}
     """

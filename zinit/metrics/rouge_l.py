@@ -17,7 +17,7 @@ class RougeL(TextMetric):
     Its own tokens are runs of ASCII letters and digits, in lower case: what published figures use, and blind to every
     other script. A text without such tokens scores 0 even against itself, so choose ``tokens`` to suit the language.
 
-    Example:
+    Examples:
         >>> RougeL().compute(predictions=["the cat sat"], references=["the cat sat down"])  # 2 * 3 / (3 + 4)
         {'rouge_l': 0.857...}
     """

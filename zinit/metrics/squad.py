@@ -73,7 +73,7 @@ def best_threshold(
 class Squad(SeveralReferences):
     """Exact match and F1 of answers, in percent, each against the best of several references: SQuAD v1.1.
 
-    Example:
+    Examples:
         >>> Squad().compute(predictions=["the Rhine"], references=[["Rhine", "river Rhine"]])
         {'exact_match': 100.0, 'f1': 100.0}
     """
@@ -107,7 +107,7 @@ class SquadV2(Squad):
     ``null_odds`` what the best threshold would have given (see `best_threshold`): ``best_exact_match``, ``best_f1``
     and their ``*_threshold``. For these the predictions must be answers throughout, never "no answer".
 
-    Example:
+    Examples:
         >>> SquadV2().compute(predictions=["Rhine", ""], references=[["the Rhine"], []])["no_answer_f1"]
         100.0
     """

@@ -44,7 +44,7 @@ def from_pretrained(
         CheckpointError: if the adapter is missing or damaged, does not say its model, or is of another.
         BackboneError: if the model cannot be loaded as a causal language model.
 
-    Example:
+    Examples:
         >>> handle = zinit.from_pretrained("me/my-adapter")  # doctest: +SKIP
         >>> handle.model.generate(**inputs)  # doctest: +SKIP
     """

@@ -26,7 +26,7 @@ class ZinitCallback(TrainerCallback):
     Args:
         handle: of the adapter that trains.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, arguments, callbacks=[zinit.ZinitCallback(handle)])  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
         >>> handle.save("adapter/")  # doctest: +SKIP
