@@ -110,15 +110,17 @@ def test_failures_are_told_and_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
-    arguments = ("tune", "--backbone", "llama", "--task", "conversation", "--jobs", 2, "--trials", 2, "--output")
-    done = zinit(*arguments, tmp_path / "full", "--method", "full", "--metric", "accuracy")
+    arguments = ("tune", "--backbone", "llama", "--task", "conversation", "--jobs", 2, "--output")
+    full = (*arguments, tmp_path / "full", "--method", "full", "--metric", "accuracy", "--trials")
+    done = zinit(*full, 6)
     assert done.code == 1
     assert [(t["status"], t["error"]) for t in record(tmp_path / "full")["trials"]] == [
         ("failed", "RuntimeError: a fault")
-    ] * 2
+    ] * 2, "the others would fail alike"
+    arguments = (*arguments[:-1], "--trials", 2, "--output")
     tried = options(tmp_path / "full")
     Path(f"{journal}.mended").touch()
-    assert zinit(*arguments, tmp_path / "full", "--method", "full", "--metric", "accuracy").code == 0
+    assert zinit(*full, 2).code == 0
     document = record(tmp_path / "full")
     assert options(tmp_path / "full") == tried
     assert document["best"]["value"] == max(trial["value"] for trial in document["trials"])

@@ -301,6 +301,8 @@ class Search:
     def run(self) -> dict[str, Any]:
         """Runs the trials that are missing. ``tune.json`` is written after each round, ``report.html`` at the end.
 
+        It ends early where nothing but failures came of a round, and nothing before it.
+
         Returns:
             The document: the search, its trials, and the best of them.
         """
@@ -313,6 +315,8 @@ class Search:
             while not self.runner.stopping.is_set() and (cells := self._round(study)):
                 self.runner.finish(cells)
                 document = self._record(study)
+                if self._errors and not self._finished:
+                    break  # of data that cannot be read, say: further trials would fail alike
             write_atomically(self.output / "report.html", page(self.benchmark, document).encode())
         return document
 
