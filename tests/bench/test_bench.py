@@ -54,12 +54,6 @@ def benchmark(folder: Path, text: str = TWO, **said: Any) -> Benchmark:
     return make_benchmark(config_file=str(folder / "bench.toml"), **said)
 
 
-@pytest.fixture
-def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FAKE_JOURNAL", str(tmp_path / "journal"))
-    return tmp_path / "journal"
-
-
 def started(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
 

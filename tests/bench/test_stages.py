@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.test_bench import FAKE, benchmark, journal, started  # noqa: F401
+from tests.bench.test_bench import FAKE, benchmark, started
 from zinit.bench.runner import Event, Runner, final_cells, read_cells
 from zinit.bench.summary import table
 from zinit.bench.write import write_summary
@@ -36,7 +36,7 @@ columns = ["loss", "base.accuracy", "nothing"]
 
 def test_runs_start_from_the_finished_ones_of_the_same_method_and_seed(
     tmp_path: Path,
-    journal: Path,  # noqa: F811
+    journal: Path,
 ) -> None:
     events: list[Event] = []
     plan = benchmark(tmp_path, STAGES)

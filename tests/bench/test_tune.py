@@ -13,8 +13,8 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from tests.bench.test_bench import FAKE, Page, journal, started  # noqa: F401
-from tests.cli.conftest import Zinit, zinit  # noqa: F401
+from tests.bench.test_bench import FAKE, Page, started
+from tests.cli.conftest import Zinit
 from zinit.bench import tune
 from zinit.bench.runner import Runner
 from zinit.errors import ZinitError
@@ -25,7 +25,7 @@ CONVERSATION = ("tune", "--backbone", "llama", "--task", "conversation", "-o", "
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:  # noqa: F811
+def fake(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:
     monkeypatch.setattr(tune, "Runner", functools.partial(Runner, launcher=FAKE))
 
 
@@ -37,7 +37,7 @@ def options(folder: Path) -> list[list[str]]:
     return [trial["options"] for trial in record(folder)["trials"]]
 
 
-def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Zinit) -> None:  # noqa: F811
+def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Zinit) -> None:
     out = tmp_path / "out"
     done = zinit(*CONVERSATION, "--trials", 14, "--output", out)
     assert done.code == 0, done.err
@@ -67,10 +67,7 @@ def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Z
 
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(
-    tmp_path: Path,
-    journal: Path,  # noqa: F811
-    zinit: Zinit,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, journal: Path, zinit: Zinit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
     arguments = (*CONVERSATION, "-o", "prefix.layers=2", "-o", "prefix.length=2")
@@ -104,10 +101,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
 
 
 def test_failures_are_told_and_tried_again(
-    tmp_path: Path,
-    journal: Path,  # noqa: F811
-    zinit: Zinit,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, journal: Path, zinit: Zinit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
     arguments = ("tune", "--backbone", "llama", "--task", "conversation", "--jobs", 2, "--output")
@@ -181,9 +175,7 @@ def test_ranges_come_to_what_is_searched_anyway_or_in_its_place() -> None:
 
 
 def test_a_benchmarks_folder_and_a_missing_package_are_told(
-    tmp_path: Path,
-    zinit: Zinit,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, zinit: Zinit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bench.json").write_text('{"benchmark": {"experiments": []}}')
     done = zinit(*CONVERSATION, "--output", tmp_path)
