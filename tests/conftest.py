@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -88,6 +89,7 @@ def _plain_reports(request: pytest.FixtureRequest) -> Iterator[None]:
     """All of a report but the drawing; see `tests.preload` for processes."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.path.relative_to(TESTS).as_posix().startswith(DRAWN):
+            patch.setattr("zinit.runs.plots.figure", lambda *size, **how: (MagicMock(), MagicMock()))
             patch.setattr("zinit.runs.plots.svg", lambda figure, label: "")
         yield
 

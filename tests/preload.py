@@ -1,5 +1,7 @@
 """What the processes of tests have imported before they are forked; see `tests.processes`."""
 
+from unittest.mock import MagicMock
+
 import accelerate
 import datasets
 import timm
@@ -18,6 +20,7 @@ from zinit.models.loading import load_causal_lm
 from zinit.runs import plots
 
 torch.set_num_threads(1)
+plots.figure = lambda *size, **how: (MagicMock(), MagicMock())
 plots.svg = lambda figure, label: ""  # matplotlib takes longer than a tiny run; drawn where pages are tested
 KEPT = (
     accelerate,

@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -30,13 +32,21 @@ def render(template: str, **values: Any) -> str:
         template: file name.
         values: of its variables; text is escaped.
     """
+    return _template(template).render(css=_template_text("page.css"), **values)
+
+
+@cache
+def _template(name: str) -> Template:
+    """A template, compiled once: a benchmark writes its page again and again."""
     from jinja2 import Environment, StrictUndefined
 
-    files = resources.files("zinit")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = show
-    style = (files / "page.css").read_text("utf-8")
-    return environment.from_string((files / template).read_text("utf-8")).render(css=style, **values)
+    return environment.from_string(_template_text(name))
+
+
+def _template_text(name: str) -> str:
+    return (resources.files("zinit") / name).read_text("utf-8")
 
 
 def show(value: Any, sign: str = "") -> str:
