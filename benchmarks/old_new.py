@@ -4,9 +4,10 @@
     python -m benchmarks.old_new --old ../before --new . --works step generate train --pairs 60
 
 Each checkout has one living process, with one thread and pinned to the same core; the processes take rounds in turn,
-and the order within a pair alternates. Where a process's memory lies is luck that lasts as long as it does, so pairs
-are spread over several lives. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives
-are drawn first, then pairs within them.
+and the order within a pair alternates. They are forks of one that has built the model, so its weights lie at the same
+place for all. Where the rest of a process's memory lies is luck that lasts as long as it does, so pairs are spread over
+several lives. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives are drawn first,
+then pairs within them.
 Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
 can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it.
 """
@@ -35,58 +36,53 @@ PAIRS = {"new_over_old": ("old", "new"), "new_over_new": ("new", "new again")}
 RESAMPLES = 10_000
 
 
-class Worker:
-    """A living process that times the works of one checkout.
+class Life:
+    """Living processes that time the works of several checkouts, see `benchmarks.old_new_worker`.
 
     Args:
-        checkout: root of the repository.
-        cpu: the core it may run on; -1 leaves that to the system.
+        checkouts: roots of the repositories, by name.
+        cpu: the core that the processes may run on; -1 leaves that to the system.
         shape: of the model and its inputs.
     """
 
-    def __init__(self, checkout: Path, cpu: int, shape: dict[str, int]) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(checkout),
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.checkout, self.log = checkout, tempfile.TemporaryFile()  # noqa: SIM115
-        # -P: the folder of the script is not searched, so that every import comes from the checkout.
+    def __init__(self, checkouts: dict[str, Path], cpu: int, shape: dict[str, int]) -> None:
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)  # zinit comes from the checkouts
+        self.names, self.log = list(checkouts), tempfile.TemporaryFile()  # noqa: SIM115
+        folders = json.dumps([str(folder) for folder in checkouts.values()])
+        # -P: the folder of the script is not searched either.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), str(checkout), str(cpu), json.dumps(shape)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
-            cwd=checkout, env=environment,
+            [sys.executable, "-P", str(WORKER), folders, str(cpu), json.dumps(shape)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, env=environment,
         )  # fmt: skip
 
-    def time(self, work: str) -> dict[str, float]:
-        """Seconds of one round, by clock."""
+    def time(self, name: str, work: str) -> dict[str, float]:
+        """Seconds of one round of a checkout."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(work + "\n")
+        self.process.stdin.write(f"{self.names.index(name)} {work}\n")
         answer = self.process.stdout.readline()
-        if not answer:
+        if not answer.strip():
             self.log.seek(0)
             said = self.log.read().decode(errors="replace")[-2000:]
-            raise SystemExit(f"the process of {self.checkout} failed in {work!r}, {self.process.wait()}:\n{said}")
+            raise SystemExit(f"the process of {name!r} failed in {work!r}:\n{said}")
         return json.loads(answer)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the processes."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
-def rounds(workers: dict[str, Worker], work: str, pairs: int, warm_up: int) -> dict[str, list[dict[str, Any]]]:
+def rounds(life: Life, work: str, pairs: int, warm_up: int) -> dict[str, list[dict[str, Any]]]:
     """Seconds of both sides of every pair in one life, ``{comparison: [{"under": ..., "over": ...}]}``."""
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in PAIRS}
     for number in range(warm_up + pairs):
         for name, (under, over) in PAIRS.items():
             order = ("under", "over") if number % 2 else ("over", "under")
-            sides = {"under": workers[under], "over": workers[over]}
-            pair = {side: sides[side].time(work) for side in order}
+            sides = {"under": under, "over": over}
+            pair = {side: life.time(sides[side], work) for side in order}
             if number >= warm_up:
                 measured[name].append(pair)
     return measured
@@ -161,13 +157,12 @@ def main() -> None:
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve(), "new again": options.new.resolve()}
     measured: dict[str, list[dict[str, Any]]] = {work: [] for work in options.works}
     for _ in range(options.lives):
-        workers = {name: Worker(checkout, options.cpu, shape) for name, checkout in checkouts.items()}
+        life = Life(checkouts, options.cpu, shape)
         try:
             for work in options.works:
-                measured[work].append(rounds(workers, work, -(-options.pairs // options.lives), options.warm_up))
+                measured[work].append(rounds(life, work, -(-options.pairs // options.lives), options.warm_up))
         finally:
-            for worker in workers.values():
-                worker.close()
+            life.close()
     figures = {work: summarize(lives) for work, lives in measured.items()}
     for work, found in figures.items():
         show(work, found)

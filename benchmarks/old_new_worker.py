@@ -1,34 +1,36 @@
-"""One living process of `benchmarks.old_new`: times the work it is asked for with the zinit on its path.
+"""The processes of one life of `benchmarks.old_new`: one that builds the model, and a fork of it for each checkout.
 
-It runs in old and new checkouts alike, so it uses only what both have: `zinit.attach`, `zinit.PrefixConfig`, the
-handle's ``parameters()``, and the command line. It reads one name of a work per line on stdin, and answers each with
-one JSON line.
+They share the frozen weights, in memory too: where these lie decides about several per cent of a round, and would be
+another luck for each process. A fork imports the zinit of its checkout, and uses only what old and new both have:
+`zinit.attach`, `zinit.PrefixConfig`, the handle's ``parameters()``, and the command line.
+
+Stdin has lines ``number work``, of a checkout and what it shall do; each is answered with one JSON line.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import zinit
 
 Seconds = dict[str, float]
 WARM_UP_STEPS = 3  # of a run of `zinit train`, not counted
 
 
 def random_llama(shape: dict[str, int]) -> Any:
-    """A frozen LLaMA with random weights and zinit's prefix on its topmost layers, gates slightly open."""
+    """A frozen LLaMA with random weights."""
     config = LlamaConfig(
         hidden_size=shape["width"],
         intermediate_size=int(shape["width"] * 11008 / 4096),
@@ -41,19 +43,23 @@ def random_llama(shape: dict[str, int]) -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).requires_grad_(False)
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def attached(model: Any, shape: dict[str, int]) -> Any:
+    """The handle of a prefix on the topmost layers, gates slightly open."""
+    zinit = importlib.import_module("zinit")
     prefix = zinit.PrefixConfig(length=shape["prefix_length"], layers=shape["layers"] - 2, gate_init=0.1)
-    return model, zinit.attach(model, prefix, seed=0)
+    return zinit.attach(model, prefix, seed=0)
 
 
-def training_step(shape: dict[str, int]) -> Callable[[], Seconds]:
+def training_step(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
     """Forward, backward and AdamW's update of the adapter."""
-    model, handle = random_llama(shape)
-    model.train()
     ids = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]))
     optimizer = torch.optim.AdamW(list(handle.parameters()), lr=1e-4)
 
     def step() -> None:
+        model.train()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -61,21 +67,20 @@ def training_step(shape: dict[str, int]) -> Callable[[], Seconds]:
     return timed(step)
 
 
-def generation(shape: dict[str, int]) -> Callable[[], Seconds]:
+def generation(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
     """``model.generate``: one prompt, greedy, with a KV cache."""
-    model, _ = random_llama(shape)
-    model.eval()
     ids = torch.randint(1, shape["vocabulary"], (1, shape["length"]))
     count = shape["tokens"]
 
     def generate() -> None:
+        model.eval()
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
                        min_new_tokens=count, do_sample=False)  # fmt: skip
 
     return timed(generate)
 
 
-def command_line(shape: dict[str, int]) -> Callable[[], Seconds]:
+def command_line(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
     """A step of ``zinit train`` on the embedded demo: the median of those that one short run logs."""
 
     def run() -> Seconds:
@@ -95,8 +100,7 @@ def command_line(shape: dict[str, int]) -> Callable[[], Seconds]:
 
 def zinit_command(arguments: list[str]) -> None:
     """``zinit ...`` in this process."""
-    from zinit.cli import main
-
+    main = importlib.import_module("zinit.cli").main
     sys.argv = ["zinit", *arguments]
     try:
         main()
@@ -117,28 +121,58 @@ def timed(action: Callable[[], None]) -> Callable[[], Seconds]:
     return measure
 
 
-WORKS: dict[str, Callable[[dict[str, int]], Callable[[], Seconds]]] = {
+WORKS: dict[str, Callable[[Any, Any, dict[str, int]], Callable[[], Seconds]]] = {
     "step": training_step,
     "generate": generation,
     "train": command_line,
 }
 
 
+def serve(checkout: Path, model: Any, shape: dict[str, int], asked: TextIO, answers: TextIO) -> None:
+    """What a fork does: the works that it is asked for, with the zinit of its checkout."""
+    sys.path.insert(0, str(checkout))
+    handle = attached(model, shape)
+    found = Path(str(sys.modules["zinit"].__file__)).resolve()
+    if not found.is_relative_to(checkout.resolve()):
+        raise SystemExit(f"imported {found}, expected the zinit of {checkout}")
+    made: dict[str, Callable[[], Seconds]] = {}
+    for line in asked:
+        name = line.strip()
+        if name not in made:
+            made[name] = WORKS[name](model, handle, shape)
+        answers.write(json.dumps(made[name]()) + "\n")
+
+
+def fork(checkout: Path, model: Any, shape: dict[str, int]) -> tuple[TextIO, TextIO]:
+    """Starts the process of a checkout; returns where to ask, and where it answers."""
+    (read_asked, write_asked), (read_answer, write_answer) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(read_asked)
+        os.close(write_answer)
+        return os.fdopen(write_asked, "w", buffering=1), os.fdopen(read_answer)
+    os.close(write_asked)
+    os.close(read_answer)
+    try:
+        serve(checkout, model, shape, os.fdopen(read_asked), os.fdopen(write_answer, "w", buffering=1))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
+
+
 def main() -> None:
-    checkout, cpu, shape = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    checkouts, cpu, shape = [Path(name) for name in json.loads(sys.argv[1])], int(sys.argv[2]), json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever is printed must not mix with the answers
-    if not Path(zinit.__file__).resolve().is_relative_to(checkout.resolve()):
-        raise SystemExit(f"imported {zinit.__file__}, expected the zinit of {checkout}")
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
     torch.set_num_threads(1)
-    made: dict[str, Callable[[], Seconds]] = {}
+    model = random_llama(shape)
+    forks = [fork(checkout, model, shape) for checkout in checkouts]
     for line in sys.stdin:
-        name = line.strip()
-        if name not in made:
-            made[name] = WORKS[name](shape)
-        answers.write(json.dumps(made[name]()) + "\n")
+        number, work = line.split()
+        ask, answer = forks[int(number)]
+        ask.write(work + "\n")
+        answers.write(answer.readline() or "\n")
 
 
 if __name__ == "__main__":
