@@ -60,8 +60,8 @@ def _default(words: str) -> str:
 
 
 def _text(words: str) -> str:
-    """Of a docstring, in a cell: code in one pair of ticks; a bar, and what looks like a tag, as it stands."""
-    return words.replace("``", "`").replace("|", "\\|").replace("<", "&lt;")
+    """In a cell: a bar, and what looks like a tag, as it stands."""
+    return words.replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

@@ -116,5 +116,7 @@ def test_the_command_prints_all_of_it(capsys: pytest.CaptureFixture[str], monkey
     for table in document:
         for setting in table["settings"]:
             assert setting["name"] in shown
+    assert "in the user's cache" in shown
+    assert "None" not in shown
     with pytest.raises(ConfigError, match=r"there is no list of 'setings'\. Did you mean 'settings'"):
         list_entries("setings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_type_hints
@@ -18,6 +19,7 @@ from zinit.validation import MOST, describe_type, largest_number
 
 HEADER = ("setting", "type", "default", "what it is")  # of `SettingsTable.rows`
 REQUIRED = "required"  # in the place of a default
+_CONSTANT = re.compile(r"(?<!`)\b(?:None|True|False)\b(?!`)")  # of Python, in a docstring's words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ class SettingsTable:
         rows = []
         for setting in self.settings:
             limit = "" if setting.largest in (None, MOST) else f"; at most {setting.largest:,}"
-            rows.append((setting.name, setting.type + limit, shown_default(setting), setting.description))
+            rows.append(
+                (setting.name, setting.type + limit, shown_default(setting), _as_options_have_it(setting.description))
+            )
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +84,12 @@ def shown_default(setting: SettingDescription) -> str:
     if setting.default is None:
         return "none"
     return setting.default if isinstance(setting.default, str) and setting.default else to_json(setting.default)
+
+
+def _as_options_have_it(description: str) -> str:
+    """A docstring's words with Python's constants as options and TOML write them."""
+    words = _CONSTANT.sub(lambda constant: f"`{constant[0]}`", description.replace("``", "`"))
+    return re.sub(r"`(?:None|True|False)`", lambda constant: constant[0].lower(), words)
 
 
 def _of_class(
