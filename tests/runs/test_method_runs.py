@@ -20,6 +20,7 @@ from zinit.runs.config import RunConfig
 from zinit.runs.evaluate import evaluate_run
 from zinit.runs.settings import resolve
 from zinit.runs.train import Interrupted, train_run
+from zinit.serve.served import Models
 from zinit.train.checkpoint import latest
 from zinit.train.events import Event, Step
 from zinit.ui.answers import Asking, answer_file
@@ -108,6 +109,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         train_run(config, tmp_path / "stopped", on_event=stop)
     found = evaluate_run(tmp_path / "stopped")
     assert "step-00000003" in found["note"]
+    if (runs / method / "adapter.json").exists():
+        assert "step-00000003" in Models.of({"stopped": str(tmp_path / "stopped")}).get("stopped").note
     assert found["metrics"]["base"] == results_of(runs, method)["metrics"]["base"]
     assert found["metrics"]["adapted"]["loss"] not in (
         found["metrics"]["base"]["loss"], results_of(runs, method)["metrics"]["adapted"]["loss"]
@@ -145,6 +148,29 @@ def test_a_file_of_questions_for_any_method_and_checkpoint(name: str, runs: Path
     assert "takes no images" in found[2]["error"]
     with pytest.raises(ConfigError, match="exists already"):
         answer_file(asking, str(tmp_path / "q.json"), str(tmp_path / "a.jsonl"))
+
+
+def test_a_prefix_is_served_from_any_checkpoint_and_another_method_is_refused(method: str, runs: Path) -> None:
+    run = runs / method
+    last, earlier = f"{run}/resume/step-00000006", f"{run}/resume/step-00000004"
+    if not (run / "adapter.json").exists():
+        for where in (str(run), last):
+            with pytest.raises(ConfigError, match=f"has no prefix.*Ask it with zinit chat {where}, or zinit generate"):
+                Models.of({"x": where})
+        return
+    models = Models.of({"last": last, "end": str(run), "earlier": earlier})
+    weights = {name: served.handle.state_dict() for name, served in models.by_name.items() if served.handle}
+    assert list(weights) == ["last", "end", "earlier"]
+    assert all(torch.equal(weights["last"][key], tensor) for key, tensor in weights["end"].items())
+    assert any(not torch.equal(weights["earlier"][key], tensor) for key, tensor in weights["end"].items())
+    assert "step-00000004" in models.get("earlier").note
+    assert models.get("end").note == ""
+
+
+def test_a_checkpoint_is_served_on_its_own_base_only(runs: Path, tmp_path: Path) -> None:
+    other, last = save_tiny_llama(tmp_path / "other", seed=1), str(latest(runs / "zero-init"))
+    with pytest.raises(CheckpointError, match="made for other weights of the same shape"):
+        Models.of({"x": last}, model=str(other))
 
 
 @pytest.mark.parametrize("unfit", sorted(UNFIT))

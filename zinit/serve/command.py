@@ -50,13 +50,12 @@ def serve(
     from zinit.serve.served import Models
 
     with bound(host, port) as listener:
-        models = Models(next(iter(names.values())), model=model, template=template)
-        for name, source in names.items():
-            models.add(name, source)
+        models = Models.of(names, model=model, template=template)
         limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
         engine = Engine(models, limits).start()
-        if models.uses:
-            print(f"({printable(models.uses)})", file=sys.stderr)
+        notes = [models.uses, *(f"{name}: {served.note}" for name, served in models.by_name.items() if served.note)]
+        for note in filter(None, notes):
+            print(f"({printable(note)})", file=sys.stderr)
         print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)
         listen(engine, listener, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset())
 

@@ -6,19 +6,17 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from zinit.adapter.attach import load
 from zinit.adapter.encoding import Encoder, encode
-from zinit.adapter.file import DESCRIPTION, AdapterFile
+from zinit.adapter.file import AdapterFile
 from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError
-from zinit.files import is_file
 from zinit.models.decoding import Chooser, check_batches
 from zinit.models.generation import conversational, describe_own, unusable
 from zinit.models.loading import load_causal_lm
@@ -27,11 +25,9 @@ from zinit.models.room import positions
 from zinit.prefix import Context
 from zinit.registry import did_you_mean
 from zinit.runs.build import load_base
-from zinit.runs.config import RunConfig
-from zinit.runs.directory import read_finished_run
 from zinit.runs.images import load_encoder
-from zinit.runs.record import RECORD
 from zinit.serve.requests import BASE, ModelInfo, Refused
+from zinit.serve.source import Source
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
 from zinit.tasks.chat import ChatFormat
@@ -51,6 +47,7 @@ class Served:
         format: makes prompts of conversations.
         routable: whether it may share a batch with others.
         blind: why it takes no images; empty if it does.
+        note: whose weights they are, where they are not those of a run's end.
         created: when it was loaded.
     """
 
@@ -60,6 +57,7 @@ class Served:
     format: ChatFormat
     routable: bool = True
     blind: str = ""
+    note: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -88,44 +86,11 @@ class Served:
         return source(features.to(next(source.parameters()).device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A finished run, or a folder or Hub repository with an adapter alone.
-
-    Attributes:
-        where: the folder or Hub id.
-        run: its settings; None where there is no run.
-    """
-
-    where: str
-    run: RunConfig | None
-
-    @classmethod
-    def read(cls, where: str) -> Source:
-        """Looks what there is.
-
-        Raises:
-            CheckpointError: if a run has not finished.
-            ConfigError: if it has no prefix, or generates no text.
-        """
-        if not is_file(Path(where) / RECORD):
-            return cls(where=where, run=None)
-        config, _ = read_finished_run(where)
-        if not is_file(Path(where) / DESCRIPTION):
-            raise ConfigError(
-                f"the run in {where} was made by the method {config.method!r}, which has no prefix. Only runs with a "
-                f"prefix can be served."
-            )
-        if not TASKS.get(config.task).generates:
-            raise ConfigError(f"the run in {where} is of the task {config.task!r}, which does not generate text.")
-        return cls(where=where, run=config)
-
-
 class Models:
     """One base and the adapters on it.
 
     Args:
-        source: a run or adapter that says which base.
+        source: a run, checkpoint or adapter that says which base.
         model: where the base lies, instead of what ``source`` says.
         template: how conversations are written for adapters that come without a run; see ``zinit ls templates``.
         device: that it runs on; default: an accelerator if there is one.
@@ -156,6 +121,25 @@ class Models:
         self._numbers = itertools.count()
         task, form = self._format(first)
         self.by_name = {BASE: Served(name=BASE, handle=None, task=task, format=form, blind="it is the base")}
+
+    @classmethod
+    def of(cls, sources: Mapping[str, str], *, model: str | None = None, template: str = "auto") -> Models:
+        """The base of the first source, with all of them on it.
+
+        Args:
+            sources: {name in requests: run, checkpoint or adapter}.
+            model: see the class.
+            template: see the class.
+
+        Raises:
+            ZinitError: if one cannot be served; what its folder shows is said before the base is loaded.
+        """
+        for where in sources.values():
+            Source.read(where)
+        models = cls(next(iter(sources.values())), model=model, template=template)
+        for name, where in sources.items():
+            models.add(name, where)
+        return models
 
     def _check_generation(self) -> str:
         """See ``uses``. Settings that cannot be used are refused here, and not at every request."""
@@ -200,7 +184,9 @@ class Models:
         if name in self.by_name:
             raise ConfigError(f"there is a model named {name!r} already. Give another name: NAME=FOLDER.")
         source = Source.read(where)
-        handle = load(self.base, where, name=f"served{next(self._numbers)}", encoder=self._encoder(source))
+        encoder = self._encoder(source)
+        with source.adapter(self.base, encoder) as folder:
+            handle = load(self.base, folder, name=f"served{next(self._numbers)}", encoder=encoder)
         try:
             task, form = self._format(source)
             self.by_name[name] = Served(
@@ -210,6 +196,7 @@ class Models:
                 format=form,
                 routable=is_routable(handle),
                 blind=_blind(source, handle),
+                note=source.note,
             )
         except Exception:
             handle.detach()
