@@ -178,6 +178,13 @@ def test_deepspeed_marks_its_sharded_tensors() -> None:
     assert "ds_id" in inspect.getsource(partition_parameters)
 
 
+def test_ray_prints_what_daemons_tell_by_one_function() -> None:
+    pytest.importorskip("ray", reason="needs the package ray")
+    from ray._private import worker  # pyright: ignore[reportMissingImports]
+
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
+
+
 def test_accelerate_notes_the_strategy_of_a_process() -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState

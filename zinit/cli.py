@@ -321,6 +321,7 @@ def bench(
     data: Annotated[str | None, typer.Option(help="File, folder or Hub id, for all experiments.")] = None,
     option: Options = None,
     output: Annotated[str, typer.Option(help="A new folder, or one of this benchmark, to go on.")] = "runs/bench",
+    on: Annotated[str, typer.Option(help="local, or ray: the machines of a Ray cluster.")] = "local",
     jobs: Annotated[
         int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per core (at most 8).", min=1)
     ] = None,
@@ -363,6 +364,7 @@ def bench(
     finished = run_benchmark(
         benchmark,
         Path(output),
+        on=on,
         jobs=jobs,
         budget=None if budget is None else 60 * budget,
         quiet=as_json,

@@ -445,3 +445,13 @@ def watch_operations(tell: Callable[[int, int, list[Any]], None]) -> AbstractCon
     scope.enter_context(OneKernel())
     scope.enter_context(Operations())
     return scope
+
+
+def silence_ray() -> None:
+    """Keeps what Ray's daemons tell, such as the death of a machine, off the standard output: that is the command's.
+
+    Ray prints it from a thread of its own, whatever ``ray.init`` was told (2.60).
+    """
+    from ray._private import worker  # pyright: ignore[reportMissingImports]
+
+    worker.print_to_stdstream = lambda *_, **__: None

@@ -24,15 +24,19 @@ def main() -> None:
     (output / "log.jsonl").write_text(
         "".join(json.dumps({"event": "step", "step": step, "loss": 1 / step}) + "\n" for step in range(1, 5)) + '{"torn'
     )
-    with Path(os.environ["FAKE_JOURNAL"]).open("a") as journal:
-        journal.write(
-            json.dumps({"cell": os.environ["ZINIT_BENCH_CELL"], "resumed": resumed, "pid": os.getpid()}) + "\n"
-        )
 
     def stop(number: int, frame: object) -> None:
+        time.sleep(float(os.environ.get("FAKE_SAVING", "0")))
+        (output / "saved").touch()
         sys.exit(130)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)  # before anybody can see that it runs
+    where = {"machine": os.environ.get("FAKE_MACHINE", "")}
+    with Path(os.environ["FAKE_JOURNAL"]).open("a") as journal:
+        journal.write(
+            json.dumps({"cell": os.environ["ZINIT_BENCH_CELL"], "resumed": resumed, **where, "pid": os.getpid()}) + "\n"
+        )
+
     if "warm_start" in options and not (Path(options["warm_start"]) / "done").exists():
         raise RuntimeError("a start that has not finished")
     method = options["method"]
@@ -46,7 +50,7 @@ def main() -> None:
         sys.exit(2)
     if method == "full" and not Path(os.environ["FAKE_JOURNAL"] + ".mended").exists():
         raise RuntimeError("a fault")
-    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    time.sleep(float(options.get("fake.seconds", os.environ.get("FAKE_SECONDS", "0"))))
     score = {"zero-init": 0.8, "random-gate": 0.5}.get(method, 0.1) + seed / 100 - abs(rate - 3) / 10
     score -= {"random-gate": seed * seed / 50}.get(method, 0.0)
     metrics = {"frozen": {"accuracy": 0.1, "loss": 4.0}, "adapted": {"accuracy": score, "loss": 2 - 2 * score}}

@@ -1,4 +1,4 @@
-"""Runs the cells of a benchmark: each once, each in a process of its own, several side by side.
+"""Runs the cells of a benchmark: each once, several side by side, at a `zinit.bench.place.Place`.
 
 A cell is finished when ``cells/<id>.json`` is there, one line, written last and atomically: its run is done, or its
 settings were refused. A cell that was cut off goes on from its last checkpoint; one that failed is tried again.
@@ -6,13 +6,9 @@ settings were refused. A cell that was cut off goes on from its last checkpoint;
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,11 +22,12 @@ from annotated_types import Len
 from pydantic import AllowInfNan
 
 from zinit.bench.cells import Cell, Experiment
+from zinit.bench.place import Here, Place
 from zinit.bench.plan import Benchmark
 from zinit.compat import modern_results
 from zinit.config import ROLES
 from zinit.errors import ConfigError, DataError
-from zinit.files import claim, is_ours, parsing, read_json
+from zinit.files import OWNER, claim, is_ours, parsing, read_json
 from zinit.runs.directory import write_json
 from zinit.runs.record import EXAMPLES, Record, Results
 from zinit.tasks import TASKS
@@ -60,11 +57,12 @@ class Runner:
     Args:
         benchmark: what to run.
         output: its folder; may hold finished cells.
-        jobs: runs side by side; None is one per visible GPU, or one per CPU core (at most 8).
+        jobs: runs side by side on this machine, see `Here`.
         budget: seconds after which no further cell is started; None is no limit.
         on_event: gets {"event": "plan" | "start" | "cell" | "budget", ...}.
-        launcher: the command line of zinit.
+        launcher: the command line of zinit, the interpreter first.
         places: see `Cell.at`.
+        place: that makes the runs; None is this machine.
 
     Raises:
         ConfigError: if the folder holds something else, or another benchmark runs in it.
@@ -80,15 +78,15 @@ class Runner:
         on_event: Callable[[Event], None] = lambda event: None,
         launcher: Sequence[str] = (sys.executable, "-m", "zinit"),
         places: Mapping[str, str] | None = None,
+        place: Place | None = None,
     ) -> None:
         self.launcher, self.places = list(launcher), {**(places or {}), "runs": str((output / "runs").absolute())}
         self.benchmark, self.output, self.on_event = benchmark, output, on_event
         self.reported = {experiment.name for experiment in benchmark.experiments}
-        self.devices = visible_gpus()
-        self.jobs = jobs or len(self.devices) or min(8, os.cpu_count() or 1)
+        self.place: Place = place or Here(jobs)
+        self.jobs = self.place.jobs
         self.deadline = None if budget is None else time.monotonic() + budget
         self.stopping = threading.Event()
-        self._running: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
         foreign = output.is_dir() and not all(is_ours(path.name) for path in output.iterdir())
         if (output.exists() and not output.is_dir()) or (foreign and not (output / "bench.json").exists()):
@@ -113,9 +111,7 @@ class Runner:
     def stop(self) -> None:
         """Asks every running cell to save and stop."""
         self.stopping.set()
-        with self._guard:
-            for process in self._running:
-                process.send_signal(signal.SIGTERM)
+        self.place.stop()
 
     def finish(self, cells: Sequence[Cell]) -> None:
         """Runs those that are not finished, in a folder that is `claimed`.
@@ -128,11 +124,10 @@ class Runner:
         done = {None, *(name for name, status in finished.items() if status == "done")}
         running: set[str] = set()
         self.on_event({"event": "plan", "cells": len(cells), "todo": len(todo), "jobs": self.jobs})
-        free = deque(self.devices or [None])
         threads: list[threading.Thread] = []
         failures: list[BaseException] = []
 
-        def work(device: str | None) -> None:
+        def work() -> None:
             try:
                 while not self.stopping.is_set():
                     with self._guard:
@@ -147,15 +142,15 @@ class Runner:
                         continue
                     if self.deadline is not None and time.monotonic() >= self.deadline:
                         self.on_event({"event": "budget", "cell": cell.id})
-                    elif self._run_cell(cell, device):
+                    elif self._run_cell(cell):
                         done.add(cell.id)
                     running.remove(cell.id)
             except BaseException as error:
                 failures.append(error)
                 self.stopping.set()
 
-        for index in range(min(self.jobs, max(1, len(todo)))):
-            threads.append(threading.Thread(target=work, args=(free[index % len(free)],), daemon=True))
+        for _ in range(min(self.jobs, max(1, len(todo)))):
+            threads.append(threading.Thread(target=work, daemon=True))
             threads[-1].start()
         for thread in threads:
             while thread.is_alive():
@@ -168,52 +163,42 @@ class Runner:
     def _path(self, cell: Cell) -> Path:
         return self.output / "cells" / f"{cell.id}.json"
 
-    def _run_cell(self, cell: Cell, device: str | None) -> bool:
+    def _run_cell(self, cell: Cell) -> bool:
         """Runs one, and notes what came of it; whether it is done."""
         run = self.output / "runs" / cell.id
-        run.parent.mkdir(exist_ok=True)
-        if run.exists() and not (run / "run.json").exists():
-            shutil.rmtree(run)  # cut off before it began
-        arguments = ["--resume"] if run.exists() else cell.at(self.places).arguments()
-        environment = {**os.environ, "ZINIT_BENCH_CELL": cell.id}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        elif self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         self.on_event({"event": "start", "cell": cell.id, "command": cell.command()})
         started = time.monotonic()
-        with self._guard:
-            if self.stopping.is_set():
-                return False
-            process = subprocess.Popen(
-                [*self.launcher, "train", *arguments, "--output", str(run), "--json"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
-            self._running.add(process)
-        out, err = process.communicate()
-        with self._guard:
-            self._running.discard(process)
-        if process.returncode == 130 or self.stopping.is_set():
+        ended = self.place.run(
+            lambda: self._command(cell, run),
+            {"ZINIT_BENCH_CELL": cell.id},
+            lambda text: self.on_event({"event": "notice", "text": f"{cell.id}: {text}"}),
+        )
+        if ended is None or ended.status == 130 or self.stopping.is_set():
             return False  # stopped; it has saved, and goes on another time
         document: dict[str, Any] = {"cell": cell.to_dict(), "id": cell.id, "command": cell.command()}
-        if process.returncode == 0:
-            document |= {"status": "done", **_result(run, json.loads(out))}
+        if ended.status == 0:
+            document |= {"status": "done", **_result(run, json.loads(ended.out))}
             document["run"] |= {name: self._portable(document["run"][name]) for name in ("model", "data")}
             if cell.experiment not in self.reported:
                 document |= {"examples": {}, "curves": {}}  # of a run to choose by the figures count
             shutil.rmtree(run / "resume", ignore_errors=True)
         else:
-            document |= _failure(process.returncode, out, err, run)
+            document |= _failure(ended.status, ended.out, ended.err, run)
             document["error"] = self._portable(document["error"])
         document["wall_seconds"] = round(time.monotonic() - started, 2)
         if document["status"] != "failed":
             write_json(self._path(cell), document, indent=None)
         self.on_event({"event": "cell", **document})
         return document["status"] == "done"
+
+    def _command(self, cell: Cell, run: Path) -> list[str]:
+        """What begins a run or goes on with it; what was cut off before it began is gone then."""
+        run.parent.mkdir(exist_ok=True)
+        if run.exists() and not (run / "run.json").exists():
+            shutil.rmtree(run)
+        (run / OWNER).unlink(missing_ok=True)  # who holds the benchmark's folder holds its runs: the machine was lost
+        arguments = ["--resume"] if run.exists() else cell.at(self.places).arguments()
+        return [*self.launcher, "train", *arguments, "--output", str(run), "--json"]
 
     def _portable(self, text: str | None) -> str | None:
         """A path as the cell has it; nothing of this machine."""
@@ -240,21 +225,6 @@ def _failure(status: int, out: bytes, err: bytes, run: Path) -> dict[str, Any]:
         by_settings = False
     final = status == 2 and by_settings and str(run) not in error
     return {"status": "refused", "by_settings": True, "error": error} if final else {"status": "failed", "error": error}
-
-
-def _die_with_parent() -> None:
-    """A cell whose benchmark was killed must not go on beside the one that resumes it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        return []
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _result(run: Path, results: dict[str, Any]) -> dict[str, Any]:

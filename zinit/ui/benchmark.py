@@ -12,10 +12,12 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from zinit.bench.place import Here, Place
 from zinit.bench.plan import Benchmark
 from zinit.bench.runner import Event, Runner
 from zinit.bench.summary import FORGETS, PAPER, TRIALS, Row, table
 from zinit.bench.write import write_summary
+from zinit.errors import ConfigError
 from zinit.ui.console import SafeConsole, output_width, print_table
 
 SHARED = ("metric", "setting", "seeds", "samples", "base", "base loss")  # said once where all lines have the same
@@ -69,22 +71,33 @@ class Finished:
 
 
 def run_benchmark(
-    benchmark: Benchmark, output: Path, *, jobs: int | None = None, budget: float | None = None, quiet: bool = False
+    benchmark: Benchmark,
+    output: Path,
+    *,
+    on: str = "local",
+    jobs: int | None = None,
+    budget: float | None = None,
+    quiet: bool = False,
 ) -> Finished:
     """Runs what is not finished yet, and writes the summary of what is.
 
     Args:
         benchmark: what to run.
         output: its folder.
-        jobs: see `Runner`.
+        on: "local", or "ray", see `zinit.bench.ray`.
+        jobs: runs side by side.
         budget: seconds, see `Runner`.
         quiet: print nothing to the standard output.
+
+    Raises:
+        ConfigError: if there is no such place, or it cannot be reached.
     """
+    place = _place(on, output, jobs)
     console = SafeConsole(stderr=True)
     finished = Finished()
     with Progress(*COLUMNS, console=console, disable=quiet) as progress:
         view = View(progress, finished)
-        runner = Runner(benchmark, output, jobs=jobs, budget=budget, on_event=view)
+        runner = Runner(benchmark, output, place=place, budget=budget, on_event=view)
         with stopping_on_signals(runner, finished):
             runner.run()
     finished.rows = write_summary(benchmark, output)
@@ -103,6 +116,16 @@ def run_benchmark(
     if finished.interrupted:
         console.print("stopped; everything is saved. The same command goes on.")
     return finished
+
+
+def _place(on: str, output: Path, jobs: int | None) -> Place:
+    if on == "ray":
+        from zinit.bench.ray import Cluster
+
+        return Cluster(output, jobs)
+    if on != "local":
+        raise ConfigError(f"a benchmark runs --on local or --on ray; got {on!r}.")
+    return Here(jobs)
 
 
 def fit(header: list[str], lines: list[list[str]], width: int) -> tuple[list[str], list[str], list[list[str]]]:
