@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +25,7 @@ from zinit.serve.shapes import ChatShape, CompletionShape, Shape
 
 log = logging.getLogger("zinit.serve")
 Ask = Callable[[Deliver], Ticket]
+NO_KEY = "adapters are loaded and unloaded with a key only: --api-key-file."
 
 
 def make_app(
@@ -33,6 +34,7 @@ def make_app(
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
     on_stop: Callable[[], None] = lambda: None,
+    fixed: str = "",
 ) -> FastAPI:
     """The application.
 
@@ -41,19 +43,14 @@ def make_app(
         keys: any of these is needed, if there are some; without one nothing can be loaded or unloaded.
         hosts: names that requests may be sent to; empty is any.
         on_stop: called when the server goes down.
+        fixed: why no adapter can be loaded or unloaded; empty if a key is enough.
     """
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(on_stop)
-
-    app = FastAPI(title="zinit", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="zinit", lifespan=_lifespan(on_stop), docs_url=None, redoc_url=None)
     metrics = Metrics(service)
     app.add_middleware(Guard, keys=keys, hosts=hosts, most=service.limits.body_bytes)
     _add_errors(app)
     _add_models(app, service, metrics)
-    _add_admin(app, service, may=bool(keys))
+    _add_admin(app, service, refusal=fixed or ("" if keys else NO_KEY))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -86,6 +83,15 @@ def make_app(
         return await _whole(shape, watched, ticket, request)
 
     return app
+
+
+def _lifespan(on_stop: Callable[[], None]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(on_stop)
+
+    return lifespan
 
 
 async def _events(queue: asyncio.Queue[Event], ticket: Ticket) -> AsyncIterator[Event]:
@@ -179,10 +185,10 @@ def _add_models(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=metrics.content_type)
 
 
-def _add_admin(app: FastAPI, service: Service, *, may: bool) -> None:
+def _add_admin(app: FastAPI, service: Service, *, refusal: str) -> None:
     def check() -> None:
-        if not may:
-            raise Refused("adapters are loaded and unloaded with a key only: --api-key-file.", status=403)
+        if refusal:
+            raise Refused(refusal, status=403)
 
     @app.post("/admin/adapters", response_model=None, status_code=201)
     async def load(body: AdapterBody) -> Response:
