@@ -57,3 +57,25 @@ def test_extras_hold_what_tests_of_options_need() -> None:
     always = {re.split(r"[<>=\[]", item)[0] for item in PROJECT["project"]["dependencies"]}
     assert not always & set.union(*extras.values()), "a dependency of all is no extra"
     assert len(always) == len(PROJECT["project"]["dependencies"]), "a dependency is listed twice"
+
+
+SKIPS = re.compile(r'importorskip\(\s*"(\w+)|skipif\(find_spec\("(\w+)')
+PACKAGE = {"faiss": "faiss-cpu"}  # where it is not the module's name
+
+
+def names_of(extra: str) -> set[str]:
+    """The packages of an extra, those of extras in it included."""
+    found: set[str] = set()
+    for item in PROJECT["project"]["optional-dependencies"][extra]:
+        name, _, inner = re.split(r"[<>=]", item)[0].rstrip("]").partition("[")
+        found |= set().union(*map(names_of, inner.split(","))) if name == "zinit" else {name}
+    return found
+
+
+def test_one_extra_holds_all_that_tests_are_skipped_for() -> None:
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    skipped = {PACKAGE.get(name, name) for found in SKIPS.findall(texts) for name in found if name}
+    always = {re.split(r"[<>=\[]", item)[0] for item in PROJECT["project"]["dependencies"]}
+    assert {"ray", "trl", "playwright", "faiss-cpu"} <= skipped
+    assert skipped - always <= names_of("test-all")
+    assert not {"ray", "trl", "playwright", "deepspeed"} & names_of("test"), "what CI installs stays small"
