@@ -27,8 +27,8 @@ done
 [ -n "$output" ] || { echo "say where the run goes, a folder that all nodes see: --output DIR" >&2; exit 2; }
 if [ -e "$output/run.json" ]; then set -- --resume --output "$output"; fi
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 exec srun torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
-  --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
+  --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:29500" --rdzv-id "$SLURM_JOB_ID" \
   -m zinit train "$@"
