@@ -238,6 +238,9 @@ Towers = Annotated[
 ]
 
 
+LEARNED = {"key_value": "keys and values", "matrix": "matrices"}  # in the place of prompts, in messages
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(JsonConfig):
     """How a prefix is built and where it goes. The paper's ablations are settings here, not other classes.
@@ -259,8 +262,10 @@ class PrefixConfig(JsonConfig):
         separate_softmax: ``False`` lets prompts and words share one softmax, which is plain prefix tuning. There is
             no gate then (``gating`` must be ``False``).
         parametrization: what is learned: ``"prompt"``, K vectors of the model's width that pass the host's frozen key
-            and value projections (LLaMA-Adapter), or ``"key_value"``, the keys and values themselves (P-tuning v2).
-        init_std: prompts (or keys and values) start from N(0, init_std^2). The reference uses 1.
+            and value projections (LLaMA-Adapter), ``"key_value"``, the keys and values themselves (P-tuning v2), or
+            ``"matrix"``, one for each head that the query is multiplied by, without prompts and a softmax
+            (Prefix-Tuning+, arXiv 2506.13674).
+        init_std: prompts (or keys and values, or matrices) start from N(0, init_std^2). The reference uses 1.
         prompt: where the prompts come from: a learned ``"table"``, the ``"context"`` that comes with a call and nothing
             else, or the sum of both, ``"table+context"`` (Eq. 10).
         prompts: what is learned for a table: the ``"table"`` itself, or a small network that makes the tables of all
@@ -276,7 +281,7 @@ class PrefixConfig(JsonConfig):
     gate_init: Annotated[Number | Literal["random"], Words("a number or 'random'")] = 0.0
     gating: bool = True
     separate_softmax: bool = True
-    parametrization: Literal["prompt", "key_value"] = "prompt"
+    parametrization: Literal["prompt", "key_value", "matrix"] = "prompt"
     init_std: NonNegativeFloat = 1.0
     prompt: Literal["table", "context", "table+context"] = "table"
     prompts: Literal["table", "hyper", "deepshare"] = "table"
@@ -293,10 +298,15 @@ class PrefixConfig(JsonConfig):
             )
 
     def _check_prompts(self) -> None:
-        if self.parametrization == "key_value" and (self.prompt != "table" or self.prompts != "table"):
+        if self.parametrization != "prompt" and (self.prompt != "table" or self.prompts != "table"):
             raise ConfigError(
-                f"learned keys and values have no prompts: leave out prompt={self.prompt!r} and "
+                f"learned {LEARNED[self.parametrization]} have no prompts: leave out prompt={self.prompt!r} and "
                 f"prompts={self.prompts!r}, or use parametrization='prompt'."
+            )
+        if self.parametrization == "matrix" and (self.length != PrefixConfig.length or not self.separate_softmax):
+            raise ConfigError(
+                f"parametrization='matrix' has neither prompts nor a softmax: leave out length={self.length} and "
+                f"separate_softmax={self.separate_softmax}."
             )
         if self.prompt == "context" and self.prompts != "table":
             raise ConfigError(f"prompt='context' learns no prompts, so prompts={self.prompts!r} has nothing to make.")

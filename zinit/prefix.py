@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.config import PrefixConfig
+from zinit.config import LEARNED, PrefixConfig
 from zinit.errors import BackboneError, ConfigError
 
 ProjectKV = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -89,6 +89,9 @@ class ZeroGatedPrefix(nn.Module):
     Departure from the paper's Eq. 5: the scale is the host's, 1/sqrt(D), as in the reference code, not 1/sqrt(C).
     With ``gate="query"`` (arXiv 2502.03029) act(g_h) is tanh(q_h w_h), a gate for each query, and w_h (D,) is learned.
     There q_h is not rotated yet; here it is the query that the host hands over, which is another function.
+    With ``parametrization="matrix"`` (Prefix-Tuning+, arXiv 2506.13674) the addition is act(g_h) elu(q_h) M_h: what is
+    learned is M_h (D, D), in the place of what prompts would sum up to under a softmax made linear. That the query is
+    the one handed over, unscaled, and that M may start at zero (``init_std=0``) are ours.
     Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
 
     Args:
@@ -139,6 +142,8 @@ class ZeroGatedPrefix(nn.Module):
             self.prompt = GivenPrompts()
         elif config.parametrization == "prompt":
             self.prompt = PromptTable(config.init_std * normal(config.length, width))
+        elif config.parametrization == "matrix":
+            self.matrix = nn.Parameter(config.init_std * normal(num_heads, head_dim, value_dim or head_dim))
         else:
             self.key = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, head_dim))
             self.value = nn.Parameter(config.init_std * normal(num_kv_heads, config.length, value_dim or head_dim))
@@ -173,7 +178,8 @@ class ZeroGatedPrefix(nn.Module):
         """
         context = context if isinstance(context, Context) else Context(context)
         if self.config.parametrization != "prompt":
-            raise ConfigError("learned keys and values take no context; use parametrization='prompt'.")
+            learned = LEARNED[self.config.parametrization]
+            raise ConfigError(f"learned {learned} take no context; use parametrization='prompt'.")
         length, shape = self.config.length, tuple(context.tokens.shape)
         counts = (length,) if self.config.prompt == "context" or length == 1 else (1, length)
         if len(shape) != 3 or shape[1] not in counts or shape[2] != self.width:
@@ -192,7 +198,8 @@ class ZeroGatedPrefix(nn.Module):
 
         Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
         number per head, and costs K x D instead of T x K multiplications. A gate by query is applied later, in the
-        forward pass. With a shared softmax there is no gate and the heads stay grouped: (1 or B, G, K, D).
+        forward pass. With a shared softmax there is no gate and the heads stay grouped: (1 or B, G, K, D). Matrices
+        stand for the values, (1, H, D, D), and there are no keys, (1, H, 0, D).
 
         Raises:
             ConfigError: if the context does not fit.
@@ -201,12 +208,14 @@ class ZeroGatedPrefix(nn.Module):
             context = self.check_context(context)
         if self.config.parametrization == "prompt":
             key, value = project(self.prompt(context).to(dtype))
+        elif self.config.parametrization == "matrix":
+            key, value = self.matrix[None, :, :0], self.matrix[None]
         else:
             key, value = self.key[None], self.value[None]
         if context is not None and self.config.prompt == "context":
             value = context.for_present(value)  # a projection's bias must not speak for an absent sample
         if self.config.separate_softmax:
-            shared_by = self.num_heads // self.num_kv_heads
+            shared_by = self.num_heads // key.shape[1]
             key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
             if self.config.gating and not self.by_query:
                 value = self.gates().view(-1, 1, 1) * value
@@ -232,7 +241,8 @@ class ZeroGatedPrefix(nn.Module):
                 "the model's backbone does not support plain prefix tuning (separate_softmax=False): it adds the "
                 "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.concat_prefix`."
             )
-        addition = attend_prompts(query, key, value, scale)
+        matrix = self.config.parametrization == "matrix"
+        addition = multiply_by_matrix(query, value) if matrix else attend_prompts(query, key, value, scale)
         return self._gate_by_query(query) * addition if self.by_query else addition
 
     def _gate_by_query(self, query: Tensor) -> Tensor:
@@ -262,6 +272,11 @@ def attend_prompts(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
         mask = for_each_sample(mask, query)
     key, value = (for_each_sample(x, query) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def multiply_by_matrix(query: Tensor, matrix: Tensor) -> Tensor:
+    """``elu(q_h) M_h``: (B, H, T, D) and (1 or R, H, D, D) to (B, H, T, D); see `ZeroGatedPrefix`."""
+    return F.elu(query) @ for_each_sample(matrix, query)
 
 
 def for_each_sample(x: Tensor, query: Tensor) -> Tensor:

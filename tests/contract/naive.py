@@ -94,6 +94,12 @@ def added(addition: Addition, q: Tensor, head: int, mine: slice, site: str, weig
     return squashed(addition.gates[site], head, addition.squash, q) * weighted(scores, [v[mine] for v in values])
 
 
+def multiplied(q: Tensor, matrix: Tensor) -> Tensor:
+    """Prefix-Tuning+'s bias of one head for one query (D,): elu(q) M, entry by entry."""
+    features = [number if number > 0 else torch.exp(number) - 1 for number in q]
+    return torch.stack([feature * row for feature, row in zip(features, matrix, strict=True)]).sum(0)
+
+
 def excited(x: Tensor, own: Tensors, prompt_keys: Tensor) -> Tensor:
     """LLaMA-Excitor's additions to the keys of one sample, word by word: (T, C) to (T, G * D)."""
     rows = []
@@ -159,6 +165,9 @@ def attention(
             if own_scores and not prefix.joint:
                 gate = squashed(adapter[f"{site}.gate"], h, prefix.squash, q) if prefix.gated else 1.0
                 out = out + gate * weighted(own_scores, own_values)
+            if f"{site}.matrix" in adapter:
+                gate = squashed(adapter[f"{site}.gate"], h, prefix.squash, q) if prefix.gated else 1.0
+                out = out + gate * multiplied(q, adapter[f"{site}.matrix"][h])
             for addition in more:
                 out = out + added(addition, q, h, mine_of(h), site, weights, scale)
             heads.append(out)

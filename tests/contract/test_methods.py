@@ -146,6 +146,8 @@ def test_sizes_are_those_of_the_arithmetic(leader: Case) -> None:
     sites = BACKBONES.get(leader.backbone).sites(leader.build())
     assert size("zero-init") == size("random-gate") == sum(3 * site.width + site.num_heads for site in sites)
     assert size("prefix-tuning") == sum(3 * site.width for site in sites)
+    matrices = sum(site.num_heads * site.head_dim * (site.value_dim or site.head_dim) for site in sites)
+    assert size("prefix-tuning-plus") == matrices
     assert size("bottleneck") == sum(2 * site.width * 16 + site.width + 16 for site in sites)
     named = [site.module.get_submodule(part) for site in sites for part in site.query_value]
     if named:

@@ -35,6 +35,9 @@ PREFIXES: dict[str, dict[str, Any]] = {
     "joint": JOINT,
     "key-value": {"parametrization": "key_value"},
     "key-value-joint": {"parametrization": "key_value", **JOINT},
+    "matrix": {"parametrization": "matrix", "length": 10},
+    "matrix-ungated": {"parametrization": "matrix", "length": 10, "gating": False},
+    "matrix-by-query": {"parametrization": "matrix", "length": 10, "gate": "query"},
     "chosen-layers": {"layers": (0, 2)},
 }
 

@@ -127,8 +127,8 @@ class Handle:
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """This adapter's parameters by role, each in the order of `parameters`; roles without any are left out.
 
-        "gates"; "prompts", learned keys and values and a network that makes prompts too; "source", the module that
-        makes a context; "tuning". Each may have a rate and a decay of its own in training.
+        "gates"; "prompts", learned keys, values, matrices and a network of prompts too; "source", the module that makes
+        a context; "tuning". Each may have a rate and a decay of its own in training.
         """
         role = {id(prefix.gate): "gates" for prefix in self.prefixes.values() if prefix.config.gating}
         for name, module in (("source", self.shared.get("context")), ("tuning", self.tuning)):

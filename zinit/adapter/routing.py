@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from zinit.adapter.state import AdapterState
 from zinit.adapter.tuning import by_sample
 from zinit.backbones.base import ActivePrefix, AttentionSite, PrefixSlot
 from zinit.errors import ConfigError
-from zinit.prefix import ProjectKV, ZeroGatedPrefix, attend_prompts, for_each_sample, gates_by_query
+from zinit.prefix import (
+    ProjectKV,
+    ZeroGatedPrefix,
+    attend_prompts,
+    for_each_sample,
+    gates_by_query,
+    multiply_by_matrix,
+)
 from zinit.registry import did_you_mean
 
 Names = Sequence[str | None]
@@ -36,7 +44,7 @@ class RoutedPrefix:
 
     Attributes:
         prefixes: those that the route uses.
-        config: of one of them; all have a softmax of their own.
+        config: of one of them; all have a softmax of their own, or all a matrix.
         mask: (R, 1, 1, K), 0 or -inf; None if nothing is padded.
         by_query: (R, 1, 1, 1), whose gates depend on the query; None if nobody's do.
     """
@@ -88,7 +96,8 @@ class RoutedPrefix:
         return key, value
 
     def _for_each_row(self, tensors: list[Tensor]) -> Tensor:
-        padded = [F.pad(x, (0, 0, 0, self.length - x.shape[2])) for x in tensors]
+        longest = max(x.shape[2] for x in tensors)
+        padded = [F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in tensors]
         return torch.cat([torch.zeros_like(padded[0]), *padded]).index_select(0, self.rows)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -98,7 +107,10 @@ class RoutedPrefix:
             ConfigError: if it is not known which row of the batch is of which sample.
         """
         self.check_rows(query.shape[0])
-        addition = attend_prompts(query, key, value, scale, self.mask)
+        if is_matrix(self):
+            addition = multiply_by_matrix(query, value)
+        else:
+            addition = attend_prompts(query, key, value, scale, self.mask)
         if self.by_query is None:
             return addition
         # Only here do gates by query come in: those of all others are in the values.
@@ -163,15 +175,22 @@ def _check_routable(state: AdapterState, name: str) -> None:
 
 
 def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite, tuned: Collection[str]) -> ActivePrefix | None:
-    """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route."""
-    own = {
-        name: [slot[key] for key in slot.members.get(name, ()) if slot[key].config.prompt != "context"]  # pyright: ignore
-        for name in dict.fromkeys(route)
-        if name is not None
-    }
-    ranks = range(max(map(len, own.values()), default=0))
-    routed = [
-        RoutedPrefix(route, {name: parts[rank] for name, parts in own.items() if rank < len(parts)}, site, tuned)  # pyright: ignore
-        for rank in ranks
-    ]
+    """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route.
+
+    Those with a matrix in the place of prompts are computed apart.
+    """
+    routed: list[RoutedPrefix] = []
+    for matrix in (False, True):
+        own: dict[str, list[ZeroGatedPrefix]] = {}
+        for name in dict.fromkeys(name for name in route if name is not None):
+            here: list[Any] = [slot[key] for key in slot.members.get(name, ())]
+            own[name] = [prefix for prefix in here if prefix.config.prompt != "context" and is_matrix(prefix) == matrix]
+        for rank in range(max(map(len, own.values()), default=0)):
+            at_rank = {name: parts[rank] for name, parts in own.items() if rank < len(parts)}
+            routed.append(RoutedPrefix(route, at_rank, site, tuned))
     return together([prefix for prefix in routed if prefix.prefixes])
+
+
+def is_matrix(prefix: ActivePrefix) -> bool:
+    """Whether it has matrices in the place of prompts."""
+    return prefix.config.parametrization == "matrix"

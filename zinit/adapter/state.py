@@ -277,8 +277,8 @@ class AdapterState:
         taking = [name for name in names if self.handles[name].takes_context]
         if names and not taking:
             raise ConfigError(
-                f"zinit_context came with the call, but {', '.join(names)} take no context: learned keys and values do "
-                f"not; use parametrization='prompt'."
+                f"zinit_context came with the call, but {', '.join(names)} take no context: learned keys, values and "
+                f"matrices do not; use parametrization='prompt'."
             )
         if len(taking) > 1:
             raise ConfigError(

@@ -14,7 +14,7 @@ from zinit.adapter.state import state_of
 from zinit.backbones import find_backbone
 from zinit.backbones.base import AttentionSite
 from zinit.compat import uncompiled
-from zinit.config import PrefixConfig
+from zinit.config import LEARNED, PrefixConfig
 from zinit.errors import CheckpointError
 from zinit.interop.base import Gate, Imported
 
@@ -147,7 +147,7 @@ def topmost_layers(
     every, prefixes = list(handle.state.sites.values()), handle.prefixes if part is None else part.prefixes
     sites = [site for site in every if site.name in prefixes]
     if config.parametrization != "prompt":
-        raise cannot(format, "it learns keys and values directly, and the format holds prompts")
+        raise cannot(format, f"it learns {LEARNED[config.parametrization]} directly, and the format holds prompts")
     if not config.separate_softmax:
         raise cannot(
             format, "its prompts share one softmax with the words, and the format's prompts have a softmax of their own"

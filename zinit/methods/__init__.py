@@ -85,6 +85,11 @@ METHODS = Registry(
             rates="ZERO_INIT",
             settings="ExcitorConfig",
         ),
+        "prefix-tuning-plus": _entry(
+            "prefix:PrefixTuningPlus",
+            "Prefix-Tuning+: a matrix for each head that the query is multiplied by; no prompts, no softmax.",
+            rates="MATRICES",
+        ),
         "random-gate": _entry(
             "prefix:RandomGate",
             "The same prompts with gates that start at N(0, 1), the paper's ablation of zero-init.",

@@ -96,3 +96,18 @@ class QueryGate(ZeroInit):
 
     name = "query-gate"
     defaults = defaults.QUERY_GATE
+
+
+class PrefixTuningPlus(ZeroInit):
+    """Prefix-Tuning+ (arXiv 2506.13674): the prefix as a bias by the query, elu(q_h) M_h, outside of the softmax.
+
+    M starts at zero, which needs no gate; that is ours (see `zinit.prefix.ZeroGatedPrefix`). There are no prompts, so
+    ``prefix.length`` says nothing.
+    """
+
+    name = "prefix-tuning-plus"
+    default_rates = rates.MATRICES
+
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
+        form = {"parametrization": "matrix", "length": PrefixConfig.length, "init_std": 0.0, "gating": False}
+        return replace(prefix, separate_softmax=True, **form)

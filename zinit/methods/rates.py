@@ -28,6 +28,9 @@ HEAD_ONLY = LearningRate.of_roles(1e-3, "ours: the default of Adam (Kingma and B
 FULL = LearningRate.of_roles(2e-5, "Stanford Alpaca's full fine-tuning of LLaMA-7B", "weights", "head")
 BITFIT = LearningRate.of_roles(1e-3, "the example of Ben Zaken et al.'s code, benzakenelad/BitFit", "weights", "head")
 LORA = LearningRate.of_roles(3e-4, "Alpaca-LoRA's finetune.py, the paper's baseline", "weights", "head")
+MATRICES = LearningRate.of_roles(
+    1e-3, "ours: the default of Adam (Kingma and Ba, 2015), for linear maps that start at zero", *ROLES
+)
 PEFT = "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)"
 PROMPT_TUNING = LearningRate.of_roles(3e-2, PEFT, "weights", "head")
 BOTTLENECK = LearningRate.of_roles(

@@ -145,12 +145,16 @@ def picked(config: RunConfig, task: Task) -> str:
     longest = getattr(config.options, "max_length", None)
     return "; ".join(
         [
-            *(f"{part.config.length} prompts in {len(part.prefixes)} of {layers} layers" for part in parts.values()),
+            *(f"{_learned(part.config)} in {len(part.prefixes)} of {layers} layers" for part in parts.values()),
             *(f"{role}: {own['numbers']:,} numbers at rate {own['rate']:.3g}" for role, own in rates.items()),
             f"{plan.steps} steps, {plan.warmup} of them warm-up",
             *([] if longest is None else [f"at most {longest} tokens"]),
         ]
     )
+
+
+def _learned(part: PrefixConfig) -> str:
+    return "matrices" if part.parametrization == "matrix" else f"{part.length} prompts"
 
 
 def check_settings(config: RunConfig, preview: Preview) -> None:
