@@ -62,7 +62,7 @@ class Encoder(nn.Module, ABC):
     """A frozen tower, always in evaluation mode.
 
     Attributes:
-        modality: what it takes: "image", "audio" or "video".
+        modality: what it takes: "image", "audio", "video" or "vector", ready features.
         ready: the axes of its inputs; empty where models differ in them.
         width: D of its tokens.
         layer_width: of a layer's vector.

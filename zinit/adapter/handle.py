@@ -273,6 +273,7 @@ class Handle:
         image: Sequence[Any] | Tensor | None = None,
         audio: Sequence[Any] | Tensor | None = None,
         video: Sequence[Any] | Tensor | None = None,
+        vector: Sequence[Any] | Tensor | None = None,
         features: Any = None,
     ) -> Iterator[None]:
         """Makes each sample's context of its images, once, and gives it while inside, `generate` included.
@@ -282,6 +283,7 @@ class Handle:
                 adapter's encoder runs once.
             audio: sound files instead, for an encoder of sound.
             video: videos instead, for an encoder of video.
+            vector: files of ready features instead, for the encoder ``vectors:WIDTH``.
             features: instead, what an encoder made, as the adapter's source takes it; vectors (B, F) and mixtures of
                 several senses for "bind" (`zinit.adapter.bind.Senses`).
 
@@ -298,10 +300,10 @@ class Handle:
                 f"the adapter {self.name!r} takes no images: it has no context source. Attach one with "
                 f"zinit.AdapterConfig(..., context='visual-tokens')."
             )
-        senses = {"image": image, "audio": audio, "video": video}
+        senses = {"image": image, "audio": audio, "video": video, "vector": vector}
         shown = [(sense, items) for sense, items in senses.items() if items is not None]
         if len(shown) + (features is not None) != 1:
-            raise ConfigError("give either image=... (or audio=..., video=...) or features=....")
+            raise ConfigError("give either image=... (or audio=..., video=..., vector=...) or features=....")
         for sense, items in shown:
             encoder = self.get_encoder()
             if encoder.modality != sense:

@@ -10,6 +10,7 @@ ENCODERS = Registry(
         ),
         "video": Entry("zinit.encoders.video:VIDEO", "VideoMAE, V-JEPA 2 of transformers: folder, or video:HUB_ID."),
         "frames": Entry("zinit.encoders.frames:FRAMES", "Frames of a video by an image model: frames:IMAGE_MODEL."),
+        "vectors": Entry("zinit.encoders.ready:VECTORS", "Ready features, .npy or .safetensors files: vectors:WIDTH."),
         "timm": Entry("zinit.encoders.timm:TIMM", "Image models of timm: by name, folder or Hub id."),
         "transformers": Entry(
             "zinit.encoders.transformers:TRANSFORMERS",

@@ -22,11 +22,12 @@ from PIL import Image
 from zinit.data.images import Encoded, ImageSource, check_image, inside
 from zinit.data.records import check_text, describe, each_record, plain_text, read_document, same_text, unused_fields
 from zinit.data.tables import with_encoded_images
+from zinit.data.vectors import read_vector
 from zinit.errors import DataError
 from zinit.files import is_file, is_folder
 
 MARK = "<image>"
-SENSES = ("image", "audio", "video")  # of a record one, which the encoder of the run takes
+SENSES = ("image", "audio", "video", "vector")  # of a record one, which the encoder of the run takes
 SHOWN = tuple(name for sense in SENSES for name in (sense, f"{sense}s"))
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {
@@ -294,7 +295,7 @@ def _content(content: Any, role: str, where: str, images: _Images) -> str:
 
 
 class _Images:
-    """The images of a record, in the order in which its turns name them; or its sounds, or its videos.
+    """The images of a record, in the order in which its turns name them; or its sounds, videos, or ready features.
 
     Args:
         record: with the columns of `SHOWN`.
@@ -343,10 +344,12 @@ class _Images:
         found = tuple(self._one(next(given) if value is None else value, sense) for value in self.named)
         for image in found:
             try:
-                if sense == "image" and not isinstance(image, Image.Image):
+                if sense == "vector":
+                    read_vector(image)
+                elif sense == "image" and not isinstance(image, Image.Image):
                     check_image(image)
             except DataError as error:
-                raise _Unusable("unreadable_image") from error
+                raise _Unusable(f"unreadable_{sense}") from error
         return found
 
     def _one(self, value: Any, sense: str) -> ImageSource:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from zinit.data.vectors import FLOATS, map_numpy
 from zinit.errors import ConfigError, DataError, first_line, install_extra
 from zinit.files import is_file, is_lfs_pointer, local_path, parsing
 
 SUFFIXES = (".npy", ".safetensors", ".index")
-FLOATS = ("float16", "float32", "float64")
 
 
 def is_vectors(source: str) -> bool:
@@ -53,8 +53,7 @@ def _parted(source: str) -> tuple[str, str]:
 
 
 def _numpy(path: Path, tensor: str) -> np.ndarray:
-    with parsing(f"{path} is no array of numpy that can be read", DataError):
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+    return map_numpy(path)
 
 
 def _safetensors(path: Path, tensor: str) -> np.ndarray:
