@@ -23,13 +23,16 @@ from zinit.ui.options import (
     Experts,
     Frozen,
     Images,
+    Index,
     Json,
     MaxNewTokens,
     Options,
+    RetrievalOptions,
     RunDirectory,
     System,
     Temperature,
     TopP,
+    check_retrieval,
 )
 from zinit.ui.tune import tune
 
@@ -189,6 +192,8 @@ def eval(
         str | None, typer.Option(help="mme, mmbench, pope, vqa (with --data), or lm-eval:TASK,... ; 'zinit ls suites'.")
     ] = None,
     fewshot: Annotated[int | None, typer.Option(help="Examples before each question, for lm-eval.", min=0)] = None,
+    index: Index = None,
+    option: RetrievalOptions = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run or a checkpoint, frozen and adapted. Questions without answers (a blind set) are answered only."""
@@ -202,12 +207,13 @@ def eval(
 
         if fewshot is not None:
             raise ConfigError("--fewshot is for suites of lm-eval: --suite lm-eval:TASK,...")
-        results = evaluate_run(run_dir, data=data, limit=limit, output=output, experts=experts)
+        mixed = check_retrieval(index, option)
+        results = evaluate_run(run_dir, data=data, limit=limit, output=output, experts=experts, **mixed)
     else:
         from zinit.runs.suites import evaluate_suite
 
-        if experts is not None:
-            raise ConfigError("suites are asked without experts. Leave --experts out.")
+        if experts is not None or index is not None or option:
+            raise ConfigError("suites are asked without experts and index. Leave --experts, --index and -o out.")
         results = evaluate_suite(run_dir, suite, data=data, limit=limit, fewshot=fewshot, output=output)
     if as_json:
         print_json(results)
@@ -232,6 +238,8 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     frozen: Frozen = False,
+    index: Index = None,
+    option: RetrievalOptions = None,
     as_json: Json = False,
 ) -> None:
     """Answer one instruction, which streams to the standard output, or a file of them.
@@ -246,7 +254,7 @@ def generate(
     from zinit.ui.console import print_json
 
     how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    how |= {"base": frozen, "system": system}
+    how |= {"base": frozen, "system": system, **check_retrieval(index, option)}
     if data is not None:
         alone = {"--prompt": prompt, "--input": input, "--image": image, "--experts": experts, "--raw": raw}
         if given := [flag for flag, value in alone.items() if value]:
@@ -279,6 +287,8 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     frozen: Frozen = False,
+    index: Index = None,
+    option: RetrievalOptions = None,
     web: Annotated[bool, typer.Option("--web", help="On a page in the browser, beside the base.")] = False,
 ) -> None:
     """Talk to a tuned model over several turns. /new starts over, /image FILE shows one, /quit (or Ctrl-D) ends."""
@@ -286,7 +296,7 @@ def chat(
 
     check_run(run_dir)  # what is wrong with a path is said before torch is imported
     if web:
-        of_the_terminal = {"--image": image, "--experts": experts, "--frozen": frozen}
+        of_the_terminal = {"--image": image, "--experts": experts, "--frozen": frozen, "--index": index, "-o": option}
         if given := [flag for flag, value in of_the_terminal.items() if value]:
             raise ConfigError(f"{', '.join(given)} is for the terminal: the page of --web has its own. Leave it out.")
         serve_page(run_dir, system=system, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
@@ -302,6 +312,7 @@ def chat(
         base=frozen,
         system=system,
         experts=experts,
+        **check_retrieval(index, option),
     )
     session.converse(image or ())
 

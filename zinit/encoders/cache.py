@@ -46,7 +46,12 @@ class FeatureCache:
         source: says what of them it takes.
         root: folder of all features, see `cache_root`.
         limit: most gigabytes that the features of a run may take.
+
+    Attributes:
+        retrieval: changes a batch's features before the adapter sees them; None leaves them.
     """
+
+    retrieval: Callable[[Features], Features] | None = None
 
     def __init__(self, encoder: Encoder, source: ContextSource, *, root: Path, limit: float) -> None:
         self.encoder, self.kinds, self.layers, self.limit = encoder, source.takes, source.layers, limit
@@ -59,7 +64,8 @@ class FeatureCache:
         self._find()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mapped": {}, "encoder": None}  # processes that prepare batches map the files themselves
+        # Processes that prepare batches map the files themselves.
+        return {**vars(self), "_mapped": {}, "encoder": None, "retrieval": None}
 
     def missing(self, digests: Iterable[bytes]) -> list[bytes]:
         """Those of which there are no features yet, sorted."""

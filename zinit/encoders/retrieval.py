@@ -10,19 +10,23 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from zinit.adapter.encoding import Features
 from zinit.config import JsonConfig, to_json
 from zinit.errors import ConfigError, DataError
 from zinit.files import is_file, parsing, read_json, write_atomically
 from zinit.validation import PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from zinit.adapter.handle import Handle
 
 KEYS, ABOUT = "keys.npy", "index.json"
 BLOCK_BYTES = 64 * 2**20  # of keys in float32, at once
@@ -201,3 +205,61 @@ def describe_index(folder: str | Path) -> dict[str, Any]:
     """What ``zinit index info`` prints."""
     index = FeatureIndex.open(folder)
     return {**index.about, "bytes": index.keys.nbytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """An index that pulls what one adapter sees towards its keys.
+
+    Args:
+        index: of vectors as the adapter's encoder makes them.
+        config: how they are mixed.
+    """
+
+    index: FeatureIndex
+    config: RetrievalConfig
+
+    @classmethod
+    def of(cls, handle: Handle | None, folder: str | Path, config: RetrievalConfig) -> Retrieval:
+        """The index in a folder, for an adapter that it fits.
+
+        Args:
+            handle: of the adapter; None where a method has none.
+            folder: of the index.
+            config: how features are mixed.
+
+        Raises:
+            ConfigError: if the adapter sees nothing, takes more than one vector of a sample, or its encoder is not the
+                index's.
+            DataError: if there is no index.
+        """
+        index, source = FeatureIndex.open(folder), None if handle is None else handle.shared.get("context")
+        if handle is None or source is None:
+            raise ConfigError(
+                f"the index {folder} mixes what an adapter sees, and this one sees nothing. Leave the index out, or "
+                f"train one that sees (--method imagebind-llm)."
+            )
+        takes = getattr(source, "takes", ())
+        if takes != ("pooled",):
+            raise ConfigError(
+                f"an index mixes one vector of each sample, and the adapter's source takes {', '.join(takes)}. Leave "
+                f"the index out, or train with a source that takes one: bind (--method imagebind-llm)."
+            )
+        encoder, made_by = handle.get_encoder(), index.about.get("encoder")
+        if encoder.pooled_width != index.width:
+            raise ConfigError(
+                f"the index {folder} has keys of width {index.width}, and the adapter's encoder gives vectors of width "
+                f"{encoder.pooled_width}. Build one of its vectors: zinit index build."
+            )
+        if made_by and (text := encoder.difference(made_by)):
+            raise ConfigError(
+                f"the index {folder} was built by another encoder than the adapter's: {text}. Build one with it "
+                f"(--encoder {encoder.identity.get('source') or 'ID'}); of encoders that share a space, from a file of "
+                f"features (--data vectors.npy)."
+            )
+        return cls(index=index, config=config)
+
+    def __call__(self, features: Features) -> Features:
+        """Features whose pooled vectors are mixed with their nearest keys; each is made a unit vector before."""
+        assert features.pooled is not None
+        return replace(features, pooled=self.index.mix(normalize(features.pooled.float(), dim=-1), self.config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import SavedRun, load_baseline, write_json
-from zinit.runs.images import encode_images
+from zinit.runs.images import encode_images, mix_features
 from zinit.runs.settings import absolute_path, override
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
@@ -32,6 +33,8 @@ def evaluate_run(
     limit: int | None = None,
     output: str | Path | None = None,
     experts: str | None = None,
+    index: str | None = None,
+    retrieval: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The base and the adapted model of a run on its held-out examples, or on other data.
 
@@ -45,27 +48,21 @@ def evaluate_run(
         limit: examples an answer is generated for.
         output: a folder for what the adapted model answered, such as ``predictions.json``.
         experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
+        index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
+        retrieval: how, see `zinit.runs.images.make_retrieval`.
     """
     run = SavedRun.read(directory)
-    config, record = run.config, run.record
-    if experts is not None:
-        config = override(config, options=[f"task.experts={experts or '[]'}"])
-    if data is not None:
-        options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
-        config = dataclasses.replace(config, options=options)
+    config, record = _asked(run.config, data, experts), run.record
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
     examples = read_data(config, labels=record.labels, train=data is None, device=accelerator.device)
     built = build_model(config, accelerator.device, load_to=load_to, saved=run.adapter)
     check_models(run.folder, record, built)
     task = build_task(config, built, labels=record.labels, train=data is None, examples=examples)
-    given = {
-        "the run": str(directory),
-        "--data": data,
-        "--limit": limit,
-        "--experts": experts,
-        "what was read": task.data_report(),
-    }
+    if index is not None:
+        mix_features(task, index, retrieval)
+    given = {"the run": str(directory), "--data": data, "--limit": limit, "--experts": experts}
+    given |= {"--index": (index, *retrieval), "what was read": task.data_report()}
     check_agreement(accelerator, given)
     place(task, accelerator, offload=config.offload)
     encode_images(task, accelerator)
@@ -85,6 +82,16 @@ def evaluate_run(
         "seed": config.seed,
         **({"note": run.note} if run.note else {}),
     }
+
+
+def _asked(config: RunConfig, data: str | None, experts: str | None) -> RunConfig:
+    """A run's settings with other held-out data and experts, where there are some."""
+    if experts is not None:
+        config = override(config, options=[f"task.experts={experts or '[]'}"])
+    if data is not None:
+        options = dataclasses.replace(config.options, held_out_data=absolute_path(data))
+        config = dataclasses.replace(config, options=options)
+    return config
 
 
 def controlled(

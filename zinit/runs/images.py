@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zinit.adapter.encoding import Encoder, load_feature_encoder
 from zinit.adapter.sources import ContextSource
+from zinit.config import setting_names
 from zinit.demo import clip_path
 from zinit.encoders.cache import FeatureCache, cache_root
+from zinit.encoders.retrieval import Retrieval, RetrievalConfig
 from zinit.errors import ConfigError
 from zinit.runs.config import RunConfig
+from zinit.runs.options import parse_options
 from zinit.train.events import Encoded, Listener, Notice
 from zinit.train.loop import ignore
 
@@ -51,6 +55,35 @@ def feature_cache(config: RunConfig, handle: Handle | None) -> FeatureCache | No
         return None
     root = cache_root(config.encoder.cache)
     return FeatureCache(handle.get_encoder(), source, root=root, limit=config.encoder.cache_limit)
+
+
+def make_retrieval(index: str, options: Sequence[str], handle: Handle | None) -> Retrieval:
+    """Cache retrieval for an adapter, as the command line asks for it.
+
+    Args:
+        index: folder of the index.
+        options: ``retrieval.weight=0.5`` and so on; see `zinit.encoders.retrieval.RetrievalConfig`.
+        handle: of the adapter.
+
+    Raises:
+        ConfigError: if an option is none of retrieval, or the index is not for the adapter.
+        DataError: if there is no index.
+    """
+    known = [f"{RetrievalConfig.called}.{name}" for name in setting_names(RetrievalConfig)]
+    values = parse_options(options, known).get(RetrievalConfig.called, {})
+    return Retrieval.of(handle, index, RetrievalConfig.from_dict(values))
+
+
+def mix_features(task: Task, index: str, options: Sequence[str]) -> None:
+    """A task's adapter sees features of its examples mixed with an index from now on; see `make_retrieval`.
+
+    Raises:
+        ConfigError: if no example has any.
+    """
+    mixing = make_retrieval(index, options, task.handle)
+    if task.cached_features is None or not task.image_sources():
+        raise ConfigError(f"the index {index} mixes what an adapter sees, and no example shows it anything.")
+    task.cached_features.retrieval = mixing
 
 
 def freeze_what_only_images_use(task: Task) -> None:

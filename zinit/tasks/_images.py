@@ -104,7 +104,10 @@ class TaskImages:
         """The adapter has the images of a batch while inside."""
         own = {name.removeprefix(PREFIX): tensor for name, tensor in batch.items() if name.startswith(PREFIX)}
         layers = own.pop("layers").unbind(1) if "layers" in own else ()
-        with self.handle.given(features=Features(layers=layers, **own)) if self.handle.active else nullcontext():
+        features = Features(layers=layers, **own)
+        if self.features.retrieval is not None:
+            features = self.features.retrieval(features)
+        with self.handle.given(features=features) if self.handle.active else nullcontext():
             yield
 
     @contextmanager

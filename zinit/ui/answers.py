@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zinit.adapter.file import DESCRIPTION
+from zinit.adapter.file import DESCRIPTION, AdapterFile
 from zinit.config import to_json
 from zinit.data.conversations import Conversation, read_questions
 from zinit.data.images import content_digest
@@ -46,6 +46,8 @@ class Asking:
         seed: of the sampling; the answer to record i depends on ``seed + i``.
         base: switch the adapter off.
         system: what the assistant is told where a record does not say.
+        index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
+        retrieval: how, see `zinit.runs.images.make_retrieval`.
     """
 
     run_dir: str
@@ -55,6 +57,8 @@ class Asking:
     seed: int = 0
     base: bool = False
     system: str = ""
+    index: str | None = None
+    retrieval: tuple[str, ...] | None = None
 
 
 def answer_file(
@@ -143,6 +147,7 @@ def _digest(talks: Sequence[Conversation]) -> str:
 
 def _begun(folder: Path, settings: dict[str, Any]) -> list[Line]:
     """The answers that there are; a torn line is cut off."""
+    settings = json.loads(to_json(settings))
     if not (folder / SETTINGS).exists():
         write_atomically(folder / SETTINGS, to_json(settings).encode())
         (folder / ANSWERS).write_bytes(b"")
@@ -164,7 +169,7 @@ def _answers(
     asking: Asking, talks: Sequence[Conversation], *, done: int, batch: int, run: SavedRun
 ) -> Generator[Line, None, None]:
     """A line for each record from a number on, in order."""
-    if not is_file(run.folder / DESCRIPTION) or run.checkpoint is not None:  # the engine batches prefixes
+    if asking.index is not None or not _is_batched(run):
         yield from _one_by_one(asking, talks, done=done)
         return
     models = Models(asking.run_dir)
@@ -185,10 +190,19 @@ def _answers(
         engine.stop()
 
 
+def _is_batched(run: SavedRun) -> bool:
+    """Whether the engine can ask it: it batches prefixes, and reads images."""
+    if not is_file(run.folder / DESCRIPTION) or run.checkpoint is not None:
+        return False
+    encoder = AdapterFile.read(run.folder).encoder or {}
+    return encoder.get("modality", "image") == "image"
+
+
 def _one_by_one(asking: Asking, talks: Sequence[Conversation], *, done: int) -> Generator[Line, None, None]:
     """As `_answers`, for every method."""
     how = {"temperature": asking.temperature, "top_p": asking.top_p, "max_new_tokens": asking.max_new_tokens}
-    session = ChatSession(asking.run_dir, base=asking.base, **how)
+    mixed = {"index": asking.index, "retrieval": asking.retrieval or ()}
+    session = ChatSession(asking.run_dir, base=asking.base, **mixed, **how)
     for number, talk in enumerate(itertools.islice(talks, done, None), start=done):
         line: Line = {"index": number, "question": talk.rounds[-1].asked}
         try:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from zinit.adapter.encoding import Features, encode
+from zinit.adapter.handle import Handle
 from zinit.data.conversations import Conversation, Round
 from zinit.data.images import read_image
 from zinit.errors import ConfigError, DataError, ZinitError, printable
@@ -18,6 +20,7 @@ from zinit.files import local_path
 from zinit.models.room import positions
 from zinit.runs.build import load_saved, run_expert
 from zinit.runs.directory import SavedRun
+from zinit.runs.images import make_retrieval
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
 from zinit.tasks.chat import ChatFormat, cut_at
@@ -40,9 +43,11 @@ class ChatSession:
         system: what the assistant is told before all else.
         experts: what writes about images into the input field, as ``task.experts`` has it; empty for none, None as the
             run was made.
+        index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
+        retrieval: how, see `zinit.runs.images.make_retrieval`.
 
     Raises:
-        ConfigError: if the run's task does not generate text.
+        ConfigError: if the run's task does not generate text, or the index is not for its adapter.
     """
 
     def __init__(
@@ -56,7 +61,11 @@ class ChatSession:
         base: bool = False,
         system: str = "",
         experts: str | None = None,
+        index: str | None = None,
+        retrieval: Sequence[str] = (),
     ) -> None:
+        if base and index is not None:
+            raise ConfigError("an index mixes what the adapter sees, and the adapter is off (--frozen). Leave one out.")
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
         run = SavedRun.read(run_dir)
@@ -70,6 +79,7 @@ class ChatSession:
         self.adapted, self.tokenizer = built.adapted, built.processor
         self.model: Any = built.adapted.model.eval()
         self.device, self.base, self.system = device, base, system
+        self.retrieval = None if index is None else make_retrieval(index, retrieval, built.adapted.handle)
         words = getattr(config.options, "experts", ()) if experts is None else split_at_commas(experts)
         self.experts = Experts([run_expert(each, device=device) for each in words])
         self.expert_tokens = getattr(config.options, "expert_tokens", EXPERT_TOKENS)
@@ -117,6 +127,8 @@ class ChatSession:
             kind, option = ("a system text", "--system") if self.system else ("what experts say", "the experts")
             raise ConfigError(f"a raw prompt has no place for {kind}: leave out --raw or {option}.")
         shown = [self._read(image) for image in images]
+        if self.retrieval is not None and not shown:
+            raise ConfigError("--index mixes what the adapter is shown, and nothing is: name a file, or leave it out.")
         rounds = [Round(question=instruction, input=input)]
         ids = self._encode_raw(instruction) if raw else self._encode(rounds, shown)
         return self._complete(ids, shown, stream)[0]
@@ -135,7 +147,9 @@ class ChatSession:
             raise ConfigError("the run is language-only: its adapter takes no images.")
         _check_texts(talk.system, *(text for each in talk.rounds for text in (each.question, each.input)))
         torch.manual_seed(seed)
-        return self._complete(self.format.prompt(talk), [read_image(image) for image in talk.images], stream=False)
+        files = bool(talk.images) and self.sense != "image"
+        shown = [image if files else read_image(image) for image in talk.images]
+        return self._complete(self.format.prompt(talk), shown, stream=False)
 
     def converse(self, images: Sequence[str | Path] = ()) -> None:
         """Reads instructions from the standard input and answers each, all earlier turns and images in view.
@@ -181,7 +195,7 @@ class ChatSession:
 
     @property
     def sense(self) -> str:
-        """What the adapter's encoder takes: "image", "audio" or "video"."""
+        """What the adapter's encoder takes: "image", "audio", "video" or "vector"."""
         handle = self.adapted.handle
         return "image" if handle is None or handle.encoder is None else handle.get_encoder().modality
 
@@ -202,6 +216,12 @@ class ChatSession:
         if not file.exists():
             raise DataError(f"there is no file {file}.")
         return file
+
+    def _features(self, handle: Handle, images: Sequence[Any]) -> Features:
+        """What the adapter's encoder makes of a conversation's images, mixed with the index where there is one."""
+        layers = getattr(handle.shared["context"], "layers", 0)
+        features = encode(handle.get_encoder(), [list(images)], layers=layers)
+        return features if self.retrieval is None else self.retrieval(features)
 
     def _encode(self, rounds: Sequence[Round], images: Sequence[Any] = ()) -> list[int]:
         """The prompt, with what experts say about the images beside the last question."""
@@ -235,7 +255,7 @@ class ChatSession:
             if self.base:
                 scopes.enter_context(self.adapted.disabled())
             elif images and self._takes_images and self.adapted.handle is not None:
-                scopes.enter_context(self.adapted.handle.given(**{self.sense: [list(images)]}))
+                scopes.enter_context(self.adapted.handle.given(features=self._features(self.adapted.handle, images)))
             try:
                 generated = self.model.generate(
                     input_ids=inputs,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from zinit.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RunDirectory = Annotated[str, typer.Argument(help="The folder of a run, or of a checkpoint in it.", metavar="RUN_DIR")]
@@ -20,5 +22,21 @@ System = Annotated[str, typer.Option(help="What the assistant is told before all
 Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
 Images = Annotated[
     list[str] | None,
-    typer.Option("--image", "--audio", "--video", help="A file for the run's encoder; repeatable."),
+    typer.Option("--image", "--audio", "--video", "--vector", help="A file for the run's encoder; repeatable."),
 ]
+Index = Annotated[
+    str | None, typer.Option(help="Mix what the adapter sees with the nearest keys of this index: 'zinit index build'.")
+]
+RetrievalOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-o", "--option", metavar="KEY=VALUE", help="Of --index: -o retrieval.weight=0.5, neighbours=10, sharpness=20."
+    ),
+]
+
+
+def check_retrieval(index: str | None, options: list[str] | None) -> dict[str, Any]:
+    """Options of retrieval as functions take them; refused without an index."""
+    if options and index is None:
+        raise ConfigError(f"-o {options[0]} is for cache retrieval: name an index, --index FOLDER, or leave it out.")
+    return {"index": index, "retrieval": tuple(options or ())}
