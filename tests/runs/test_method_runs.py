@@ -131,7 +131,11 @@ def test_every_method_is_talked_to(method: str, inputs: dict[str, str], runs: Pa
             assert answer == sample[column].strip()
 
 
-@pytest.mark.parametrize("name", ["lora", "zero-init/resume/step-00000006"])
+def said(place: Path, *, base: bool = False) -> str:
+    return ChatSession(place, temperature=0, max_new_tokens=5, base=base).answer("Say red", stream=False)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora/resume/step-00000004", "zero-init/resume/step-00000006"])
 def test_a_file_of_questions_for_any_method_and_checkpoint(name: str, runs: Path, tmp_path: Path) -> None:
     questions = [{"prompt": "Say red"}, {"prompt": "x" * 600}, {"prompt": "Say blue", "image": "red.png"}]
     Image.new("RGB", (4, 4)).save(tmp_path / "red.png")
@@ -141,9 +145,15 @@ def test_a_file_of_questions_for_any_method_and_checkpoint(name: str, runs: Path
     counts = answer_file(asking, str(tmp_path / "q.json"), str(tmp_path / "a.jsonl"))
     assert (counts["read"], counts["answered"], counts["refused"]) == (3, 1, 2)
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    session = ChatSession(runs / name.partition("/")[0], temperature=0, max_new_tokens=5)
-    expected = {"answer": session.answer("Say red", stream=False), "finish_reason": "length", "tokens": 5}
+    expected = {"answer": said(runs / name), "finish_reason": "length", "tokens": 5}
     assert found[0] == {"index": 0, "question": "Say red", **expected}
+    if name.startswith("lora"):  # the base, the checkpoint and the end each say something else
+        answers = {
+            said(runs / "lora", base=True),
+            said(runs / "lora"),
+            said(runs / "lora" / "resume" / "step-00000004"),
+        }
+        assert len(answers) == 3
     assert "the model has room for" in found[1]["error"]
     assert "takes no images" in found[2]["error"]
     with pytest.raises(ConfigError, match="exists already"):
