@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 
 from tests.shared import ROOT
+from zinit.bench.plan import make_benchmark
 from zinit.cli import app
 from zinit.data.conversations import read_conversations
 from zinit.ui.settings import settings_tables
@@ -77,13 +78,32 @@ def test_what_documents_name_wrongly_is_found() -> None:
     assert OPTION.findall("-o train.epohs=3 -o lora:train.epochs=1") == ["train.epohs"]
 
 
-def test_the_record_in_the_questions_is_one_that_is_read(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
-    (tmp_path / "mine.jsonl").write_text("".join(re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)))
+def code_in(document: str, language: str) -> str:
+    """All blocks of a language."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    return "".join(re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("document", "answers"), [("questions.md", ["A kiln."]), ("tune.md", ["No, from Tuesday on."] * 2)]
+)
+def test_records_that_documents_show_are_read(document: str, answers: list[str], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "1.jpg")
-    counts: Counter[str] = Counter()
-    (conversation,) = read_conversations(str(tmp_path / "mine.jsonl"), counts=counts)
-    assert counts == {"read": 1}
-    assert conversation.images == (tmp_path / "photos" / "1.jpg",)
-    assert conversation.rounds[0].answer == "A kiln."
+    for number, line in enumerate(code_in(document, "json").splitlines()):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(line)
+        counts: Counter[str] = Counter()
+        (conversation,) = read_conversations(str(file), counts=counts)
+        assert counts == {"read": 1}
+        assert [one.answer for one in conversation.rounds] == [answers[number]]
+        assert conversation.images == ((tmp_path / "photos" / "1.jpg",) if "image" in line else ())
+    assert number + 1 == len(answers)
+
+
+def test_the_benchmark_of_the_guide_to_comparing_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "bench.toml").write_text(code_in("compare.md", "toml"))
+    benchmark = make_benchmark(config_file=str(tmp_path / "bench.toml"))
+    benchmark.check()
+    (experiment,) = benchmark.experiments
+    assert (len(list(experiment.cells())), len(list(experiment.selection_cells()))) == (6 * 5, 6 * 3)
