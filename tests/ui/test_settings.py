@@ -48,6 +48,12 @@ def test_no_setting_is_left_out(tables: list[SettingsTable]) -> None:
     assert {one.entry for one in tables if one.table == "context"} == set(SOURCES)
     assert {"lora", "bottleneck", "excitor", "imagebind-llm"} <= {one.entry for one in tables if one.table == "method"}
     assert [one.table for one in tables if one.of == "benchmark"] == ["", "experiment"]
+    retrieval = next(one for one in tables if one.of == "index")
+    assert [one.name for one in retrieval.settings] == [
+        "retrieval.neighbours",
+        "retrieval.sharpness",
+        "retrieval.weight",
+    ]
 
 
 def test_types_defaults_limits_and_descriptions(tables: list[SettingsTable]) -> None:
@@ -77,7 +83,7 @@ def test_a_limit_is_where_it_says(tables: list[SettingsTable]) -> None:
 def test_every_name_is_an_option_and_every_default_a_value_of_it(tables: list[SettingsTable]) -> None:
     taken = 0
     for table in tables:
-        if table.of == "benchmark":
+        if table.of != "run":
             continue
         task = table.entry if table.table == "task" and table.entry else "alpaca"
         method = table.entry if table.table == "method" and table.entry else "zero-init"

@@ -39,7 +39,7 @@ class RetrievalConfig(JsonConfig):
     Args:
         neighbours: k, the keys that are mixed.
         sharpness: factor on their similarities before the softmax.
-        weight: of the neighbours' mean; the feature itself has the rest.
+        weight: of the neighbours' mean, from 0 to 1; the feature itself has the rest.
     """
 
     called: ClassVar[str] = "retrieval"

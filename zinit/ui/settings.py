@@ -12,29 +12,31 @@ from zinit.adapter.registries import SOURCES
 from zinit.bench.cells import Experiment
 from zinit.bench.plan import BenchmarkFile
 from zinit.config import JsonConfig, SettingDescription, describe_settings, documented_arguments, to_json
+from zinit.encoders.retrieval import RetrievalConfig
 from zinit.errors import ConfigError
 from zinit.registry import Registry
 from zinit.runs.config import CONTEXT, SECTIONS, RunConfig, plain_settings
 from zinit.validation import MOST, describe_type, largest_number
 
 HEADER = ("setting", "type", "default", "what it is")  # of `SettingsTable.rows`
+OF_INDEX = "Options of zinit eval, chat and generate with --index: how features are mixed with their neighbours."
 REQUIRED = "required"  # in the place of a default
 _CONSTANT = re.compile(r"(?<!`)\b(?:None|True|False)\b(?!`)")  # of Python, in a docstring's words
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsTable:
-    """The settings of one table of a TOML file.
+    """The settings of one table.
 
     Attributes:
-        of: what the file is for: a run or a benchmark.
+        of: whose: a run's, a benchmark's, or those of answers with ``--index``, which are options only.
         table: its name; empty for what stands in no table.
         entry: of a registry, where one decides the settings: "lora".
         about: what it is; of another package's entry that cannot be imported, the reason.
         settings: those of a run by the names that options have: "train.epochs".
     """
 
-    of: Literal["run", "benchmark"] = "run"
+    of: Literal["run", "benchmark", "index"] = "run"
     table: str
     entry: str | None = None
     about: str
@@ -43,7 +45,7 @@ class SettingsTable:
     @property
     def title(self) -> str:
         """What stands above it: ``[method] name = "lora"``."""
-        named = self.table and ("[{}]" if self.of == "run" else "[[{}]]").format(self.table)
+        named = self.table and ("[[{}]]" if self.of == "benchmark" else "[{}]").format(self.table)
         return f'{named} name = "{self.entry}"' if self.entry else named or f"a {self.of}, outside of its tables"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -62,7 +64,7 @@ class SettingsTable:
 
 
 def settings_tables() -> list[SettingsTable]:
-    """All settings of runs, then those of benchmarks. Context sources are imported for theirs, and torch with them."""
+    """All settings of runs, then the others. Context sources are imported for theirs, and torch with them."""
     tables = [_of_class("", RunConfig, only=plain_settings())]
     for name, section in SECTIONS.items():
         if isinstance(section.settings, Registry):
@@ -72,6 +74,7 @@ def settings_tables() -> list[SettingsTable]:
     tables += [_of_source(name) for name in SOURCES]
     return [
         *tables,
+        _of_class(RetrievalConfig.called, RetrievalConfig, about=OF_INDEX, of="index"),
         _of_class("", BenchmarkFile, of="benchmark"),
         _of_class("experiment", Experiment, of="benchmark"),
     ]
@@ -102,7 +105,7 @@ def _of_class(
 
 def _named(settings: list[SettingDescription], table: str, of: str = "run", **_: Any) -> list[SettingDescription]:
     """With the table's name in front, where options are given so."""
-    if of != "run" or not table:
+    if of == "benchmark" or not table:
         return settings
     return [replace(setting, name=f"{table}.{setting.name}") for setting in settings]
 
