@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -66,12 +65,9 @@ class Served:
         return ModelInfo(id=self.name, sees=not self.blind, created=self.created)
 
     def gates(self) -> list[dict[str, Any]]:
-        """For each site of the adapter "name" and "values", one for each head; None where there is none yet."""
+        """For each site of the adapter "name" and "values", one for each head; NaN where there is none yet."""
         found = {} if self.handle is None else self.handle.gates()
-        return [
-            {"name": name, "values": [value if math.isfinite(value) else None for value in gate.flatten().tolist()]}
-            for name, gate in found.items()
-        ]
+        return [{"name": name, "values": gate.flatten().tolist()} for name, gate in found.items()]
 
     @torch.no_grad()
     def see(self, images: Sequence[Any]) -> Context:
