@@ -22,7 +22,6 @@ from zinit.runs.evaluate import evaluate_run
 from zinit.runs.images import make_retrieval
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
-from zinit.ui.chat import ChatSession
 
 WIDTH = 6
 OPTIONS = ["steps=2", "warmup_steps=0", "batch_size=4", "learning_rate=0.3", "task.held_out=2", "task.template=vicuna",
@@ -150,8 +149,9 @@ def test_evaluated_with_an_index(index: FeatureIndex, folder: Path, trained: dic
 
 
 def test_asked_with_an_index(
-    index: FeatureIndex, folder: Path, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    zinit: Zinit, index: FeatureIndex, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The adapter gets the mixture, for one question and for a file of them; without an index the vector."""
     seen: list[torch.Tensor] = []
     given = Handle.given
 
@@ -160,25 +160,25 @@ def test_asked_with_an_index(
         return given(handle, **shown)
 
     monkeypatch.setattr(Handle, "given", noting)
-    session = ChatSession(folder / "run", temperature=0, max_new_tokens=2, index=str(folder / "index"))
-    session.answer("What is it?", images=[folder / "1.npy"], stream=False)
-    expected = torch.from_numpy(mixed(index, vectors()[1]))
-    assert (seen[0][0] - expected).abs().max() < 1e-6
-
-
-def test_the_command_passes_it_on(zinit: Zinit, index: FeatureIndex, folder: Path, tmp_path: Path) -> None:
-    """With all weight on one key, what is shown does not matter; of a file of questions neither."""
-    whole = ("--index", folder / "index", "-o", "retrieval.weight=1", "-o", "retrieval.neighbours=1")
-    nearest = int(np.argmax(np.asarray(index.keys, dtype=np.float64) @ vectors()[1].astype(np.float64)))
-    np.save(tmp_path / "key.npy", np.asarray(index.keys[nearest], dtype=np.float32))
-    asked = ("generate", folder / "run", "--prompt", "What is it?", *GREEDY)
-    by_key = json.loads(zinit(*asked, "--vector", tmp_path / "key.npy").out)["answer"]
-    done = zinit(*asked, "--vector", folder / "1.npy", *whole)
-    assert (done.code, json.loads(done.out)["answer"]) == (0, by_key), done.err
     (folder / "one.json").write_text(json.dumps([{"prompt": "<vector>What is it?", "vector": "1.npy"}]))
+    one = ("generate", folder / "run", "--prompt", "What is it?", "--vector", folder / "1.npy", *GREEDY)
     filed = ("generate", folder / "run", "--data", folder / "one.json", "--output", tmp_path / "a.jsonl", *GREEDY)
-    assert zinit(*filed, *whole).code == 0
-    assert json.loads((tmp_path / "a.jsonl").read_text())["answer"] == by_key
+    how = (
+        "--index",
+        folder / "index",
+        "-o",
+        "retrieval.neighbours=4",
+        "-o",
+        "sharpness=5",
+        "-o",
+        "retrieval.weight=0.75",
+    )
+    for arguments in (one, (*one, *how), (*filed, *how)):
+        done = zinit(*arguments)
+        assert done.code == 0, done.err
+    mixture = mixed(index, vectors()[1], k=4, sharpness=5.0, weight=0.75)
+    for found, expected in zip(seen, (vectors()[1], mixture, mixture), strict=True):
+        assert (found[0] - torch.from_numpy(expected)).abs().max() < 1e-6
 
 
 def test_an_index_that_does_not_fit_is_refused(index: FeatureIndex, folder: Path, model: Path, tmp_path: Path) -> None:
