@@ -34,6 +34,8 @@ def test_what_is_no_vector_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "large.npy", np.array([1.0, 1e300]))
     np.save(tmp_path / "objects.npy", np.array([{}, 1]), allow_pickle=True)
     (tmp_path / "pickle.npy").write_bytes(pickle.dumps(np.ones(3)))
+    with (tmp_path / "zip.npy").open("wb") as file:
+        np.savez(file, x=np.zeros(3))
     header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 3)))
     with (tmp_path / "cut.npy").open("wb") as file:  # says more than it holds
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (10**9, 10**6)})
@@ -50,6 +52,7 @@ def test_what_is_no_vector_is_refused(tmp_path: Path) -> None:
         ("large.npy", "not finite in float32"),
         ("objects.npy", "no array of numpy that can be read"),
         ("pickle.npy", "no array of numpy that can be read"),
+        ("zip.npy", "no array of numpy that can be read"),
         ("cut.npy", "no array of numpy that can be read"),
         ("two.safetensors", "holds 2 tensors, and one is expected: a, b"),
         ("whole.safetensors", r"got I64 \(2,\)"),

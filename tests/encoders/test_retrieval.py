@@ -113,6 +113,14 @@ def test_files_are_whole_and_checked(index: FeatureIndex, tmp_path: Path) -> Non
     (tmp_path / "made" / "index.json").write_text(json.dumps(about | {"keys": 5}))
     with pytest.raises(DataError, match=r"holds float16 \(4, 1024\), and index.json says float16 \(5, 1024\)"):
         FeatureIndex.open(tmp_path / "made")
+    (tmp_path / "made" / "index.json").write_text(json.dumps(about | {"encoder": "clip"}))
+    with pytest.raises(DataError, match=r"index.json names its encoder by 'clip'"):
+        FeatureIndex.open(tmp_path / "made")
+    (tmp_path / "made" / "index.json").write_text(json.dumps(about))
+    with (tmp_path / "made" / "keys.npy").open("wb") as file:
+        np.savez(file, x=np.zeros(3))
+    with pytest.raises(DataError, match=r"keys.npy is damaged.*Build the index again"):
+        FeatureIndex.open(tmp_path / "made")
 
 
 def test_ready_features_are_read(tmp_path: Path) -> None:

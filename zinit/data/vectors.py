@@ -45,10 +45,10 @@ def map_numpy(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file, mapped into memory.
 
     Raises:
-        DataError: if it is none, or holds objects.
+        DataError: if it is none, such as an ``.npz`` by another name, or holds objects.
     """
     with parsing(f"{path} is no array of numpy that can be read", DataError):
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="c")
 
 
 def _numpy(path: Path) -> np.ndarray:

@@ -85,10 +85,12 @@ class FeatureIndex:
             raise DataError(f"{folder} holds no index ({KEYS}, {ABOUT}). Make one: zinit index build {folder} --data X")
         about = read_json(folder / ABOUT, DataError, "Build the index again.")
         with parsing(f"{folder / KEYS} is damaged", DataError, "Build the index again."):
-            keys = np.load(folder / KEYS, mmap_mode="c", allow_pickle=False)
+            keys = np.lib.format.open_memmap(folder / KEYS, mode="c")
         shape = (about.get("keys"), about.get("width")) if isinstance(about, dict) else None
         if keys.dtype != np.float16 or keys.shape != shape:
             raise DataError(f"{folder / KEYS} holds {keys.dtype} {keys.shape}, and {ABOUT} says float16 {shape}.")
+        if not isinstance(about.get("encoder"), dict | None):
+            raise DataError(f"{folder / ABOUT} names its encoder by {about['encoder']!r}. Build the index again.")
         return cls(keys, about)
 
     @classmethod
