@@ -22,6 +22,7 @@ from zinit.runs.evaluate import evaluate_run
 from zinit.runs.images import make_retrieval
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
+from zinit.serve.served import Models
 
 WIDTH = 6
 OPTIONS = ["steps=2", "warmup_steps=0", "batch_size=4", "learning_rate=0.3", "task.held_out=2", "task.template=vicuna",
@@ -120,6 +121,11 @@ def test_asked_about_one_by_one_and_by_the_file(
     (folder / "gone.json").write_text(json.dumps([{"prompt": "<vector>?", "vector": "gone.npy"}]))
     refused = zinit("generate", run, "--data", folder / "gone.json", "--output", tmp_path / "b.jsonl", *GREEDY)
     assert (refused.code, "asks nothing that can be answered: missing vector" in refused.err) == (2, True), refused.err
+
+
+def test_served_for_texts_alone(folder: Path, trained: dict[str, Any]) -> None:
+    served = Models.of({"run": str(folder / "run")}).get("run")
+    assert (served.blind, served.info.sees) == ("its encoder takes vector, which requests do not carry", False)
 
 
 def mixed(index: FeatureIndex, vector: np.ndarray, **settings: Any) -> np.ndarray:

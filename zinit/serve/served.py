@@ -248,4 +248,7 @@ def _blind(source: Source, handle: Handle) -> str:
     """Why an adapter takes no images; empty if it does."""
     if getattr(getattr(source.run, "options", None), "experts", ()):
         return "it was trained with what experts say about images, which a server does not ask"
-    return "" if "context" in handle.shared else "it was trained on texts alone"
+    if "context" not in handle.shared:
+        return "it was trained on texts alone"
+    sense = (handle.encoder_identity or {}).get("modality", "image")
+    return "" if sense == "image" else f"its encoder takes {sense}, which requests do not carry"
