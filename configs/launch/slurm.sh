@@ -27,6 +27,7 @@ done
 [ -n "$output" ] || { echo "say where the run goes, a folder that all nodes see: --output DIR" >&2; exit 2; }
 if [ -e "$output/run.json" ]; then set -- --resume --output "$output"; fi
 
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # since SLURM 22.05 srun takes no other, and gives one core
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 exec srun torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \

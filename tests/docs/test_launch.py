@@ -22,11 +22,13 @@ LAUNCH = ROOT / "configs" / "launch"
 STAND_IN = """#!/usr/bin/env bash
 case "$0" in
   */scontrol) printf 'node7\\nnode8\\n';;
-  */sbatch | */srun) exec "$@";;
+  */sbatch) exec "$@";;
+  */srun) echo "${SRUN_CPUS_PER_TASK-1}" >"$NOTED.cores"; exec "$@";;
   *) printf '%s\\n' "$@" >"$NOTED";;
 esac
 """
-SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "33"}
+SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "33",
+         "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
 RUN = ["--backbone", "llama", "--model", "DIR", "--data", "alpaca.json", "--preset", "alpaca/llama-7b"]
 
 
@@ -74,6 +76,7 @@ def test_a_job_of_slurm_begins_a_run_and_goes_on_with_it(tmp_path: Path) -> None
     assert (config.min_nodes, config.nproc_per_node) == (2, 4)
     assert (config.rdzv_endpoint, config.run_id) == ("node7:29500", "33")
     assert args.training_script_args == ["train", *RUN, "--output", str(output)]
+    assert (tmp_path / "noted.cores").read_text() == "32\n", "srun does not take them from the job by itself"
     output.mkdir()
     (output / "run.json").write_text("{}")
     again = parse_args(noted(command, tmp_path, **SLURM)).training_script_args
