@@ -154,6 +154,19 @@ def test_wrong_searches_are_refused_before_anything_runs(said: dict[str, Any], m
         tune.make_plan(**{"backbone": "llama", "task": "conversation", **said}).check()
 
 
+@pytest.mark.parametrize(
+    ("method", "searched"),
+    [
+        ("zero-init", {"own", "prefix.length", "prefix.layers"}),
+        ("prefix-tuning-plus", {"own", "prefix.layers"}),
+        ("excitor", {"own"}),
+        ("bias-tuning", {"own"}),
+    ],
+)
+def test_what_changes_nothing_is_not_searched(method: str, searched: set[str]) -> None:
+    assert set(tune.make_plan(backbone="llama", task="conversation", method=method).space) == searched
+
+
 def test_ranges_come_to_what_is_searched_anyway_or_in_its_place() -> None:
     plan = tune.make_plan(
         backbone="llama",

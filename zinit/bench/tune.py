@@ -27,7 +27,7 @@ from zinit.files import parsing, read_json, write_atomically
 from zinit.methods import METHODS
 from zinit.models.loading import load_on_meta
 from zinit.runs.build import demo_model
-from zinit.runs.config import read_tables
+from zinit.runs.config import RunConfig, read_tables
 from zinit.runs.directory import write_json
 from zinit.runs.presets import read_preset
 from zinit.tasks import TASKS
@@ -221,13 +221,24 @@ def _default_space(experiment: Experiment, said: dict[str, Range]) -> tuple[dict
     fixed = {option.partition("=")[0].removeprefix("prefix.") for option in _options(experiment)}
     start: dict[str, Any] = {**dict.fromkeys(FACTORS, 1.0), LENGTH: run.prefix.length}
     if "prompts" in trained and not run.parts:
-        if "length" not in fixed:
+        counts = _that_count(run)
+        if LENGTH in counts and "length" not in fixed:
             space[LENGTH] = Range(max(1, run.prefix.length // 4), 4 * run.prefix.length)
-        if "layers" not in fixed and LAYERS not in said:
+        if LAYERS in counts and "layers" not in fixed and LAYERS not in said:
             space[LAYERS] = Range(1, _depth(experiment))
             start[LAYERS] = space[LAYERS].high if run.prefix.layers is None else run.prefix.layers
     space |= said
     return space, {name: start[name] for name in space if start.get(name) in space[name]}
+
+
+def _that_count(run: RunConfig) -> set[str]:
+    """Which of K and L change anything: a method may attach no prefix, or matrices in the place of prompts."""
+    attached = METHODS.get(run.method)(run.method_options).attached(run.adapter())
+    if attached is None:  # it makes prompts of its own
+        return {LENGTH, LAYERS}
+    parts = attached.parts.values()
+    by_prompts = {LENGTH} if any(part.parametrization != "matrix" for part in parts) else set()
+    return by_prompts | ({LAYERS} if parts else set())
 
 
 def _options(experiment: Experiment) -> Iterable[str]:
