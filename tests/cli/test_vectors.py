@@ -19,7 +19,7 @@ from zinit.adapter.handle import Handle
 from zinit.encoders.retrieval import FeatureIndex, RetrievalConfig
 from zinit.errors import ConfigError, DataError
 from zinit.runs.evaluate import evaluate_run
-from zinit.runs.images import make_retrieval
+from zinit.runs.images import open_retrieval
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.serve.served import Models
@@ -215,9 +215,28 @@ def test_an_index_that_does_not_fit_is_refused(index: FeatureIndex, folder: Path
         (sees, mine, ("retrieval.wait=2",), "Did you mean"),
     ):
         with pytest.raises((ConfigError, DataError)) as raised:
-            make_retrieval(str(place), options, handle)
+            open_retrieval(str(place), options).check(handle)
         assert message in str(raised.value)
-    assert make_retrieval(str(mine), ("retrieval.neighbours=3",), sees).config == RetrievalConfig(neighbours=3)
+    mixing = open_retrieval(str(mine), ("retrieval.neighbours=3",))
+    mixing.check(sees)
+    assert mixing.config == RetrievalConfig(neighbours=3)
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "message"),
+    [("nowhere", (), "holds no index"), ("index", ("weight=2",), "retrieval.weight must be"),
+     ("index", ("wait=2",), "Did you mean")],
+)  # fmt: skip
+def test_a_wrong_index_is_refused_before_anything_is_loaded(
+    place: str, options: tuple[str, ...], message: str, index: FeatureIndex, folder: Path,
+    trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("zinit.runs.evaluate.read_data", "zinit.runs.evaluate.build_model", "zinit.ui.chat.load_saved"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was read or loaded"))
+    given: dict[str, Any] = {"index": str(folder / place), "retrieval": options}
+    for ask in (evaluate_run, ChatSession):
+        with pytest.raises((ConfigError, DataError), match=message):
+            ask(folder / "run", **given)
 
 
 def test_an_index_without_a_use_is_refused(zinit: Zinit, index: FeatureIndex, folder: Path, tmp_path: Path) -> None:

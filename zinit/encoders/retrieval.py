@@ -214,28 +214,40 @@ class Retrieval:
     """An index that pulls what one adapter sees towards its keys.
 
     Args:
+        folder: of the index.
         index: of vectors as the adapter's encoder makes them.
         config: how they are mixed.
     """
 
+    folder: str
     index: FeatureIndex
     config: RetrievalConfig
 
     @classmethod
-    def of(cls, handle: Handle | None, folder: str | Path, config: RetrievalConfig) -> Retrieval:
-        """The index in a folder, for an adapter that it fits.
+    def open(cls, folder: str | Path, config: RetrievalConfig) -> Retrieval:
+        """The index in a folder.
 
         Args:
-            handle: of the adapter; None where a method has none.
             folder: of the index.
             config: how features are mixed.
 
         Raises:
-            ConfigError: if the adapter sees nothing, takes more than one vector of a sample, or its encoder is not the
-                index's.
             DataError: if there is no index.
         """
-        index, source = FeatureIndex.open(folder), None if handle is None else handle.shared.get("context")
+        return cls(folder=str(folder), index=FeatureIndex.open(folder), config=config)
+
+    def check(self, handle: Handle | None) -> None:
+        """The index is one for an adapter.
+
+        Args:
+            handle: of the adapter; None where a method has none.
+
+        Raises:
+            ConfigError: if the adapter sees nothing, takes more than one vector of a sample, or its encoder is not the
+                index's.
+        """
+        folder, index = self.folder, self.index
+        source = None if handle is None else handle.shared.get("context")
         if handle is None or source is None:
             raise ConfigError(
                 f"the index {folder} mixes what an adapter sees, and this one sees nothing. Leave the index out, or "
@@ -259,7 +271,6 @@ class Retrieval:
                 f"(--encoder {encoder.identity.get('source') or 'ID'}); of encoders that share a space, from a file of "
                 f"features (--data vectors.npy)."
             )
-        return cls(index=index, config=config)
 
     def __call__(self, features: Features) -> Features:
         """Features whose pooled vectors are mixed with their nearest keys; each is made a unit vector before."""

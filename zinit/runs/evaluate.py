@@ -15,7 +15,7 @@ from zinit.runs.agreement import check_agreement
 from zinit.runs.build import build_model, build_task, check_models, read_data
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import SavedRun, load_baseline, write_json
-from zinit.runs.images import encode_images, mix_features
+from zinit.runs.images import encode_images, mix_features, open_retrieval
 from zinit.runs.settings import absolute_path, override
 from zinit.train.held_out import held_out_loss
 from zinit.train.strategy import loading_device, make_accelerator, place
@@ -49,18 +49,19 @@ def evaluate_run(
         output: a folder for what the adapted model answered, such as ``predictions.json``.
         experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
         index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
-        retrieval: how, see `zinit.runs.images.make_retrieval`.
+        retrieval: how, see `zinit.runs.images.open_retrieval`.
     """
     run = SavedRun.read(directory)
     config, record = _asked(run.config, data, experts), run.record
+    mixing = None if index is None else open_retrieval(index, retrieval)  # what is wrong with it is said at once
     accelerator = make_accelerator(config.train)
     load_to = loading_device(accelerator, offload=config.offload)
     examples = read_data(config, labels=record.labels, train=data is None, device=accelerator.device)
     built = build_model(config, accelerator.device, load_to=load_to, saved=run.adapter)
     check_models(run.folder, record, built)
     task = build_task(config, built, labels=record.labels, train=data is None, examples=examples)
-    if index is not None:
-        mix_features(task, index, retrieval)
+    if mixing is not None:
+        mix_features(task, mixing)
     given = {"the run": str(directory), "--data": data, "--limit": limit, "--experts": experts}
     given |= {"--index": (index, *retrieval), "what was read": task.data_report()}
     check_agreement(accelerator, given)

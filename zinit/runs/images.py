@@ -57,32 +57,31 @@ def feature_cache(config: RunConfig, handle: Handle | None) -> FeatureCache | No
     return FeatureCache(handle.get_encoder(), source, root=root, limit=config.encoder.cache_limit)
 
 
-def make_retrieval(index: str, options: Sequence[str], handle: Handle | None) -> Retrieval:
-    """Cache retrieval for an adapter, as the command line asks for it.
+def open_retrieval(index: str, options: Sequence[str]) -> Retrieval:
+    """Cache retrieval as the command line asks for it; whether it fits an adapter is its ``check``.
 
     Args:
         index: folder of the index.
         options: ``retrieval.weight=0.5`` and so on; see `zinit.encoders.retrieval.RetrievalConfig`.
-        handle: of the adapter.
 
     Raises:
-        ConfigError: if an option is none of retrieval, or the index is not for the adapter.
+        ConfigError: if an option is none of retrieval.
         DataError: if there is no index.
     """
     known = [f"{RetrievalConfig.called}.{name}" for name in setting_names(RetrievalConfig)]
     values = parse_options(options, known).get(RetrievalConfig.called, {})
-    return Retrieval.of(handle, index, RetrievalConfig.from_dict(values))
+    return Retrieval.open(index, RetrievalConfig.from_dict(values))
 
 
-def mix_features(task: Task, index: str, options: Sequence[str]) -> None:
-    """A task's adapter sees features of its examples mixed with an index from now on; see `make_retrieval`.
+def mix_features(task: Task, mixing: Retrieval) -> None:
+    """A task's adapter sees features of its examples mixed with an index from now on.
 
     Raises:
-        ConfigError: if no example has any.
+        ConfigError: if the index is not for the adapter, or no example has any features.
     """
-    mixing = make_retrieval(index, options, task.handle)
+    mixing.check(task.handle)
     if task.cached_features is None or not task.image_sources():
-        raise ConfigError(f"the index {index} mixes what an adapter sees, and no example shows it anything.")
+        raise ConfigError(f"the index {mixing.folder} mixes what an adapter sees, and no example shows it anything.")
     task.cached_features.retrieval = mixing
 
 

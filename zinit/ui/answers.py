@@ -47,7 +47,7 @@ class Asking:
         base: switch the adapter off.
         system: what the assistant is told where a record does not say.
         index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
-        retrieval: how, see `zinit.runs.images.make_retrieval`.
+        retrieval: how, see `zinit.runs.images.open_retrieval`.
     """
 
     run_dir: str

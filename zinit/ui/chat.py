@@ -20,7 +20,7 @@ from zinit.files import local_path
 from zinit.models.room import positions
 from zinit.runs.build import load_saved, run_expert
 from zinit.runs.directory import SavedRun
-from zinit.runs.images import make_retrieval
+from zinit.runs.images import open_retrieval
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
 from zinit.tasks.chat import ChatFormat, cut_at
@@ -44,7 +44,7 @@ class ChatSession:
         experts: what writes about images into the input field, as ``task.experts`` has it; empty for none, None as the
             run was made.
         index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
-        retrieval: how, see `zinit.runs.images.make_retrieval`.
+        retrieval: how, see `zinit.runs.images.open_retrieval`.
 
     Raises:
         ConfigError: if the run's task does not generate text, or the index is not for its adapter.
@@ -73,13 +73,15 @@ class ChatSession:
         self.task: type[Task] = TASKS.get(config.task)
         if not self.task.generates:
             raise ConfigError(f"the run in {run_dir} is of the task {config.task!r}, which does not generate text.")
+        self.retrieval = None if index is None else open_retrieval(index, retrieval)  # before the model is loaded
         if run.note:
             say(f"({run.note})", error=True)
         built = load_saved(run, device, base=base)
         self.adapted, self.tokenizer = built.adapted, built.processor
         self.model: Any = built.adapted.model.eval()
         self.device, self.base, self.system = device, base, system
-        self.retrieval = None if index is None else make_retrieval(index, retrieval, built.adapted.handle)
+        if self.retrieval is not None:
+            self.retrieval.check(built.adapted.handle)
         words = getattr(config.options, "experts", ()) if experts is None else split_at_commas(experts)
         self.experts = Experts([run_expert(each, device=device) for each in words])
         self.expert_tokens = getattr(config.options, "expert_tokens", EXPERT_TOKENS)
