@@ -247,6 +247,10 @@ def test_an_index_without_a_use_is_refused(zinit: Zinit, index: FeatureIndex, fo
         (("generate", run, "--prompt", "?", "--index", mine, "--frozen"), "the adapter is off (--frozen)"),
         (("generate", run, "--prompt", "?", "--index", mine), "nothing is: name a file, or leave it out"),
         (("eval", run, "--data", tmp_path / "words.json", "--index", mine), "no example shows it anything"),
+        (
+            ("generate", run, "--data", tmp_path / "words.json", "--output", tmp_path / "a.jsonl", "--index", mine),
+            f"no record of {tmp_path / 'words.json'} shows it anything",
+        ),
         (("eval", run, "--suite", "pope", "--data", tmp_path, "--index", mine), "suites are asked without"),
         (("chat", run, "--web", "--index", mine), "--index is for the terminal"),
     ):

@@ -89,6 +89,11 @@ def answer_file(
     talks = [
         talk if talk.system else replace(talk, system=asking.system) for talk in read_questions(data, counts=counts)
     ]
+    if asking.index is not None and not any(talk.images for talk in talks):
+        raise ConfigError(
+            f"the index {asking.index} mixes what an adapter sees, and no record of {data} shows it anything. Leave "
+            f"the index out."
+        )
     folder = path.with_name(f"{path.name}.part")
     with claim(folder, tell=lambda text: None):
         done = _begun(folder, {**asdict(asking), "run": _identity(run), "data": _digest(talks)})
