@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from zinit.runs.images import open_retrieval
 from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.serve.served import Models
+from zinit.ui.answers import Asking, answer_file
 
 WIDTH = 6
 OPTIONS = ["steps=2", "warmup_steps=0", "batch_size=4", "learning_rate=0.3", "task.held_out=2", "task.template=vicuna",
@@ -220,6 +223,28 @@ def test_an_index_that_does_not_fit_is_refused(index: FeatureIndex, folder: Path
     mixing = open_retrieval(str(mine), ("retrieval.neighbours=3",))
     mixing.check(sees)
     assert mixing.config == RetrievalConfig(neighbours=3)
+
+
+def test_answers_are_gone_on_with_by_the_same_index_only(
+    index: FeatureIndex, folder: Path, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    """An index is known by its content, wherever it lies."""
+    (folder / "resumed.json").write_text(json.dumps([{"prompt": "<vector>?", "vector": f"{n}.npy"} for n in (1, 2)]))
+    asked = (str(folder / "resumed.json"), str(tmp_path / "a.jsonl"))
+    place = tmp_path / "index"
+    shutil.copytree(folder / "index", place)
+    asking = Asking(run_dir=str(folder / "run"), temperature=0, max_new_tokens=2, index=str(place))
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(asking, *asked, progress=stop)
+    shutil.rmtree(place)
+    FeatureIndex.build(place, [-np.asarray(index.keys)], count=30, width=WIDTH)
+    with pytest.raises(ConfigError, match="was begun with another index"):
+        answer_file(asking, *asked)
+    assert answer_file(replace(asking, index=str(folder / "index")), *asked)["answered"] == 2
 
 
 @pytest.mark.parametrize(

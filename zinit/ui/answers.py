@@ -22,6 +22,7 @@ from zinit.data.images import content_digest
 from zinit.errors import ConfigError, DataError
 from zinit.files import claim, is_file, local_path, write_atomically
 from zinit.runs.directory import TRAINED, SavedRun
+from zinit.runs.images import open_retrieval
 from zinit.serve.engine import Engine
 from zinit.serve.requests import BASE, Event, Failed, Limits, Refused, Sampling
 from zinit.serve.served import Models
@@ -95,8 +96,12 @@ def answer_file(
             f"the index out."
         )
     folder = path.with_name(f"{path.name}.part")
+    kept = {"run": _identity(run), "data": _digest(talks)}
+    if asking.index is not None:  # by its content, as a run and images are
+        open_retrieval(asking.index, asking.retrieval or ())
+        kept["index"] = content_digest(Path(asking.index)).hex()
     with claim(folder, tell=lambda text: None):
-        done = _begun(folder, {**asdict(asking), "run": _identity(run), "data": _digest(talks)})
+        done = _begun(folder, {**asdict(asking), **kept})
         if len(done) < len(talks):
             with (
                 (folder / ANSWERS).open("ab") as file,
