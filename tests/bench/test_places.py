@@ -43,12 +43,16 @@ class Cancelled(Exception):
     pass
 
 
+class Broken(Exception):
+    pass
+
+
 class Stand:
     """As much of the package ``ray`` as is asked for: tasks are run where they are waited for, and may be lost."""
 
     exceptions = SimpleNamespace(
         WorkerCrashedError=Lost, NodeDiedError=Lost, OutOfMemoryError=Lost, ObjectLostError=Lost,
-        TaskCancelledError=Cancelled,
+        TaskCancelledError=Cancelled, RayTaskError=Broken,
     )  # fmt: skip
 
     def __init__(self, resources: dict[str, float], losses: int = 0) -> None:
@@ -109,6 +113,19 @@ def test_a_run_whose_machine_is_lost_is_begun_again(tmp_path: Path, monkeypatch:
     assert ended == Ended(status=1, err=b"zinit: its machine was lost 3 times")
     cluster.stop()
     assert cluster.run(command, {}, told.append) is None
+
+
+def test_a_machine_that_cannot_run_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_of(Stand({"CPU": 1}), tmp_path, monkeypatch)
+
+    def broken(task: Any) -> Any:
+        raise Broken("ray::run_here() (pid=1)\nRuntimeError: ...\n\nModuleNotFoundError: No module named 'zinit'\n")
+
+    monkeypatch.setattr(Stand, "get", lambda self, task: broken(task))
+    ended = cluster.run(lambda: ["python"], {}, lambda text: None)
+    assert ended is not None
+    text = b"zinit: a machine of the cluster cannot run it: ModuleNotFoundError: No module named 'zinit'"
+    assert (ended.status, ended.err) == (1, text)
 
 
 def test_a_machine_without_the_folder_says_so(tmp_path: Path) -> None:

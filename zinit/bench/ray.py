@@ -64,6 +64,9 @@ class Cluster:
                 return Ended(**self._ray.get(task))
             except errors.TaskCancelledError:
                 return None
+            except errors.RayTaskError as error:  # zinit is not there, say: the last line of Ray's text names it
+                text = f"zinit: a machine of the cluster cannot run it: {_last_line(error)}"
+                return Ended(status=1, err=text.encode())
             except lost as error:
                 tell(f"its machine was lost, it goes on elsewhere: {first_line(error)}")
             finally:
@@ -77,6 +80,10 @@ class Cluster:
             self._stopping = True
             for task in self._running:
                 self._ray.cancel(task)
+
+
+def _last_line(error: Exception) -> str:
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
 def connected() -> Any:
