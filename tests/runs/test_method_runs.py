@@ -183,6 +183,15 @@ def test_a_checkpoint_is_served_on_its_own_base_only(runs: Path, tmp_path: Path)
         Models.of({"x": last}, model=str(other))
 
 
+def test_a_checkpoint_without_what_it_started_from_is_refused_before_the_base_is_loaded(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zinit.methods.prefix.ZeroInit.untrained", lambda self: ("prompts",))
+    monkeypatch.setattr("zinit.serve.served.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(CheckpointError, match=r"not what it started from \(prompts\)\. Let it finish"):
+        Models.of({"x": str(latest(runs / "zero-init"))})
+
+
 @pytest.mark.parametrize("unfit", sorted(UNFIT))
 def test_a_method_that_does_not_fit_says_why(unfit: str, inputs: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=UNFIT[unfit]):

@@ -54,6 +54,11 @@ class Source:
                 f"with a prefix can be served: they share one base. Ask it with zinit chat {shlex.quote(where)}, or "
                 f"zinit generate {shlex.quote(where)} --data FILE --output FILE.jsonl."
             )
+        if saved.checkpoint is not None and (lacking := _method(saved.config).untrained()):
+            raise CheckpointError(
+                f"a checkpoint of {saved.folder} holds what the run trains, and not what it started from "
+                f"({', '.join(lacking)}). Let it finish: {resume_command(saved.folder)}"
+            )
         return cls(where=where, saved=saved)
 
     @property
@@ -81,12 +86,6 @@ class Source:
             yield self.where
             return
         config, record = self.saved.config, self.saved.record
-        method = _method(config)
-        if method.untrained():
-            raise CheckpointError(
-                f"a checkpoint of {self.saved.folder} holds what the run trains, and not what it started from "
-                f"({', '.join(method.untrained())}). Let it finish: {resume_command(self.saved.folder)}"
-            )
         context = ApplyContext(
             prefix=config.prefix,
             adapter=config.adapter(),
@@ -94,7 +93,7 @@ class Source:
             seed=config.seed,
             encoder=encoder,
         )
-        handle = apply_method(method, base, context).handle
+        handle = apply_method(_method(config), base, context).handle
         assert handle is not None
         try:
             self.saved.load_into_model(base)
