@@ -142,7 +142,11 @@ def test_what_another_machine_left_claimed_is_gone_on_with(tmp_path: Path, monke
     run.mkdir(parents=True)
     (run / "run.json").touch()
     (run / OWNER).write_text('{"host": "node7", "process": 1}')
-    assert "--resume" in runner._command(final_cells(runner.benchmark, tmp_path / "none")[0], run)
+    cell = final_cells(runner.benchmark, tmp_path / "none")[0]
+    assert "--resume" in runner._command(cell, run)
+    assert (run / OWNER).exists()  # on this machine alone the lock tells, and so does whoever resumes it by hand
+    monkeypatch.setattr(runner.place, "many_machines", True, raising=False)
+    assert "--resume" in runner._command(cell, run)
     assert not (run / OWNER).exists()
 
 

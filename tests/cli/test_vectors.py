@@ -26,6 +26,7 @@ from zinit.runs.settings import resolve
 from zinit.runs.train import train_run
 from zinit.serve.served import Models
 from zinit.ui.answers import Asking, answer_file
+from zinit.ui.chat import ChatSession
 
 WIDTH = 6
 OPTIONS = ["steps=2", "warmup_steps=0", "batch_size=4", "learning_rate=0.3", "task.held_out=2", "task.template=vicuna",

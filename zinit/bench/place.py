@@ -33,7 +33,13 @@ class Ended:
 
 
 class Place(Protocol):
-    """What makes runs; called from several threads."""
+    """What makes runs; called from several threads.
+
+    Attributes:
+        many_machines: whether runs are made on several, each of which may be lost with what it was making.
+    """
+
+    many_machines: bool
 
     @property
     def jobs(self) -> int:
@@ -64,6 +70,8 @@ class Here:
     Args:
         jobs: runs side by side; None is one per visible GPU, or one per CPU core (at most 8).
     """
+
+    many_machines = False
 
     def __init__(self, jobs: int | None = None) -> None:
         devices = visible_gpus()

@@ -40,6 +40,8 @@ class Cluster:
         ConfigError: if Ray is not installed, or there is no cluster.
     """
 
+    many_machines = True
+
     def __init__(self, folder: Path, jobs: int | None = None) -> None:
         self.folder, self._ray = folder.absolute(), connected()
         found = self._ray.cluster_resources()

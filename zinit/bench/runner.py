@@ -196,7 +196,8 @@ class Runner:
         run.parent.mkdir(exist_ok=True)
         if run.exists() and not (run / "run.json").exists():
             shutil.rmtree(run)
-        (run / OWNER).unlink(missing_ok=True)  # who holds the benchmark's folder holds its runs: the machine was lost
+        if self.place.many_machines:  # who holds the benchmark's folder holds its runs: the owner's machine was lost
+            (run / OWNER).unlink(missing_ok=True)
         arguments = ["--resume"] if run.exists() else cell.at(self.places).arguments()
         return [*self.launcher, "train", *arguments, "--output", str(run), "--json"]
 
