@@ -90,8 +90,8 @@ class ZeroGatedPrefix(nn.Module):
     With ``gate="query"`` (arXiv 2502.03029) act(g_h) is tanh(q_h w_h), a gate for each query, and w_h (D,) is learned.
     There q_h is not rotated yet; here it is the query that the host hands over, which is another function.
     With ``parametrization="matrix"`` (Prefix-Tuning+, arXiv 2506.13674) the addition is act(g_h) elu(q_h) M_h: what is
-    learned is M_h (D, D), in the place of what prompts would sum up to under a softmax made linear. That the query is
-    the one handed over, unscaled, and that M may start at zero (``init_std=0``) are ours.
+    learned is M_h (D, D), in the place of what prompts would sum up to under a softmax made linear. Ours are elu, the
+    query as it is handed over, unscaled, and that M may start at zero (``init_std=0``).
     Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,23 @@ def test_a_checkpoint_is_served_on_its_own_base_only(runs: Path, tmp_path: Path)
 
 
 def test_a_checkpoint_without_what_it_started_from_is_refused_before_the_base_is_loaded(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zinit.methods.prefix.ZeroInit.untrained", lambda self: ("prompts",))
     monkeypatch.setattr("zinit.serve.served.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
-    with pytest.raises(CheckpointError, match=r"not what it started from \(prompts\)\. Let it finish"):
-        Models.of({"x": str(latest(runs / "zero-init"))})
+    last = latest(runs / "zero-init")
+    assert last is not None
+    use: list[Callable[[Path], Any]] = [evaluate_run, ChatSession, lambda run: Models.of({"x": str(run)})]
+    for ask in use:
+        with pytest.raises(CheckpointError, match=r"not what it started from \(prompts\)\. Use its end: .*zero-init"):
+            ask(last)
+    stopped = tmp_path / "run"
+    shutil.copytree(runs / "zero-init", stopped)
+    for name in ("adapter.safetensors", "adapter.json"):
+        (stopped / name).unlink()
+    for ask in use:
+        with pytest.raises(CheckpointError, match=r"\(prompts\)\. Let it finish: zinit train --resume"):
+            ask(stopped)
 
 
 @pytest.mark.parametrize("unfit", sorted(UNFIT))

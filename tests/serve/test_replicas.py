@@ -1,4 +1,4 @@
-"""`zinit serve` behind Ray Serve: the server of one replica, the deployment file, and two replicas for real."""
+"""`zinit serve` behind Ray Serve: the server of one replica, the deployment file, and one in Ray for real."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.integration
-def test_two_replicas_answer_as_one_server(cluster: Any, settings: dict[str, Any]) -> None:
+def test_a_replica_of_ray_answers_as_a_server(cluster: Any, settings: dict[str, Any]) -> None:
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 

@@ -97,6 +97,8 @@ def connected() -> Any:
     if find_spec("ray") is None:
         raise ConfigError(f"zinit bench --on ray needs ray. {install_extra('ray')}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if (Path.home() / ".ray" / "auth_token").is_file():  # ``ray start`` wrote it, and lets nobody in without
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray  # pyright: ignore[reportMissingImports]
 
     silence_ray()

@@ -25,6 +25,7 @@ from zinit.files import (
     parsing,
     write_atomically,
 )
+from zinit.methods import METHODS
 from zinit.runs.config import RunConfig
 from zinit.runs.record import RECORD, Record, check_run, split_checkpoint
 from zinit.train.checkpoint import latest, load_weights, resume_command, tidy, trainable
@@ -99,7 +100,7 @@ class SavedRun:
             directory: of a run, or of a checkpoint in it: ``RUN_DIR/resume/step-00000120``.
 
         Raises:
-            CheckpointError: if there is no run, or nothing was saved yet.
+            CheckpointError: if there is no run, nothing was saved yet, or a checkpoint is not all of its adapter.
         """
         folder, checkpoint = split_checkpoint(directory)
         config, record = read_run(folder)
@@ -110,6 +111,13 @@ class SavedRun:
         if checkpoint is not None and not checkpoint.is_dir():
             there = ", ".join(sorted(found.name for found in checkpoint.parent.glob("step-*"))) or "none"
             raise CheckpointError(f"there is no checkpoint {checkpoint}. There are: {there}.")
+        if checkpoint is not None and (lacking := METHODS.get(config.method)(config.method_options).untrained()):
+            finished = _is_finished(folder, record)
+            raise CheckpointError(
+                f"a checkpoint of {folder} holds what the run trains, and not what it started from "
+                f"({', '.join(lacking)}). "
+                + (f"Use its end: {folder}" if finished else f"Let it finish: {resume_command(folder)}")
+            )
         return cls(folder=folder, config=config, record=record, checkpoint=checkpoint)
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 
 from zinit.adapter.encoding import Encoder
 from zinit.adapter.file import DESCRIPTION
-from zinit.errors import CheckpointError, ConfigError
+from zinit.errors import ConfigError
 from zinit.files import is_file
 from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext, Method, apply_method
@@ -20,7 +20,6 @@ from zinit.runs.config import RunConfig
 from zinit.runs.directory import SavedRun
 from zinit.runs.record import RECORD, split_checkpoint
 from zinit.tasks import TASKS
-from zinit.train.checkpoint import resume_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,6 @@ class Source:
                 f"the run in {where} was made by the method {saved.config.method!r}, which has no prefix. Only runs "
                 f"with a prefix can be served: they share one base. Ask it with zinit chat {shlex.quote(where)}, or "
                 f"zinit generate {shlex.quote(where)} --data FILE --output FILE.jsonl."
-            )
-        if saved.checkpoint is not None and (lacking := _method(saved.config).untrained()):
-            raise CheckpointError(
-                f"a checkpoint of {saved.folder} holds what the run trains, and not what it started from "
-                f"({', '.join(lacking)}). Let it finish: {resume_command(saved.folder)}"
             )
         return cls(where=where, saved=saved)
 
