@@ -156,13 +156,20 @@ def test_images_of_a_chat_stay_until_it_starts_over(
     )
     _, handle = talking(monkeypatch, "alpaca", "yes</s>", config=config, encoder=saved(tmp_path / "encoder"))
     shown: list[list[tuple[int, int]]] = []
-    given = handle.given
+    features = ChatSession._features
 
-    def spy(*, image: Any) -> Any:
-        shown.append([one.size for one in image[0]])
-        return given(image=image)
+    def spy(self: ChatSession, handle: Any, images: Any) -> Any:
+        shown.append([one.size for one in images])
+        return features(self, handle, images)
 
-    monkeypatch.setattr(handle, "given", spy)
+    given, reached = handle.given, []
+
+    def reaches(**what: Any) -> Any:
+        reached.append(what["features"])
+        return given(**what)
+
+    monkeypatch.setattr(ChatSession, "_features", spy)
+    monkeypatch.setattr(handle, "given", reaches)
     for side in (4, 5):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     (tmp_path / "bad.png").write_text("no image")
@@ -181,7 +188,7 @@ def test_images_of_a_chat_stay_until_it_starts_over(
     assert "is not seen" not in said.err
     ChatSession("run", temperature=0, base=True).answer("d", images=[tmp_path / "5.png"], stream=False)
     assert "5.png is not seen: images reach the model by the adapter, which is off" in capsys.readouterr().err
-    assert len(shown) == 3, "the base sees none"
+    assert len(shown) == len(reached) == 3, "the base sees none"
 
 
 def test_experts_write_into_the_input_of_the_last_question(

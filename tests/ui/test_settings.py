@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ from zinit.tasks import TASKS
 from zinit.tasks.alpaca.config import AlpacaConfig
 from zinit.train.config import RatesConfig, TrainConfig
 from zinit.ui.settings import SettingsTable, settings_tables, shown_default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shipped_alone() -> Iterator[None]:
+    """Without what other tests have registered."""
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (TASKS, METHODS, SOURCES):
+            patch.setattr(registry, "_where", {name: registry.where(name) for name in registry.shipped})
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def connected() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if (Path.home() / ".ray" / "auth_token").is_file():  # ``ray start`` wrote it, and lets nobody in without
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray  # pyright: ignore[reportMissingImports]
+    ray: Any = import_module("ray")  # it may be absent where types are checked, and this file has its name
 
     silence_ray()
     if not ray.is_initialized():
