@@ -2,6 +2,7 @@
 
     python -m benchmarks.old_new --old ../before --new .
     python -m benchmarks.old_new --old ../before --new . --works step generate train --pairs 60
+    python -m benchmarks.old_new --old ../before --new . --works step-counts generate-counts --lives 1 --pairs 2
 
 Each checkout has one living process, with one thread and pinned to the same core; the processes take rounds in turn,
 and the order within a pair alternates. They are forks of one that has built the model, so its weights lie at the same
@@ -9,7 +10,9 @@ place for all. Where the rest of a process's memory lies is luck that lasts as l
 several lives. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives are drawn first,
 then pairs within them.
 Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
-can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it.
+can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it. Where a machine cannot
+tell small differences apart, ``step-counts`` and ``generate-counts`` say what is done instead of how long it takes:
+torch's operators, the numbers in their inputs and outputs, and calls of Python functions.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class Life:
         )  # fmt: skip
 
     def time(self, name: str, work: str) -> dict[str, float]:
-        """Seconds of one round of a checkout."""
+        """Seconds, or counts, of one round of a checkout."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{self.names.index(name)} {work}\n")
@@ -125,7 +128,7 @@ def show(work: str, figures: dict[str, Any]) -> None:
         for clock, found in clocks.items():
             low, high = found["interval_95"]
             title = name.replace("_", " ")
-            print(f"{work:9} {title:13} {clock:4} {found['median_ratio']:.4f}  [{low:.4f}, {high:.4f}]", flush=True)
+            print(f"{work:9} {title:13} {clock:9} {found['median_ratio']:.4f}  [{low:.4f}, {high:.4f}]", flush=True)
 
 
 def revision(checkout: Path) -> str:

@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-Seconds = dict[str, float]
+Figures = dict[str, float]
+Action = Callable[[], None]
 WARM_UP_STEPS = 3  # of a run of `zinit train`, not counted
 
 
@@ -53,7 +56,7 @@ def attached(model: Any, shape: dict[str, int]) -> Any:
     return zinit.attach(model, prefix, seed=0)
 
 
-def training_step(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
+def training_step(model: Any, handle: Any, shape: dict[str, int]) -> Action:
     """Forward, backward and AdamW's update of the adapter."""
     ids = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]))
     optimizer = torch.optim.AdamW(list(handle.parameters()), lr=1e-4)
@@ -64,10 +67,10 @@ def training_step(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return timed(step)
+    return step
 
 
-def generation(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
+def generation(model: Any, handle: Any, shape: dict[str, int]) -> Action:
     """``model.generate``: one prompt, greedy, with a KV cache."""
     ids = torch.randint(1, shape["vocabulary"], (1, shape["length"]))
     count = shape["tokens"]
@@ -77,13 +80,13 @@ def generation(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], S
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
                        min_new_tokens=count, do_sample=False)  # fmt: skip
 
-    return timed(generate)
+    return generate
 
 
-def command_line(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Seconds]:
+def command_line(model: Any, handle: Any, shape: dict[str, int]) -> Callable[[], Figures]:
     """A step of ``zinit train`` on the embedded demo: the median of those that one short run logs."""
 
-    def run() -> Seconds:
+    def run() -> Figures:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "run"
             options = {"steps": WARM_UP_STEPS + shape["steps"], "warmup_steps": 1, "batch_size": 8,
@@ -109,10 +112,10 @@ def zinit_command(arguments: list[str]) -> None:
             raise RuntimeError(f"zinit {' '.join(arguments)} ended with status {ended.code}") from ended
 
 
-def timed(action: Callable[[], None]) -> Callable[[], Seconds]:
+def timed(action: Action) -> Callable[[], Figures]:
     """Seconds of one call, by the wall clock and of this process's own time."""
 
-    def measure() -> Seconds:
+    def measure() -> Figures:
         gc.collect()
         wall, own = time.perf_counter(), time.process_time()
         action()
@@ -121,10 +124,47 @@ def timed(action: Callable[[], None]) -> Callable[[], Seconds]:
     return measure
 
 
-WORKS: dict[str, Callable[[Any, Any, dict[str, int]], Callable[[], Seconds]]] = {
-    "step": training_step,
-    "generate": generation,
+class Operators(TorchDispatchMode):
+    """Counts what torch does: operators, and numbers in their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.operators += 1
+        self.numbers += sum(x.numel() for x in tree_leaves((args, kwargs, made)) if isinstance(x, torch.Tensor))
+        return made
+
+
+def counted(action: Action) -> Callable[[], Figures]:
+    """What one call does, whatever else the machine does: torch's operators and Python's calls."""
+
+    def measure() -> Figures:
+        action()
+        with Operators() as torchs:
+            action()
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        action()
+        sys.setprofile(None)
+        return {"operators": torchs.operators, "numbers": torchs.numbers, "calls": calls}
+
+    return measure
+
+
+WORKS: dict[str, Callable[[Any, Any, dict[str, int]], Callable[[], Figures]]] = {
+    "step": lambda *given: timed(training_step(*given)),
+    "generate": lambda *given: timed(generation(*given)),
     "train": command_line,
+    "step-counts": lambda *given: counted(training_step(*given)),
+    "generate-counts": lambda *given: counted(generation(*given)),
 }
 
 
@@ -135,7 +175,7 @@ def serve(checkout: Path, model: Any, shape: dict[str, int], asked: TextIO, answ
     found = Path(str(sys.modules["zinit"].__file__)).resolve()
     if not found.is_relative_to(checkout.resolve()):
         raise SystemExit(f"imported {found}, expected the zinit of {checkout}")
-    made: dict[str, Callable[[], Seconds]] = {}
+    made: dict[str, Callable[[], Figures]] = {}
     for line in asked:
         name = line.strip()
         if name not in made:

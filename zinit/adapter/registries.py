@@ -6,9 +6,12 @@ ENCODERS = Registry(
     "encoder library",
     {
         "audio": Entry(
-            "zinit.encoders.audio:AUDIO", "CLAP, AST, Whisper's encoder of transformers: folder, or audio:HUB_ID."
+            "zinit.encoders.audio:AUDIO",
+            "CLAP, AST, Whisper's encoder, PE-AV of transformers: folder, or audio:HUB_ID.",
         ),
-        "video": Entry("zinit.encoders.video:VIDEO", "VideoMAE, V-JEPA 2 of transformers: folder, or video:HUB_ID."),
+        "video": Entry(
+            "zinit.encoders.video:VIDEO", "VideoMAE, V-JEPA 2, PE-AV of transformers: folder, or video:HUB_ID."
+        ),
         "frames": Entry("zinit.encoders.frames:FRAMES", "Frames of a video by an image model: frames:IMAGE_MODEL."),
         "vectors": Entry("zinit.encoders.ready:VECTORS", "Ready features, .npy or .safetensors files: vectors:WIDTH."),
         "timm": Entry("zinit.encoders.timm:TIMM", "Image models of timm: by name, folder or Hub id."),

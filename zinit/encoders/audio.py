@@ -1,4 +1,4 @@
-"""Models of transformers that turn sound into a sequence of tokens: CLAP, AST and Whisper's encoder."""
+"""Models of transformers for sound: CLAP, AST and Whisper's encoder make tokens, PE-AV a vector of a joint space."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zinit.adapter.encoding import Features
 from zinit.encoders.base import TowerEncoder
+from zinit.encoders.joint import AUDIO_KINDS, JointTower, joint_features, with_mask
 from zinit.encoders.senses import SenseLibrary, mean_vectors
 from zinit.errors import ConfigError, DataError, install_extra
 from zinit.files import is_file, parsing
@@ -22,6 +23,7 @@ KINDS = {
     "clap_audio_model": ("ClapAudioModelWithProjection", ""),
     "audio-spectrogram-transformer": ("ASTModel", ""),
     "whisper": ("WhisperModel", "encoder"),
+    **AUDIO_KINDS,
 }
 LONGEST = 600  # seconds of one sound
 
@@ -40,6 +42,10 @@ class AudioEncoder(TowerEncoder):
             raise ConfigError(f"{source or 'this CLAP'} fuses several views of long sounds; take one without fusion.")
         super().__init__(tower, None, source=source, processing="" if extractor is None else extractor.to_json_string())
         self.extractor = extractor
+        self.measure(known)
+
+    def measure(self, known: Any) -> None:
+        """Sets the widths and the depth."""
         config: Any = known.config
         self.is_clap = hasattr(known, "audio_projection")
         self.layer_width = config.hidden_size if hasattr(config, "hidden_size") else config.d_model
@@ -69,6 +75,10 @@ class AudioEncoder(TowerEncoder):
         most = getattr(self.extractor, "nb_max_samples", None)  # CLAP's own cut is at a random place
         sounds = [read_sound(item, rate)[:most] for item in items]
         made = self.extractor(sounds, sampling_rate=rate, return_tensors="pt")
+        return self.batched(made)
+
+    def batched(self, made: Any) -> Tensor:
+        """What the extractor has made, as one tensor."""
         return made[getattr(self.tower, "main_input_name", "input_features")]
 
     def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
@@ -79,6 +89,30 @@ class AudioEncoder(TowerEncoder):
             return mean_vectors(out, layers)
         tokens = out.last_hidden_state.flatten(2).transpose(1, 2)
         return Features(tokens, out.audio_embeds, (tokens.mean(1),) if layers else ())
+
+
+class JointAudioEncoder(AudioEncoder):
+    """PE-AV's half for sound. Sounds of one batch may differ in length: a mask goes with them, (B, 2, samples)."""
+
+    def measure(self, known: Any) -> None:
+        """One layer, the vector itself."""
+        self.is_clap, self.depth = False, 1
+        self.width = self.layer_width = known.width
+
+    def batched(self, made: Any) -> Tensor:
+        """Sounds and their mask."""
+        return with_mask(made["input_values"], made["padding_mask"])
+
+    def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
+        """See `joint_features`."""
+        return joint_features(self.tower(pixels[:, :1], pixels[:, 1] > 0), layers)
+
+
+def audio_encoder(tower: Any, extractor: Any, **how: Any) -> AudioEncoder:
+    """The encoder that suits a tower."""
+    if hasattr(tower, "audio_head"):
+        return JointAudioEncoder(JointTower(tower, "audio"), extractor, **how)
+    return AudioEncoder(tower, extractor, **how)
 
 
 def read_sound(source: Any, rate: int) -> np.ndarray:
@@ -110,4 +144,4 @@ def read_sound(source: Any, rate: int) -> np.ndarray:
     return resample_poly(sound, rate // common, own // common).astype(np.float32)
 
 
-AUDIO = SenseLibrary("audio", KINDS, AudioEncoder, "AutoFeatureExtractor")
+AUDIO = SenseLibrary("audio", KINDS, audio_encoder, "AutoFeatureExtractor")

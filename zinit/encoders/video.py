@@ -1,4 +1,4 @@
-"""Models of transformers that turn video into a sequence of tokens: VideoMAE, V-JEPA 2."""
+"""Models of transformers that take video: VideoMAE and V-JEPA 2 make tokens, PE-AV a vector of a joint space."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from zinit.adapter.encoding import Features
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.frames import read_frames
+from zinit.encoders.joint import VIDEO_KINDS, JointTower, joint_features
 from zinit.encoders.senses import SenseLibrary, mean_vectors
 from zinit.errors import ConfigError, DataError
 
 KINDS = {
     "videomae": ("VideoMAEModel", ""),
     "vjepa2": ("VJEPA2Model", ""),
+    **VIDEO_KINDS,
 }
 FRAMES = 16  # where the model's configuration says nothing
 
@@ -34,6 +36,10 @@ class VideoEncoder(TowerEncoder):
         config: Any = tower.config
         self.processor_of_video = processor
         self.frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0) or FRAMES)
+        self.measure(config)
+
+    def measure(self, config: Any) -> None:
+        """Sets the widths and the depth."""
         self.depth, self.layer_width = config.num_hidden_layers, config.hidden_size
         self.width = self.layer_width
 
@@ -63,4 +69,24 @@ class VideoEncoder(TowerEncoder):
         return mean_vectors(tower(pixels, output_hidden_states=bool(layers), **how), layers)
 
 
-VIDEO = SenseLibrary("video", KINDS, VideoEncoder, "AutoVideoProcessor")
+class JointVideoEncoder(VideoEncoder):
+    """PE-AV's half for video."""
+
+    def measure(self, config: Any) -> None:
+        """One layer, the vector itself."""
+        self.depth = 1
+        self.width = self.layer_width = int(config.text_config.hidden_size)
+
+    def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
+        """See `joint_features`."""
+        return joint_features(self.tower(pixels), layers)
+
+
+def video_encoder(tower: Any, processor: Any, **how: Any) -> VideoEncoder:
+    """The encoder that suits a tower."""
+    if hasattr(tower, "video_head"):
+        return JointVideoEncoder(JointTower(tower, "video"), processor, **how)
+    return VideoEncoder(tower, processor, **how)
+
+
+VIDEO = SenseLibrary("video", KINDS, video_encoder, "AutoVideoProcessor")
