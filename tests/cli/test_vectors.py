@@ -152,7 +152,10 @@ def test_evaluated_with_an_index(index: FeatureIndex, folder: Path, trained: dic
     by_hand = evaluate_run(folder / "run", data=str(tmp_path / "few.json"))["metrics"]
     options = ("retrieval.neighbours=4", "sharpness=5", "retrieval.weight=0.75")
     asking = {"data": str(folder / "few.json"), "index": str(folder / "index"), "retrieval": options}
-    found = evaluate_run(folder / "run", **asking)["metrics"]
+    mixture = evaluate_run(folder / "run", **asking)
+    assert mixture["index"] == str(folder / "index")
+    assert mixture["retrieval"] == {"neighbours": 4, "sharpness": 5.0, "weight": 0.75}
+    found = mixture["metrics"]
     assert abs(found["adapted"]["loss"] - by_hand["adapted"]["loss"]) < 4e-6
     assert abs(found["adapted"]["loss"] - plain["adapted"]["loss"]) > 1e-4
     assert found["base"] == plain["base"]

@@ -50,6 +50,9 @@ def evaluate_run(
         experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
         index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
         retrieval: how, see `zinit.runs.images.open_retrieval`.
+
+    Returns:
+        The figures, ``{"metrics": {"base": ..., "adapted": ...}, ...}``, and what they are of.
     """
     run = SavedRun.read(directory)
     config, record = _asked(run.config, data, experts), run.record
@@ -81,6 +84,7 @@ def evaluate_run(
         "baseline": task.baseline if known else f"left out, as the run has not kept what it takes: {task.baseline}",
         "counts": {**task.data_report(), **adapted.counts},
         "seed": config.seed,
+        **({} if mixing is None else {"index": mixing.folder, "retrieval": mixing.config.to_dict()}),
         **({"note": run.note} if run.note else {}),
     }
 
