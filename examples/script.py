@@ -1,12 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["zinit"]
+#
+# [tool.uv.sources]
+# zinit = { path = ".." }
 # ///
 """A whole run in one file that brings its dependencies: training, evaluation, report.
 
     uv run examples/script.py
 
-(From a checkout: ``uv run --with . examples/script.py``.)
+Elsewhere than in a checkout of zinit, leave out ``tool.uv.sources``.
 """
 
 from zinit.runs.settings import resolve

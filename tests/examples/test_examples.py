@@ -72,6 +72,7 @@ def test_the_script_with_its_dependencies(capsys: pytest.CaptureFixture[str]) ->
         "".join(line.removeprefix("# ").removeprefix("#") for line in block.splitlines(keepends=True))
     )
     assert needs["dependencies"] == ["zinit"]
+    assert (EXAMPLES / needs["tool"]["uv"]["sources"]["zinit"]["path"]).resolve() == ROOT
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert needs["requires-python"] == project["requires-python"]
     example("script.py")("run", steps=5)
