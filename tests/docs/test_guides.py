@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -116,6 +117,8 @@ def test_the_guides_are_short(name: str) -> None:
 
 
 def test_the_guide_to_other_libraries_runs_and_checkpoints_hold_the_adapter_alone(folder: Path) -> None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed")  # prints what it runs on where it is imported first
     with pytest.warns(UserWarning, match=r"weights of a PEFT adapter were trained and are frozen") as warned:
         guide = read("other-libraries.md").follow()
     assert len([w for w in warned if "zinit" in w.filename or "PEFT" in str(w.message)]) == 1

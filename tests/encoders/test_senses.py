@@ -119,6 +119,24 @@ def test_frames_are_equally_spaced(tmp_path: Path) -> None:
             read_frames(bad, 2)
 
 
+def test_frames_of_a_video_file(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="av is not installed")
+    with av.open(str(tmp_path / "a.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 48, 32, "yuv420p", 4_000_000
+        for number in range(9):
+            grey = np.full((32, 48, 3), 20 + 25 * number, np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        video.mux(stream.encode())
+    frames = read_frames(tmp_path / "a.mp4", 4)
+    assert [frame.size for frame in frames] == [(48, 32)] * 4
+    for frame, number in zip(frames, spaced(9, 4), strict=True):
+        assert abs(np.asarray(frame).mean() - (20 + 25 * number)) < 4
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="is no video that can be read"):
+        read_frames(tmp_path / "b.mp4", 4)
+
+
 def test_frames_of_an_image_model(tmp_path: Path) -> None:
     encoder, images = load_feature_encoder(f"frames:{vit_path()}"), load_feature_encoder(vit_path())
     folder = clip(tmp_path / "clip", 8)
