@@ -50,9 +50,6 @@ def evaluate_run(
         experts: what writes about the images, as ``task.experts`` has it; empty for none, None as the run was made.
         index: folder of an index that what the adapter sees is mixed with; None mixes nothing.
         retrieval: how, see `zinit.runs.images.open_retrieval`.
-
-    Returns:
-        The figures, ``{"metrics": {"base": ..., "adapted": ...}, ...}``, and what they are of.
     """
     run = SavedRun.read(directory)
     config, record = _asked(run.config, data, experts), run.record
