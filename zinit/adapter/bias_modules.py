@@ -93,7 +93,7 @@ class ScaleAndShift(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, given: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, scale = ctx.saved_tensors
         of_y = torch.empty_like(given, memory_format=torch.contiguous_format)
         exact = torch.promote_types(scale.dtype, torch.float32)  # what blocks come to is summed in
