@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import zinit
 from tests.contract.cases import CASES, Case, causal_lm, text_batch
 from tests.contract.checks import assert_same, each_setting, run, set_implementation, snapshot
-from zinit.adapter.bias_modules import ScaleAndShift, scale_and_shift
 from zinit.errors import ConfigError
 
 PREFIX = zinit.PrefixConfig(length=3, layers=2, gate_init=0.7)
@@ -119,28 +118,6 @@ def test_the_tuned_model_is_the_folded_one_and_so_are_all_gradients(name: str) -
     for parameter, gradient in expected.items():
         assert gradient.abs().max() > 0, parameter
         torch.testing.assert_close(mine[parameter], gradient, rtol=1e-3, atol=1e-6, msg=parameter)
-
-
-@pytest.mark.parametrize("block", [5, 23, 10**6])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)], ids=str)
-def test_gradients_block_by_block_are_autograds(
-    block: int, dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks that do not divide the rows, a gradient whose rows do not follow one another, sums of many rows."""
-    monkeypatch.setattr(ScaleAndShift, "BLOCK", block)
-    torch.manual_seed(0)
-    shapes = ((3, 500, 5), (5,), (5,))
-    own = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    given = torch.randn(3, 5, 500, dtype=dtype).transpose(1, 2)
-    found = scale_and_shift(*own)
-    assert "ScaleAndShift" in str(found.grad_fn)
-    grads = torch.autograd.grad(found, own, given)
-    exact = [tensor.detach().double().requires_grad_() for tensor in own]
-    expected = exact[0] * exact[1] + exact[2]
-    torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
-    for one, two in zip(grads, torch.autograd.grad(expected, exact, given.double()), strict=True):
-        assert one.dtype == dtype
-        torch.testing.assert_close(one.double(), two, rtol=close, atol=close)
 
 
 def test_prompts_of_the_base_pass_no_tuning() -> None:

@@ -69,47 +69,9 @@ def normalize(norm: nn.Module, weights: Mapping[str, Tensor], args: Sequence[Any
 def scale_and_shift(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """``scale * y + shift`` in one pass over y, in its dtype; with s = 1 and b = 0 y bit for bit."""
     scale, shift = (None if x is None else x.to(y.dtype) for x in (scale, shift))
-    if scale is None:
-        return y if shift is None else y + shift
     if shift is None:
-        return y * scale
-    if _plain(y, scale, shift) and scale.dim() == shift.dim() == 1 and torch.is_grad_enabled():
-        return ScaleAndShift.apply(y, scale, shift)
-    return torch.addcmul(shift, y, scale)
-
-
-class ScaleAndShift(torch.autograd.Function):
-    """`scale_and_shift` on the CPU, its gradients in one pass over blocks that fit into a core's cache.
-
-    A product of the size of y for the scale's gradient alone, as autograd makes it, costs more than twice the time.
-    """
-
-    BLOCK = 2**17  # numbers
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(y, scale)
-        return torch.addcmul(shift, y, scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, given: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, scale = ctx.saved_tensors
-        of_y = torch.empty_like(given, memory_format=torch.contiguous_format)
-        exact = torch.promote_types(scale.dtype, torch.float32)  # what blocks come to is summed in
-        of_scale, of_shift = (torch.zeros(len(scale), dtype=exact) for _ in range(2))
-        blocks = [x.reshape(-1, len(scale)).split(max(1, ScaleAndShift.BLOCK // len(scale))) for x in (given, y, of_y)]
-        for block, outputs, result in zip(*blocks, strict=True):
-            torch.mul(block, scale, out=result)
-            of_scale += (block * outputs).sum(0, dtype=exact)
-            of_shift += block.sum(0, dtype=exact)
-        return of_y, of_scale.to(scale.dtype), of_shift.to(scale.dtype)
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether all are tensors of the CPU as they are: not sharded, nor traced by a compiler."""
-    known = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
-    return known and not torch.compiler.is_compiling()
+        return y if scale is None else y * scale
+    return y + shift if scale is None else torch.addcmul(shift, y, scale)
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
