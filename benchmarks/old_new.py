@@ -103,7 +103,7 @@ def interval(lives: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
 
 
 def summarize(lives: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Median ratio, its interval, the median of each life and the median seconds, by comparison and clock."""
+    """Median ratio, its interval, the median of each life and the median of each side, by comparison and clock."""
     figures: dict[str, Any] = {}
     for name in lives[0]:
         pairs = [pair for life in lives for pair in life[name]]
@@ -114,7 +114,7 @@ def summarize(lives: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, Any
                 "median_ratio": round(statistics.median(ratios), 4),
                 "interval_95": [round(bound, 4) for bound in interval(by_life)],
                 "median_by_life": [round(statistics.median(life), 4) for life in by_life],
-                "median_seconds": {
+                "median": {
                     side: round(statistics.median(pair[side][clock] for pair in pairs), 5) for side in ("under", "over")
                 },
                 "pairs": len(ratios),

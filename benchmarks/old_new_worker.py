@@ -143,7 +143,7 @@ def counted(action: Action) -> Callable[[], Figures]:
 
     def measure() -> Figures:
         action()
-        with Operators() as torchs:
+        with Operators() as made:
             action()
         calls = 0
 
@@ -154,7 +154,7 @@ def counted(action: Action) -> Callable[[], Figures]:
         sys.setprofile(count)
         action()
         sys.setprofile(None)
-        return {"operators": torchs.operators, "numbers": torchs.numbers, "calls": calls}
+        return {"operators": made.operators, "numbers": made.numbers, "calls": calls}
 
     return measure
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.encoders.test_senses import clip, tone
 from zinit.adapter.encoding import encode, load_feature_encoder
 from zinit.encoders import cache as cache_module
 from zinit.encoders.audio import read_sound
 from zinit.encoders.cache import FeatureCache
+from zinit.errors import BackboneError, ConfigError
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8
@@ -69,8 +71,12 @@ def test_a_sound_is_its_vector_in_the_joint_space(folder: Path, model: Any, tmp_
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)  # type: ignore[index]
 
 
-def test_a_video_is_its_vector_in_the_joint_space(folder: Path, model: Any, tmp_path: Path) -> None:
+def test_a_video_is_its_vector_in_the_joint_space(
+    folder: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     encoder = load_feature_encoder(f"video:{folder}")
+    assert capsys.readouterr().out == "", "answers and JSON go there"
     assert (encoder.modality, encoder.depth, encoder.pooled_width) == ("video", 1, 12)
     clips = [clip(tmp_path / "a", 20), clip(tmp_path / "b", 3)]
     pixels = encoder.prepare(clips)
@@ -98,11 +104,17 @@ def test_sounds_of_any_length_are_kept_in_one_cache(
     torch.testing.assert_close(kept.pooled, encode(encoder, files).pooled, rtol=1e-4, atol=1e-5)
 
 
+def test_ready_sounds_need_their_mask_and_modules_are_known(folder: Path, model: Any) -> None:
+    encoder = load_feature_encoder(model)
+    assert encoder.modality == "audio"
+    assert load_feature_encoder(model.video_model).modality == "video"
+    for wrong in (torch.zeros(2, 1, 80), torch.zeros(2, 80)):
+        with pytest.raises(ConfigError, match=r"\(batch, 2, samples\)"):
+            encode(encoder, wrong)
+    assert encode(encoder, torch.ones(2, 2, 80)).pooled is not None
+
+
 def test_without_its_projection_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from zinit.errors import BackboneError
-
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     weights = load_file(folder / "model.safetensors")

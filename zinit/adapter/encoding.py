@@ -107,7 +107,10 @@ class Encoder(nn.Module, ABC):
             ConfigError: if there are fewer.
         """
         if not 0 <= layers <= self.depth:
-            raise ConfigError(f"the encoder has {self.depth} layers, and {layers} are asked for.")
+            raise ConfigError(
+                f"the encoder has {self.depth} layers, and {layers} are asked for: context.layers is at most "
+                f"{self.depth} with it."
+            )
         return [round(self.depth * (index + 1) / layers) for index in range(layers)]
 
 

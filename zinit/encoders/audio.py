@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from zinit.adapter.encoding import Features
 from zinit.encoders.base import TowerEncoder
-from zinit.encoders.joint import AUDIO_KINDS, JointTower, joint_features, with_mask
+from zinit.encoders.joint import AUDIO_KINDS, JointTower, joint_features
 from zinit.encoders.senses import SenseLibrary, mean_vectors
 from zinit.errors import ConfigError, DataError, install_extra
 from zinit.files import is_file, parsing
@@ -101,10 +102,20 @@ class JointAudioEncoder(AudioEncoder):
 
     def batched(self, made: Any) -> Tensor:
         """Sounds and their mask."""
-        return with_mask(made["input_values"], made["padding_mask"])
+        sounds = made["input_values"]
+        return torch.cat([sounds, made["padding_mask"].unsqueeze(1).to(sounds.dtype)], dim=1)
 
     def features(self, pixels: Tensor, layers: Sequence[int]) -> Features:
-        """See `joint_features`."""
+        """See `joint_features`.
+
+        Raises:
+            ConfigError: if ready sounds come without their mask.
+        """
+        if pixels.dim() != 3 or pixels.shape[1] != 2:
+            raise ConfigError(
+                f"ready sounds of this encoder are (batch, 2, samples), samples and 1 where they are sound, 0 where "
+                f"they are padding; got {tuple(pixels.shape)}."
+            )
         return joint_features(self.tower(pixels[:, :1], pixels[:, 1] > 0), layers)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zinit.adapter.encoding import Features
@@ -28,7 +27,6 @@ class JointTower(nn.Module):
         self.encoder, self.head = getattr(model, f"{sense}_encoder"), getattr(model, f"{sense}_head")
         self.config = model.config
         self.width = int(model.config.text_config.hidden_size)
-        self.main_input_name = self.encoder.main_input_name
 
     def forward(self, ready: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, D): of sounds (B, 1, samples), of which a mask (B, samples) tells those that are padding; of videos."""
@@ -39,8 +37,3 @@ class JointTower(nn.Module):
 def joint_features(vector: Tensor, layers: Sequence[int]) -> Features:
     """Of a vector (B, D) in the joint space: it is the one token, the pooled vector and that of the one layer."""
     return Features(vector.unsqueeze(1), vector, (vector,) * len(layers))
-
-
-def with_mask(sounds: Tensor, mask: Tensor) -> Tensor:
-    """(B, 1, samples) and what is sound in it, (B, samples), as one tensor (B, 2, samples)."""
-    return torch.cat([sounds, mask.unsqueeze(1).to(sounds.dtype)], dim=1)

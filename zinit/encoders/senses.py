@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> n
     if not isinstance(config, model_class.config_class):  # a model of two towers
         config = config.audio_config if sense == "audio" else config.video_config
     try:
-        with quiet():
+        with quiet(), redirect_stdout(StringIO()):  # transformers' PE-AV prints what its own docstrings lack
             model, report = model_class.from_pretrained(
                 source, config=config, revision=revision, trust_remote_code=False, dtype=torch.float32,
                 output_loading_info=True,
