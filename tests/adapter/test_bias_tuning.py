@@ -235,7 +235,7 @@ def test_each_adapters_prompts_pass_its_own_tuning() -> None:
     """Beside a tuned adapter, the prompts of an untuned one pass the base projections."""
     model = causal_lm("Llama")
     plain = zinit.attach(model, PREFIX, name="plain", seed=1)
-    alone = {name: plain.state.prefix_at(slot) for name, slot in plain.state.slots.items()}
+    alone = {name: plain.state.at(slot)[0] for name, slot in plain.state.slots.items()}
     site = plain.sites[-1]
     slot: Any = site.module.zinit
     key = slot.keys_values(site.module, alone[site.name], torch.float32)[0]

@@ -63,14 +63,14 @@ class ContextOfCall:
         Raises:
             ConfigError: if it is not clear whose context it is.
         """
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self.state.watches_blocks and (module.training or torch.is_grad_enabled()):
+        may_train = module.training or torch.is_grad_enabled()
+        if may_train and not self.state.watches_blocks and not torch.compiler.is_compiling():
             self.state.watch(self.state)
         if ARGUMENT not in kwargs:
             return None
         kwargs = dict(kwargs)
         context = kwargs.pop(ARGUMENT)
-        if context is not None and compiling:
+        if context is not None and torch.compiler.is_compiling():
             from zinit.adapter.uncompiled import outside_graph  # the compiler comes with it
 
             outside_graph(_take, module, self.state, context)

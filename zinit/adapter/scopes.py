@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from zinit.prefix import Context
 
 if TYPE_CHECKING:
-    from zinit.backbones.base import ActivePrefix
+    from zinit.backbones.base import ActivePrefix, AtSlot, PrefixSlot
+
+    Known = tuple[weakref.ref[PrefixSlot], int, AtSlot]  # the slot, the version of the adapters, what was found
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,12 +65,14 @@ class Scope:
         route: each sample's own adapter; it goes before ``on``.
         contexts: {adapter: its context}.
         cached: keys and values that hold as long as nothing else changes.
+        known: {site: what was found there at the last call, see `zinit.adapter.state.AdapterState.at`}.
     """
 
     on: tuple[str, ...] | None = None
     route: Route | None = None
     contexts: Mapping[str, Context] = field(default_factory=dict)
     cached: CachedKV | None = None
+    known: dict[str, Known] = field(default_factory=dict, init=False)
 
 
 class Change:
@@ -86,12 +91,12 @@ class SwitchOn(Change):
 
 
 _CHANGES: contextvars.ContextVar[tuple[Change, ...]] = contextvars.ContextVar("zinit_changes", default=())
-_SCOPES: contextvars.ContextVar[Mapping[int, Scope]] = contextvars.ContextVar("zinit_scopes", default={})  # noqa: B039
+SCOPES: contextvars.ContextVar[Mapping[int, Scope]] = contextvars.ContextVar("zinit_scopes", default={})  # noqa: B039
 
 
 def scope_of(key: int) -> Scope | None:
     """What this thread's open scopes come to for a model; None if none is open."""
-    return _SCOPES.get().get(key)
+    return SCOPES.get().get(key)
 
 
 def changes_of(key: int) -> list[Change]:
@@ -110,10 +115,10 @@ def refresh(key: int, changes: tuple[Change, ...] | None = None) -> None:
         changes = _CHANGES.get()
     _CHANGES.set(changes)
     mine = [change for change in changes if change.key == key]
-    others = {known: scope for known, scope in _SCOPES.get().items() if known != key}
+    others = {known: scope for known, scope in SCOPES.get().items() if known != key}
     if mine:
         others[key] = functools.reduce(lambda scope, change: change.apply(scope), mine, Scope())
-    _SCOPES.set(others)
+    SCOPES.set(others)
 
 
 @contextmanager
@@ -129,12 +134,12 @@ def opened(change: Change) -> Iterator[None]:
 @contextmanager
 def replaced(key: int, scope: Scope | None) -> Iterator[None]:
     """A scope in which a model sees exactly what a call saw that is computed again."""
-    before = _SCOPES.get()
-    _SCOPES.set({known: other for known, other in before.items() if known != key} | ({key: scope} if scope else {}))
+    before = SCOPES.get()
+    SCOPES.set({known: other for known, other in before.items() if known != key} | ({key: scope} if scope else {}))
     try:
         yield
     finally:
-        _SCOPES.set(before)
+        SCOPES.set(before)
 
 
 Open = tuple[nn.Module, AbstractContextManager[None], RemovableHandle]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -16,14 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from zinit import compat
 from zinit.adapter.parts import Part, PrefixWithContext, together
-from zinit.adapter.scopes import CachedKV, Change, Scope, SwitchOn, changes_of, opened, refresh, scope_of
-from zinit.backbones.base import ActivePrefix, AttentionSite, Backbone, PrefixSlot
+from zinit.adapter.scopes import SCOPES, CachedKV, Change, Scope, SwitchOn, changes_of, opened, refresh, scope_of
+from zinit.backbones.base import ActivePrefix, AtSlot, AttentionSite, Backbone, PrefixSlot
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
 from zinit.prefix import Context
 
 ATTRIBUTE = "_zinit"  # of the model, where its state is kept
-NO_SCOPE = Scope()
 NO_CONTEXT_IN_ROUTE = "a route takes no context: leave it out, or call the adapters one by one."
 _keys = itertools.count()
 
@@ -73,8 +73,8 @@ class AdapterState:
         watches_blocks: whether they all are there.
         block_hooks: {block: its hook of them}.
         entry_hooks: {module: the hook that `zinit.adapter.calls` has there}.
-        outside: what a thread without scopes sees, see `snapshot`.
-        resolved: {site: the scope, slot and version of the last call there, and what was on}.
+        no_scope: the scope of a thread that has none.
+        outside: what such a thread sees, see `snapshot`.
         routes: that are open, in all threads.
         warned: whether a thread without a scope was told of one elsewhere.
         checked: whether it was looked for adapters that were frozen by others.
@@ -100,14 +100,13 @@ class AdapterState:
     entry_hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     routes: int = 0
     warned: bool = False
-    outside: Scope = NO_SCOPE
-    resolved: dict[str, tuple[weakref.ref[Scope], weakref.ref[PrefixSlot], int, ActivePrefix | None]] = field(
-        default_factory=dict
-    )
+    no_scope: Scope = field(default_factory=Scope)
+    outside: Scope = field(default_factory=Scope)
     checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "open": set(), "routes": 0, "warned": False, "resolved": {}}
+        shared = {"no_scope": Scope(), "outside": Scope()}  # what is known at a site is this model's
+        return {**vars(self), **shared, "open": set(), "routes": 0, "warned": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, key=next(_keys))  # a copy has scopes of its own
@@ -126,17 +125,17 @@ class AdapterState:
 
     def scope(self) -> Scope:
         """What this thread's scopes come to."""
-        found = scope_of(self.key)
-        if found is not None:
-            return found
+        return SCOPES.get().get(self.key) or self._without_scope()
+
+    def _without_scope(self) -> Scope:
         if self.open and not self.warned and not torch.compiler.is_compiling():
             self._warn()
-        return NO_SCOPE
+        return self.no_scope
 
     def snapshot(self) -> Scope:
         """What this thread sees now, for a layer that is computed again later."""
         scope = self.scope()
-        if scope is not NO_SCOPE:
+        if scope is not self.no_scope:
             return replace(scope, on=self.names_on(), cached=None)
         if self.outside.on != self.on:
             self.outside = Scope(on=self.on)
@@ -218,24 +217,30 @@ class AdapterState:
         scope = self.scope()
         return scope.route is not None or any(name in scope.contexts for name in self.names_at(slot))
 
-    def prefix_at(self, slot: PrefixSlot, context: Tensor | Context | None = None) -> ActivePrefix | None:
-        """What is on at a slot, each prefix with its context.
+    def at(self, slot: PrefixSlot, context: Tensor | Context | None = None) -> AtSlot:
+        """What is on at a slot, each prefix with its context; and keys and values that were computed ahead, still hold.
+
+        Asked at every call of every layer, so that one token's time counts here: a scope knows what was found last.
 
         Raises:
             ConfigError: if a context comes with the call and it is not clear whose it is.
         """
-        scope = self.scope()
-        if context is not None or torch.compiler.is_compiling():
-            return self._resolve(scope, slot, context)
+        scope = SCOPES.get().get(self.key) or self._without_scope()
+        if context is not None or torch.compiler.is_dynamo_compiling():
+            return self._resolve(scope, slot, context), None if context is not None else self._ahead(scope, slot)
         if not self.watches_blocks and (torch.is_grad_enabled() or self.sites[slot.site].module.training):
             self.watch(self)  # a call that no hook of `zinit.adapter.calls` has seen
-        known = self.resolved.get(slot.site)  # asked at every call of every layer: one token's time counts here
-        if known is not None and known[0]() is scope and known[1]() is slot and known[2] == self.version:
-            return known[3]
-        found = self._resolve(scope, slot, None)
-        if not scope.contexts:  # nothing keeps a context's tensors beyond its scope
-            self.resolved[slot.site] = (weakref.ref(scope), weakref.ref(slot), self.version, found)
+        known = scope.known.get(slot.site)
+        if known is not None and known[0]() is slot and known[1] == self.version:
+            return known[2]
+        found = self._resolve(scope, slot, None), self._ahead(scope, slot)
+        scope.known[slot.site] = (weakref.ref(slot), self.version, found)
         return found
+
+    def _ahead(self, scope: Scope, slot: PrefixSlot) -> tuple[Any, Any] | None:
+        if scope.cached is None or scope.cached.version != self.version:
+            return None
+        return scope.cached.pairs.get(slot.site)
 
     def _resolve(self, scope: Scope, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
         if scope.route is not None:
@@ -286,19 +291,12 @@ class AdapterState:
                 f"handle.context(...)."
             )
 
-    def cached_at(self, slot: PrefixSlot) -> tuple[Any, Any] | None:
-        """Keys and values that were computed ahead for this thread's scope and still hold."""
-        cached = self.scope().cached
-        if cached is None or cached.version != self.version:
-            return None
-        return cached.pairs.get(slot.site)
-
     # --- keys and values ahead of time ---
 
     @contextmanager
     def cached_kv(self) -> Iterator[None]:
         """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones."""
-        outer = (scope_of(self.key) or NO_SCOPE).cached
+        outer = (scope_of(self.key) or self.no_scope).cached
         holds = outer is not None and outer.version == self.version
         cached = outer if outer is not None and holds else CachedKV(self.version, {})
         with self.opened(Change(self.key, lambda scope: replace(scope, cached=cached))):
@@ -310,13 +308,13 @@ class AdapterState:
     def _compute_ahead(self) -> dict[str, tuple[Any, Any]]:
         pairs: dict[str, tuple[Any, Any]] = {}
         for name, slot in self.slots.items():
-            host, prefix = self.sites[name].module, self.prefix_at(slot)
+            host, prefix = self.sites[name].module, self._resolve(self.scope(), slot, None)
             weights = [p for part, p in host.named_parameters() if not part.startswith("zinit.")]
             if prefix is None or any(map(is_shard, weights)):
                 continue  # sharded weights are complete only inside the host's own forward
             floating = [weight.dtype for weight in weights if weight.is_floating_point()]
             dtype = floating[0] if floating else self._dtype()  # a quantised module may have integer weights only
-            pairs[name] = slot.keys_values(host, prefix, dtype)
+            pairs[name] = prefix.keys_values(functools.partial(slot.project_kv, host), dtype)
         return pairs
 
     def _dtype(self) -> torch.dtype:

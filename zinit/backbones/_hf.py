@@ -51,15 +51,16 @@ def attend(
         (B, T, H, D) and whatever attention weights the host's implementation returns (words only).
     """
     config: ConfigView = module.config  # pyright: ignore[reportAssignmentType]
-    name, attention = config.host_attention()
+    name = attention_implementation(config.zinit_host) or "eager"
+    attention = config.zinit_interface.get_interface(name, config.zinit_eager)
     host = module if name in PLAIN else HostView(module, config.zinit_host)
     context = kwargs.pop("zinit_context", None)
     slot: PrefixSlot = module.zinit  # pyright: ignore[reportAssignmentType]
-    prefix = slot.prefix(context)
-    if prefix is None:
+    found = slot.prefix_and_kv(module, query.dtype, context)
+    if found is None:
         return attention(host, query, key, value, attention_mask, **kwargs)
 
-    prompt_key, prompt_value = slot.keys_values(module, prefix, query.dtype, context)
+    prefix, prompt_key, prompt_value = found
     if not prefix.config.separate_softmax:
         slot.check_rows(prefix, query.shape[0])
         if name not in ("sdpa", "eager"):

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from zinit.compat import attention_implementation
 from zinit.errors import BackboneError
 
 NEXT_STEP = "Describe the model in a short file and register it: zinit.register_backbone('mine', 'my_package:MINE')."
@@ -67,11 +66,6 @@ class ConfigView:
             AttentionInterface.register(name, type(self).zinit_function)
         else:
             catch_lookup(self.zinit_attention)
-
-    def host_attention(self) -> tuple[str, Attention]:
-        """The implementation that the module would have called, by name and as a function."""
-        name = attention_implementation(self.zinit_host) or "eager"
-        return name, self.zinit_interface.get_interface(name, self.zinit_eager)
 
 
 class HostView:

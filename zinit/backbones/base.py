@@ -145,15 +145,15 @@ class ActivePrefix(Protocol):
         ...
 
 
+AtSlot = tuple[ActivePrefix | None, tuple[Any, Any] | None]
+"""What is on at a slot, and its keys and values where they were computed ahead."""
+
+
 class SlotState(Protocol):
     """Which of a model's prefixes are on, asked anew at each call: it depends on the thread's scopes."""
 
-    def prefix_at(self, slot: PrefixSlot, context: Tensor | Context | None) -> ActivePrefix | None:
-        """What is on at a slot; None if there is nothing to add."""
-        ...
-
-    def cached_at(self, slot: PrefixSlot) -> tuple[Any, Any] | None:
-        """Keys and values that were computed ahead for the scope at hand."""
+    def at(self, slot: PrefixSlot, context: Tensor | Context | None = None) -> AtSlot:
+        """What is on at a slot; (None, None) if there is nothing to add."""
         ...
 
     def names_at(self, slot: PrefixSlot) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class PrefixSlot(nn.ModuleDict):
     @property
     def cached_kv(self) -> tuple[Any, Any] | None:
         """Keys and values that were computed ahead, for the length of a generation, say."""
-        return None if self.state is None else self.state.cached_at(self)
+        return None if self.state is None else self.state.at(self)[1]
 
     @property
     def per_sample(self) -> bool:
@@ -210,7 +210,7 @@ class PrefixSlot(nn.ModuleDict):
         Args:
             context: one that comes with this call; it goes before the one that `Handle.context` has set.
         """
-        return None if self.state is None else self.state.prefix_at(self, context)
+        return None if self.state is None else self.state.at(self, context)[0]
 
     def check_rows(self, prefix: Any, batch: int) -> None:
         """Whether what is on fits a batch of that many rows; calling the prefix does this by itself.
@@ -228,11 +228,21 @@ class PrefixSlot(nn.ModuleDict):
 
         Those computed ahead are used only where no gradient could be wanted and no context came with the call.
         """
-        if context is None and self.state is not None and not torch.is_grad_enabled():
-            cached = self.state.cached_at(self)
-            if cached is not None:
-                return cached
-        return prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype)
+        ahead = self.cached_kv if context is None and not torch.is_grad_enabled() else None
+        return ahead or prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype)
+
+    def prefix_and_kv(
+        self, host: nn.Module, dtype: torch.dtype, context: Tensor | Context | None = None
+    ) -> tuple[ActivePrefix, Any, Any] | None:
+        """`prefix` and `keys_values` in one: every layer asks for both at every token, and two look-ups cost twice."""
+        if self.state is None:
+            return None
+        prefix, ahead = self.state.at(self, context)
+        if prefix is None:
+            return None
+        if ahead is None or torch.is_grad_enabled():
+            ahead = prefix.keys_values(lambda tokens: self.project_kv(host, tokens), dtype)
+        return prefix, *ahead
 
 
 def with_real_weights(module: nn.Module) -> nn.Module:
