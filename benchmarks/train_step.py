@@ -5,15 +5,19 @@
 
 The floor is the same frozen model with one trainable vector at the lowest adapted layer: no way of tuning that layer
 costs less. V2's bias tuning has a floor at the first layer; a step with the cached features of an image is measured
-against the same step without. All run in one process, interleaved; the figures are medians of ratios within a round.
+against the same step without. Each comparison has a process of its own, in which nothing but its two models lives and
+takes rounds in turn; the figures are medians of ratios within a round.
 """
 
 from __future__ import annotations
 
-import resource
+import argparse
+import multiprocessing
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,33 +75,50 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
+COMPARISONS = {
+    "zinit_over_floor": ("zinit", "floor"),
+    "peft_over_zinit": ("peft", "zinit"),
+    "tuning_over_its_floor": ("tuning", "floor_of_all"),
+    "image_over_zinit": ("image", "zinit"),
+}
+
+
+def made(name: str, options: argparse.Namespace, ids: torch.Tensor) -> Callable[[], None]:
+    """The step of one side of a comparison."""
+    if name == "image":
+        layers = torch.randn(4, options.batch, IMAGE_WIDTH, device=options.device).unbind()
+        return step_of(with_image(options), ids, Features(layers=layers))
+    if name == "floor_of_all":
+        return step_of(floor(options, adapted=options.layers), ids)
+    make = {"floor": floor, "zinit": with_zinit, "peft": with_peft, "tuning": with_tuning}[name]
+    return step_of(make(options), ids)
+
+
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The median ratio of a comparison's two steps, the seconds of each and the peak of what each allocates."""
+    prepare(options)
+    ids = torch.randint(0, options.vocabulary, (options.batch, options.length), device=options.device)
+    over, under = COMPARISONS[name]
+    steps = {side: made(side, options, ids) for side in (over, under)}
+    seconds = interleaved(steps, rounds=options.rounds, device=options.device)
+    return {
+        "ratio": round(ratio(seconds, over, under), 4),
+        "median_seconds": {side: round(statistics.median(values), 5) for side, values in seconds.items()},
+        "step_peak_bytes": {side: peak_bytes(step) for side, step in steps.items()},
+    }
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--length", type=int, default=256, help="tokens per example")
+    options.add_argument("--comparisons", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     options = options.parse_args()
     prepare(options)
-    ids = torch.randint(0, options.vocabulary, (options.batch, options.length), device=options.device)
-    steps = {
-        name: step_of(make(options), ids)
-        for name, make in (("floor", floor), ("zinit", with_zinit), ("peft", with_peft), ("tuning", with_tuning))
-    }
-    steps["floor_of_all"] = step_of(floor(options, adapted=options.layers), ids)
-    layers = torch.randn(4, options.batch, IMAGE_WIDTH, device=options.device).unbind()
-    steps["image"] = step_of(with_image(options), ids, Features(layers=layers))
-    seconds = interleaved(steps, rounds=options.rounds, device=options.device)
-    memory = {name: peak_bytes(step) for name, step in steps.items()}
-    figures = {
-        "zinit_over_floor": round(ratio(seconds, "zinit", "floor"), 4),
-        "peft_over_zinit": round(ratio(seconds, "peft", "zinit"), 4),
-        "tuning_over_its_floor": round(ratio(seconds, "tuning", "floor_of_all"), 4),
-        "image_over_zinit": round(ratio(seconds, "image", "zinit"), 4),
-        "zinit_memory_over_floor": round(memory["zinit"] / memory["floor"], 4) if memory["floor"] else None,
-        "peft_memory_over_floor": round(memory["peft"] / memory["floor"], 4) if memory["floor"] else None,
-        "median_seconds": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
-        "step_peak_bytes": memory,
-        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    figures: dict[str, Any] = {}
+    for name in options.comparisons:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            figures[name] = process.submit(compare, name, options).result()
     save("train_step", options, figures)
 
 

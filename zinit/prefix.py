@@ -270,7 +270,7 @@ def attend_prompts(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
     """
     if mask is not None:
         mask = for_each_sample(mask, query)
-    key, value = (for_each_sample(x, query) for x in (key, value))
+    key, value = for_each_sample(key, query), for_each_sample(value, query)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 

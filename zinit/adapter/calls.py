@@ -63,9 +63,8 @@ class ContextOfCall:
         Raises:
             ConfigError: if it is not clear whose context it is.
         """
-        may_train = module.training or torch.is_grad_enabled()
-        if may_train and not self.state.watches_blocks and not torch.compiler.is_compiling():
-            self.state.watch(self.state)
+        if not self.state.watches_blocks and (module.training or torch.is_grad_enabled()):
+            self._watch()
         if ARGUMENT not in kwargs:
             return None
         kwargs = dict(kwargs)
@@ -77,6 +76,10 @@ class ContextOfCall:
         elif context is not None:
             _take(module, self.state, context)
         return args, kwargs
+
+    def _watch(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.state.watch(self.state)
 
 
 def _take(module: nn.Module, state: AdapterState, context: Tensor | Context) -> None:

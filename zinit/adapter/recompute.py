@@ -79,6 +79,10 @@ class CarryScope:
         return self.checkpoint(inside, *args, **kwargs)
 
 
+def _first_tensor(*given: Any) -> Tensor | None:
+    return next((x for x in given if isinstance(x, Tensor)), None)
+
+
 class BlockCalls:
     """What was on at the calls of one block that may be computed again, by their input.
 
@@ -102,7 +106,8 @@ class BlockCalls:
         if not self.state.checked and block.training and torch.is_grad_enabled():
             self.state.say_if_frozen()
         compat.wrap_checkpointing(block, lambda checkpoint: CarryScope(self.state, checkpoint), CarryScope)
-        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        first = args[0] if args else None
+        given = first if isinstance(first, Tensor) else _first_tensor(*args, *kwargs.values())
         if given is None:
             return
         call = compat.storage_key(given)
