@@ -2,6 +2,7 @@
 
     python -m benchmarks.old_new --old ../before --new .
     python -m benchmarks.old_new --old ../before --new . --works step generate train --pairs 60
+    python -m benchmarks.old_new --old ../before --new . --together --lives 4 --pairs 200
     python -m benchmarks.old_new --old ../before --new . --works step-counts generate-counts --lives 1 --pairs 2
 
 Each checkout has one living process, with one thread and pinned to the same core; the processes take rounds in turn,
@@ -10,7 +11,9 @@ place for all. Where the rest of a process's memory lies is luck that lasts as l
 several lives. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives are drawn first,
 then pairs within them.
 Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
-can tell apart. ``train`` is a step of `zinit train` on the embedded demo, as the run logs it. Where a machine cannot
+can tell apart. ``--together`` leaves less to luck: the checkouts take turns in one process, so that not only the frozen
+weights but all else in memory is shared; what a process pays for having more imported is not seen there.
+``train`` is a step of `zinit train` on the embedded demo, as the run logs it. Where a machine cannot
 tell small differences apart, ``step-counts`` and ``generate-counts`` say what is done instead of how long it takes:
 torch's operators, the numbers in their inputs and outputs, and calls of Python functions.
 """
@@ -46,16 +49,18 @@ class Life:
         checkouts: roots of the repositories, by name.
         cpu: the core that the processes may run on; -1 leaves that to the system.
         shape: of the model and its inputs.
+        together: one process for all of them.
     """
 
-    def __init__(self, checkouts: dict[str, Path], cpu: int, shape: dict[str, int]) -> None:
+    def __init__(self, checkouts: dict[str, Path], cpu: int, shape: dict[str, int], together: bool) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)  # zinit comes from the checkouts
         self.names, self.log = list(checkouts), tempfile.TemporaryFile()  # noqa: SIM115
         folders = json.dumps([str(folder) for folder in checkouts.values()])
+        how = "together" if together else "apart"
         # -P: the folder of the script is not searched either.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), folders, str(cpu), json.dumps(shape)],
+            [sys.executable, "-P", str(WORKER), folders, str(cpu), json.dumps(shape), how],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, env=environment,
         )  # fmt: skip
 
@@ -148,6 +153,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--lives", type=int, default=5, help="of the processes; the pairs are spread over them")
     options.add_argument("--warm-up", type=int, default=3, help="pairs of a life that are not counted")
     options.add_argument("--cpu", type=int, default=0, help="core of all processes; -1: not pinned")
+    options.add_argument("--together", action="store_true", help="all checkouts in one process")
     options.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/old_new-cpu.json")
     for name, value in SHAPE.items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -160,7 +166,7 @@ def main() -> None:
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve(), "new again": options.new.resolve()}
     measured: dict[str, list[dict[str, Any]]] = {work: [] for work in options.works}
     for _ in range(options.lives):
-        life = Life(checkouts, options.cpu, shape)
+        life = Life(checkouts, options.cpu, shape, options.together)
         try:
             for work in options.works:
                 measured[work].append(rounds(life, work, -(-options.pairs // options.lives), options.warm_up))

@@ -4,6 +4,9 @@ They share the frozen weights, in memory too: where these lie decides about seve
 another luck for each process. A fork imports the zinit of its checkout, and uses only what old and new both have:
 `zinit.attach`, `zinit.PrefixConfig`, the handle's ``parameters()``, and the command line.
 
+With ``together`` there are no forks: the checkouts take turns in one process, each with its own modules and its own
+registered attention function while it is its turn. So everything else in memory is shared as well.
+
 Stdin has lines ``number work``, of a checkout and what it shall do; each is answered with one JSON line.
 """
 
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Figures = dict[str, float]
 Action = Callable[[], None]
@@ -168,19 +172,71 @@ WORKS: dict[str, Callable[[Any, Any, dict[str, int]], Callable[[], Figures]]] = 
 }
 
 
+class Side:
+    """A model with the adapter of one checkout.
+
+    Args:
+        checkout: whose zinit is imported.
+        model: random LLaMA.
+        shape: of the model and its inputs.
+
+    Attributes:
+        modules: of its zinit. ``function``: what it registered with transformers.
+    """
+
+    def __init__(self, checkout: Path, model: Any, shape: dict[str, int]) -> None:
+        self.checkout, self.model, self.shape = checkout, model, shape
+        self.made: dict[str, Callable[[], Figures]] = {}
+        self.modules: dict[str, Any] = {}
+        sys.path.insert(0, str(checkout))
+        self.handle = attached(model, shape)
+        found = Path(str(sys.modules["zinit"].__file__)).resolve()
+        if not found.is_relative_to(checkout.resolve()):
+            raise SystemExit(f"imported {found}, expected the zinit of {checkout}")
+        self.function = ALL_ATTENTION_FUNCTIONS["zinit"]
+
+    def figures(self, work: str) -> Figures:
+        """One round of a work."""
+        if work not in self.made:
+            self.made[work] = WORKS[work](self.model, self.handle, self.shape)
+        return self.made[work]()
+
+    def come(self) -> None:
+        """Its turn begins, in a process with others."""
+        sys.path.insert(0, str(self.checkout))
+        sys.modules.update(self.modules)
+        ALL_ATTENTION_FUNCTIONS.register("zinit", self.function)
+
+    def go(self) -> None:
+        """Its turn ends: no module of its zinit is left."""
+        sys.path.remove(str(self.checkout))
+        names = [name for name in sys.modules if name.partition(".")[0] == "zinit"]
+        self.modules = {name: sys.modules.pop(name) for name in names}
+
+
 def serve(checkout: Path, model: Any, shape: dict[str, int], asked: TextIO, answers: TextIO) -> None:
     """What a fork does: the works that it is asked for, with the zinit of its checkout."""
-    sys.path.insert(0, str(checkout))
-    handle = attached(model, shape)
-    found = Path(str(sys.modules["zinit"].__file__)).resolve()
-    if not found.is_relative_to(checkout.resolve()):
-        raise SystemExit(f"imported {found}, expected the zinit of {checkout}")
-    made: dict[str, Callable[[], Figures]] = {}
+    side = Side(checkout, model, shape)
     for line in asked:
-        name = line.strip()
-        if name not in made:
-            made[name] = WORKS[name](model, handle, shape)
-        answers.write(json.dumps(made[name]()) + "\n")
+        answers.write(json.dumps(side.figures(line.strip())) + "\n")
+
+
+def serve_together(checkouts: Sequence[Path], shape: dict[str, int], answers: TextIO) -> None:
+    """What the only process does: models of all checkouts, whose frozen weights lie at the same place."""
+    first = random_llama(shape)
+    sides: list[Side] = []
+    for checkout in checkouts:
+        model = random_llama(shape)
+        for name, parameter in model.named_parameters():
+            parameter.data = first.get_parameter(name).data
+        sides.append(Side(checkout, model, shape))
+        sides[-1].go()
+    for line in sys.stdin:
+        number, work = line.split()
+        side = sides[int(number)]
+        side.come()
+        answers.write(json.dumps(side.figures(work)) + "\n")
+        side.go()
 
 
 def fork(checkout: Path, model: Any, shape: dict[str, int]) -> tuple[TextIO, TextIO]:
@@ -201,11 +257,14 @@ def fork(checkout: Path, model: Any, shape: dict[str, int]) -> tuple[TextIO, Tex
 
 def main() -> None:
     checkouts, cpu, shape = [Path(name) for name in json.loads(sys.argv[1])], int(sys.argv[2]), json.loads(sys.argv[3])
+    together = sys.argv[4] == "together"
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever is printed must not mix with the answers
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
     torch.set_num_threads(1)
+    if together:
+        return serve_together(checkouts, shape, answers)
     model = random_llama(shape)
     forks = [fork(checkout, model, shape) for checkout in checkouts]
     for line in sys.stdin:

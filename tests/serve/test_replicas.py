@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.test_http import KEY, call, chat
 from tests.serve.world import ask, folders, limits, models
@@ -77,38 +83,70 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster() -> Iterator[str]:
+    """Ray on this machine; the address that deployment files are sent to."""
     ray = pytest.importorskip("ray", reason="needs the package ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-        yield ray
+        found = ray.init("local", num_cpus=4, include_dashboard=True, dashboard_port=free_port(), log_to_driver=False)
+        yield f"http://{found.dashboard_url}"
         importlib.import_module("ray.serve").shutdown()
         ray.shutdown()
 
 
+def serve_command(*arguments: str, address: str) -> str:
+    """What Ray's own command says."""
+    command = [str(Path(sys.executable).with_name("serve")), *arguments, "--address", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def until_running(address: str) -> dict[str, int]:
+    """How many replicas are in which state, once the application runs."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        found = yaml.safe_load(serve_command("status", address=address))["applications"].get("zinit", {})
+        if found.get("status") == "RUNNING":
+            return found["deployments"]["zinit"]["replica_states"]
+        assert found.get("status") != "DEPLOY_FAILED", found
+        time.sleep(1)
+    raise AssertionError("the application does not run")
+
+
+def answered(address: str) -> dict[str, int]:
+    """{a replica's time of start: how many requests it has answered}."""
+    text = httpx.get(f"{address}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    starts = [sample.value for sample in samples if sample.name == "zinit_requests_created"]
+    return {str(min(starts, default=0)): int(sum(s.value for s in samples if s.name == "zinit_requests_total"))}
+
+
 @pytest.mark.integration
-def test_a_replica_of_ray_answers_as_a_server(cluster: Any, settings: dict[str, Any]) -> None:
-    from ray import serve
-    from ray.serve.schema import ServeDeploySchema
-
-    from zinit.serve.replicas import app
-
+def test_the_deployment_file_gives_two_replicas_that_answer_alike(
+    cluster: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     engine = Engine(models("bert"), limits()).start()
     (expected,) = ask(engine, "bert", "Say red.", max_tokens=8).wait()
     engine.stop()
-    given = {**DOCUMENT, "http_options": {"host": "127.0.0.1", "port": free_port()}}
-    ServeDeploySchema.model_validate(given)
-    serve.start(http_options=given["http_options"])
-    deployment = app(settings)
-    serve.run(deployment, name="zinit", route_prefix="/")
-    address = f"http://127.0.0.1:{given['http_options']['port']}/v1"
+    document = copy.deepcopy(DOCUMENT)
+    document["http_options"] = {"host": "127.0.0.1", "port": free_port()}
+    document["applications"][0]["args"] = settings
+    (tmp_path / "deployment.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    serve_command("deploy", str(tmp_path / "deployment.yaml"), address=cluster)
+    assert until_running(cluster) == {"RUNNING": 2}
+    address = f"http://127.0.0.1:{document['http_options']['port']}"
     with pytest.raises(openai.AuthenticationError, match="a key is needed"):
-        openai.OpenAI(base_url=address, api_key="none", max_retries=0).models.list()
-    client = openai.OpenAI(base_url=address, api_key=KEY, max_retries=0)
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0).models.list()
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["base", "anna", "bert"]
-    for _ in range(4):
+    seen: dict[str, int] = {}
+    for _ in range(60):  # which replica answers is chosen anew each time
         assert chat(client, "bert", max_tokens=8).choices[0].message.content == expected.answer
+        seen |= answered(address)
+        if len(seen) > 1 and all(seen.values()):
+            break
+    assert len(seen) == 2
     chunks = list(chat(client, "bert", max_tokens=8, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.answer
     with pytest.raises(openai.NotFoundError, match="there is no model 'carl'"):
