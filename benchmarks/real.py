@@ -5,7 +5,8 @@
 ``--models`` holds minilm_l6, dinov2_small and gemma3_270m, ``--data`` wnut17, sign_digits, alpaca and squad;
 docs/real-weights.md says where both are from.
 Finished cells are in ``benchmarks/results/real/cells``: the same command goes on from there.
-``--page`` writes the tables into docs/real-weights.md from what is finished, without models and data.
+``--page`` writes the tables into docs/real-weights.md, and a short one into the README, from what is finished, without
+models and data.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from benchmarks.common import RESULTS
 from zinit.bench.cells import Experiment
 from zinit.bench.plan import Benchmark, make_benchmark
 from zinit.bench.runner import Event, Runner
-from zinit.bench.summary import summarise, table
+from zinit.bench.summary import Row, summarise, table
 
 OUTPUT = RESULTS / "real"
 PLAN = Path(__file__).with_suffix(".toml")
-PAGE = Path(__file__).parents[1] / "docs" / "real-weights.md"
+README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs" / "real-weights.md"
 TABLES = "<!-- tables: python -m benchmarks.real --page -->"
+END = "<!-- end of the tables -->"
 WEIGHTS = "model.safetensors"
 SIZES = {"wnut17": (400, 200, 400), "sign_digits": (8, 4, 12), "alpaca": (256, 64, 64), "squad": (24,)}
 COLUMNS = (
@@ -50,6 +53,7 @@ COLUMNS = (
     ),
     *("seeds", "samples"),
 )
+SHORT = ("method", "mean", "minus zero-init", "loss", "loss minus zero-init", "forgetting", "trainable", "seeds")
 
 
 def main() -> None:
@@ -179,20 +183,28 @@ def note_models(models: Path) -> None:
 
 
 def write_page(benchmark: Benchmark) -> None:
-    """Puts the tables of what is finished into the page, behind the line `TABLES`."""
-    rows, parts = summarise(benchmark, OUTPUT), []
+    """Puts the tables into the page, and what has run into the README: between the lines `TABLES` and `END`."""
+    rows, whole, short = summarise(benchmark, OUTPUT), [], []
     for experiment in benchmark.experiments:
         own = [row for row in rows if row.experiment == experiment.name]
-        header, lines = table(own)
-        kept = [header.index(name) for name in COLUMNS if name in header]
-        cells = [[header[place] for place in kept], ["---"] * len(kept)]
-        cells += [[line[place] for place in kept] for line in lines]
-        parts += [f"### {experiment.name} ({own[0].metric})", f"{experiment.note}."]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
-        parts += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
-    text = PAGE.read_text("utf-8")
-    head = text[: text.index(TABLES) + len(TABLES)]
-    PAGE.write_text("\n\n".join([head, *parts]) + "\n", "utf-8")
+        title = [f"### {experiment.name} ({own[0].metric})", f"{experiment.note}."]
+        ran = [row for row in own if row.values]
+        whole += [*title, as_markdown(own, COLUMNS) if ran else "Nothing of it has run yet."]
+        whole += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
+        short += [*title, as_markdown(ran, SHORT)] if ran else []
+    for page, parts in ((PAGE, whole), (README, short)):
+        text = page.read_text("utf-8")
+        before, after = text[: text.index(TABLES) + len(TABLES)], text[text.index(END) :]
+        page.write_text("\n\n".join([before, *parts, after]), "utf-8")
+
+
+def as_markdown(rows: list[Row], columns: Sequence[str]) -> str:
+    """A table of some of the columns."""
+    header, lines = table(rows)
+    kept = [header.index(name) for name in columns if name in header]
+    cells = [[header[place] for place in kept], ["---"] * len(kept)]
+    cells += [[line[place] for place in kept] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 if __name__ == "__main__":
