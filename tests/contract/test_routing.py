@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import zinit
 from tests.contract.cases import Case
-from tests.contract.checks import run, set_implementation
+from tests.contract.checks import gradients, loss_of, run, set_implementation
 from tests.contract.test_generation import MODES, counted_projections, generate, nothing_is_kept
 from zinit.errors import ConfigError
 
@@ -167,6 +167,58 @@ def test_prompts_are_projected_once_for_all(case: Case, model: nn.Module) -> Non
             for _ in range(3):
                 run(case, model)
         assert counts == before
+
+
+INNER: list[list[str | None]] = [
+    ["plain", None, "short"],
+    ["ungated", "learned", "short"],
+    ["plain", "ungated", "learned"],
+]
+
+
+def test_routes_in_one_scope_compute_no_adapter_twice(case: Case, model: nn.Module) -> None:
+    """The second brings an adapter in, the third has none that is new; values loaded in between are noticed."""
+    handle = zinit.get_handle(model, "short")
+    expected = [one_by_one(case, model, route) for route in INNER]
+    with torch.no_grad(), counted_projections(model) as counts, handle.disabled(), handle.cached_kv():
+        projected: list[dict[str, int]] = []
+        for route, right in zip(INNER, expected, strict=True):
+            with handle.route(route):
+                assert difference(run(case, model), right) <= 1e-6
+            projected.append(dict(counts))
+        first, second, third = projected
+        new = zinit.get_handle(model, "ungated").parts["prefix"].prefixes
+        assert second == {site: first[site] + (site in new) for site in first}
+        assert third == second
+        with handle.route(INNER[0]):
+            handle.load_state_dict({name: -2 * tensor for name, tensor in handle.state_dict().items()})
+            after = run(case, model)
+    assert difference(after[2], expected[0][2]) > 1e-3
+    assert difference(after, one_by_one(case, model, INNER[0])) <= 1e-6
+    assert nothing_is_kept(model)
+
+
+def test_a_step_between_two_routes_is_noticed(case: Case, model: nn.Module) -> None:
+    """Nothing outlives the scope that it was computed in, and what is kept there has no part in gradients."""
+    handle = zinit.get_handle(model, "short")
+    with torch.no_grad(), handle.route(INNER[0]):
+        before = run(case, model)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(-2)
+    with torch.no_grad(), handle.route(INNER[0]):
+        assert difference(run(case, model)[2], before[2]) > 1e-3
+    handle.activate()
+    with handle.route(INNER[0]):
+        loss_of(case, model).backward()
+    expected = gradients(handle)
+    for parameter in handle.parameters():
+        parameter.grad = None
+    with handle.cached_kv(), handle.route(INNER[2]), handle.route(INNER[0]):
+        loss_of(case, model).backward()
+    for name, gradient in gradients(handle).items():
+        assert gradient.any()
+        assert torch.equal(gradient, expected[name])
 
 
 def test_wrong_routes_are_refused(case: Case, model: nn.Module) -> None:

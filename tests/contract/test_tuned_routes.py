@@ -16,6 +16,7 @@ from tests.contract.checks import run
 from tests.contract.test_generation import MODES, generate, nothing_is_kept
 from tests.contract.test_routing import difference, one_by_one, only
 from zinit.adapter.bias_by_sample import takes_weights_by_sample
+from zinit.adapter.bias_tuning import BiasTuning
 from zinit.errors import ConfigError
 
 PREFIX = zinit.PrefixConfig(length=4, layers=2, gate_init=0.7)
@@ -135,6 +136,36 @@ def test_values_loaded_inside_are_noticed(leader: Case) -> None:
     assert difference(after[1], before[1]) > 1e-3
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     assert difference(after, one_by_one(leader, model, ROUTE)) <= 1e-6
+
+
+INNER: list[list[str | None]] = [["paper", None, "input"], ["input", "lora", None], ["lora", "plain", "paper"]]
+
+
+def test_routes_in_one_scope_stack_no_tuning_twice(leader: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second brings an adapter in, the third has none that is new; values loaded in between are noticed."""
+    model, stacked = tuned(leader.build()), BiasTuning.stacked
+    handle = zinit.get_handle(model, "input")
+    expected = [one_by_one(leader, model, route) for route in INNER]
+    made: list[tuple[str, ...]] = []
+
+    def noted(on: Any, name: str, module: nn.Module) -> Any:
+        made.append(tuple(on))
+        return stacked(on, name, module)
+
+    monkeypatch.setattr(BiasTuning, "stacked", noted)
+    with torch.no_grad(), handle.disabled(), handle.cached_kv():
+        for number, (route, right) in enumerate(zip(INNER, expected, strict=True)):
+            made.clear()
+            with handle.route(route):
+                assert difference(run(leader, model), right) <= 1e-6
+            assert bool(made) == (number < 2)
+            assert number != 1 or ("paper", "input", "lora") in made
+        with handle.route(INNER[0]):
+            handle.load_state_dict({name: -tensor for name, tensor in handle.state_dict().items()})
+            after = run(leader, model)
+    assert difference(after[2], expected[0][2]) > 1e-3
+    assert difference(after, one_by_one(leader, model, INNER[0])) <= 1e-6
+    assert nothing_is_kept(model)
 
 
 def test_a_route_of_one_is_for_every_row(leader: Case) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import zinit
+from tests.contract.test_generation import counted_projections, nothing_is_kept
 from tests.serve.world import Asked, ask, folders, limits, models
 from zinit.errors import CheckpointError, ConfigError
 from zinit.serve.engine import Engine
@@ -229,6 +232,36 @@ def test_adapters_come_and_go_while_others_answer(engine: Engine, expected: dict
         engine.load("anna", str(folders()["anna"]))
     with pytest.raises(ConfigError, match=r"NAME=FOLDER"):
         engine.load("an/na", str(folders()["anna"]))
+
+
+def test_prompts_are_projected_once_for_all_requests(expected: dict[tuple[str, str], str]) -> None:
+    """Whatever batches an adapter is in, and until adapters come or go."""
+    served = models("anna", "bert", "tuned")
+    engine = Engine(served, limits()).start()
+    try:
+        with counted_projections(served.base) as counts:
+            first: dict[str, int] = {}
+            for _ in range(2):
+                asked = {key: ask(engine, *key) for key in expected if key[0] in ("anna", "bert")}
+                others = [ask(engine, "tuned", text) for text in TEXTS]
+                for key, one in asked.items():
+                    assert one.wait()[0].answer == expected[key]
+                assert all(one.wait() for one in others)
+                first = dict(counts)
+            assert ask(engine, "bert", TEXTS[0]).wait()[0].answer == expected["bert", TEXTS[0]]
+            assert counts == first
+            assert 0 < max(first.values()) <= 3
+            anna = weakref.ref(zinit.get_handle(served.base, "served0").parts["prefix"])
+            engine.load("again", str(folders()["talk"]))
+            engine.unload("anna")
+            gc.collect()
+            assert anna() is None, "what was taken away takes no memory"
+            assert ask(engine, "again", TEXTS[0]).wait()[0].answer == expected["talk", TEXTS[0]]
+            assert ask(engine, "bert", TEXTS[0]).wait()[0].answer == expected["bert", TEXTS[0]]
+            assert counts != first
+    finally:
+        engine.stop()
+    assert nothing_is_kept(served.base)
 
 
 def test_what_cannot_be_taken_is_refused(engine: Engine) -> None:

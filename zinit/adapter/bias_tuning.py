@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zinit.adapter.bias_by_sample import LinearBySample, NormBySample
+from zinit.adapter.bias_by_sample import LinearStack, NormStack
 from zinit.adapter.bias_modules import TunedLinear, TunedNorm, low_rank, normalize, scale_and_shift
-from zinit.adapter.tuning import Samples, TunedCall, TunedSamples, Tuning, build_tuning, place
+from zinit.adapter.tuning import TunedCall, TunedStack, Tuning, build_tuning, place
 from zinit.backbones.base import AttentionSite
 from zinit.backbones.layers import linears_of, norms_of, widths_of
 from zinit.config import TuningConfig
@@ -75,11 +75,11 @@ class BiasTuning(Tuning):
         return output
 
     @classmethod
-    def by_sample(cls, on: Mapping[str, Any], samples: Samples, name: str, module: nn.Module) -> TunedSamples:
-        """For each sample the scales, biases, LoRA and weights of its own adapter."""
+    def stacked(cls, on: Mapping[str, Any], name: str, module: nn.Module) -> TunedStack:
+        """The scales, biases, LoRA and weights of several adapters."""
         learned = {adapter: tuning.at(name) for adapter, tuning in on.items()}
-        kind = NormBySample if isinstance(next(iter(learned.values())), TunedNorm) else LinearBySample
-        return kind(learned, samples, module)
+        kind = NormStack if isinstance(next(iter(learned.values())), TunedNorm) else LinearStack
+        return kind(learned, module)
 
 
 def _linears(on: Sequence[BiasTuning], name: str, of_prompts: bool) -> list[TunedLinear]:

@@ -336,6 +336,7 @@ class Handle:
     def cached_kv(self) -> Iterator[None]:
         """Computes every prompt's keys and values once for all forward passes inside that want no gradient.
 
+        Routes inside, with whichever adapters, compute those of each adapter once.
         `model.generate` does this by itself. Weights changed inside are not noticed; outside nothing is kept.
         """
         with self.state.cached_kv():

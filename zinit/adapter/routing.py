@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zinit.adapter.parts import together
-from zinit.adapter.scopes import Change, Route, Scope, prompts_of, scope_of
+from zinit.adapter.scopes import Change, Kept, Route, Scope, prompts_of, scope_of
 from zinit.adapter.state import AdapterState
 from zinit.adapter.tuning import by_sample
 from zinit.backbones.base import ActivePrefix, AttentionSite, PrefixSlot
@@ -41,6 +41,7 @@ class RoutedPrefix:
         prefixes: {adapter: its prefix here}; some may have none.
         site: where it is.
         tuned: adapters that tune the host: their prompts pass their own tuning, and nobody else's.
+        kept: says what other routes have computed already, see `zinit.adapter.state.AdapterState.kept`.
 
     Attributes:
         prefixes: those that the route uses.
@@ -55,8 +56,9 @@ class RoutedPrefix:
         prefixes: Mapping[str, ZeroGatedPrefix],
         site: AttentionSite,
         tuned: Collection[str] = (),
+        kept: Callable[[], Kept | None] = lambda: None,
     ) -> None:
-        self.site, self.tuned = site, tuned
+        self.site, self.tuned, self.kept = site, tuned, kept
         self.prefixes = {name: prefixes[name] for name in dict.fromkeys(route) if name is not None and name in prefixes}
         self.samples, self.mask, self.by_query = len(route), None, None
         if not self.prefixes:
@@ -77,8 +79,22 @@ class RoutedPrefix:
             self.by_query = torch.tensor(by_query, device=device)[self.rows, None, None, None]
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each sample's keys and gated values, (R, H, K, D); what passes the same projections passes them together."""
-        prompts = {name: prefix.prompt() for name, prefix in self.prefixes.items() if hasattr(prefix, "prompt")}
+        """Each sample's keys and gated values, (R, H, K, D)."""
+        kept = self.kept()
+        pairs = {} if kept is None else kept.pairs
+        missing = {name: prefix for name, prefix in self.prefixes.items() if (prefix, dtype) not in pairs}
+        if missing:
+            own = self._of_each(missing, project, dtype)
+            pairs |= {(missing[name], dtype): pair for name, pair in own.items()}
+        found = [pairs[prefix, dtype] for prefix in self.prefixes.values()]
+        key, value = (self._for_each_row([pair[index] for pair in found]) for index in (0, 1))
+        return key, value
+
+    def _of_each(
+        self, prefixes: Mapping[str, ZeroGatedPrefix], project: ProjectKV, dtype: torch.dtype
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each adapter's keys and gated values; what passes the same projections passes them together."""
+        prompts = {name: prefix.prompt() for name, prefix in prefixes.items() if hasattr(prefix, "prompt")}
         projected: dict[str, tuple[Tensor, Tensor]] = {}
         through: dict[str, list[str]] = {}
         for name in prompts:
@@ -89,15 +105,13 @@ class RoutedPrefix:
             lengths = [len(prompts[name]) for name in names]
             pieces = zip(key.split(lengths, 2), value.split(lengths, 2), strict=True)
             projected |= dict(zip(names, pieces, strict=True))
-        pairs = [
-            prefix.keys_values(lambda _, name=name: projected[name], dtype) for name, prefix in self.prefixes.items()
-        ]
-        key, value = (self._for_each_row([pair[index] for pair in pairs]) for index in (0, 1))
-        return key, value
+        return {
+            name: prefix.keys_values(lambda _, name=name: projected[name], dtype) for name, prefix in prefixes.items()
+        }
 
     def _for_each_row(self, tensors: list[Tensor]) -> Tensor:
         longest = max(x.shape[2] for x in tensors)
-        padded = [F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in tensors]
+        padded = [x if x.shape[2] == longest else F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in tensors]
         return torch.cat([torch.zeros_like(padded[0]), *padded]).index_select(0, self.rows)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -143,16 +157,17 @@ def routed(state: AdapterState, names: Names) -> Iterator[None]:
         if name is not None:
             _check_routable(state, name)
     tuned = {name for tunings in state.tuned.values() for name in tunings}
+    found: dict[Any, Tensor] = {}
     with torch.no_grad():
         here = Route(
             tuple(route),
-            {site: _at_slot(route, slot, state.sites[site], tuned) for site, slot in state.slots.items()},
-            {module: by_sample(state, route, module) for module in state.tuned},
+            {site: _at_slot(state, route, slot, tuned) for site, slot in state.slots.items()},
+            {module: by_sample(state, route, module, found) for module in state.tuned},
             state.version,
         )
     state.routes += 1
     try:
-        with state.opened(Change(state.key, lambda scope: Scope(scope.on, here, scope.contexts))):
+        with state.opened(Change(state.key, lambda scope: Scope(scope.on, here, scope.contexts, kept=scope.kept))):
             yield
     finally:
         state.routes -= 1
@@ -174,7 +189,7 @@ def _check_routable(state: AdapterState, name: str) -> None:
         )
 
 
-def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite, tuned: Collection[str]) -> ActivePrefix | None:
+def _at_slot(state: AdapterState, route: Names, slot: PrefixSlot, tuned: Collection[str]) -> ActivePrefix | None:
     """The sum over the adapters' first prefixes here, their second ones, and so on; contexts are absent in a route.
 
     Those with a matrix in the place of prompts are computed apart.
@@ -187,7 +202,7 @@ def _at_slot(route: Names, slot: PrefixSlot, site: AttentionSite, tuned: Collect
             own[name] = [prefix for prefix in here if prefix.config.prompt != "context" and is_matrix(prefix) == matrix]
         for rank in range(max(map(len, own.values()), default=0)):
             at_rank = {name: parts[rank] for name, parts in own.items() if rank < len(parts)}
-            routed.append(RoutedPrefix(route, at_rank, site, tuned))
+            routed.append(RoutedPrefix(route, at_rank, state.sites[slot.site], tuned, state.kept))
     return together([prefix for prefix in routed if prefix.prefixes])
 
 

@@ -40,6 +40,21 @@ class CachedKV:
 
 
 @dataclass(frozen=True, eq=False)
+class Kept:
+    """What routes computed of single adapters, for other routes inside the same `Handle.cached_kv`.
+
+    Attributes:
+        version: of the adapters that it belongs to.
+        pairs: {(prefix, dtype): its keys and values}.
+        stacks: {(module, class of tunings): those of several adapters (`zinit.adapter.tuning.TunedStack`)}.
+    """
+
+    version: int
+    pairs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    stacks: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Route:
     """Each sample's own adapter.
 
@@ -65,6 +80,7 @@ class Scope:
         route: each sample's own adapter; it goes before ``on``.
         contexts: {adapter: its context}.
         cached: keys and values that hold as long as nothing else changes.
+        kept: what routes inside need not compute again, whichever adapters they name.
         known: {site: what was found there at the last call, see `zinit.adapter.state.AdapterState.at`}.
     """
 
@@ -72,6 +88,7 @@ class Scope:
     route: Route | None = None
     contexts: Mapping[str, Context] = field(default_factory=dict)
     cached: CachedKV | None = None
+    kept: Kept | None = None
     known: dict[str, Known] = field(default_factory=dict, init=False)
 
 

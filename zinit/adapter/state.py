@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zinit import compat
 from zinit.adapter.parts import Part, PrefixWithContext, together
-from zinit.adapter.scopes import SCOPES, CachedKV, Change, Scope, SwitchOn, changes_of, opened, refresh, scope_of
+from zinit.adapter.scopes import SCOPES, CachedKV, Change, Kept, Scope, SwitchOn, changes_of, opened, refresh, scope_of
 from zinit.backbones.base import ActivePrefix, AtSlot, AttentionSite, Backbone, PrefixSlot
 from zinit.distributed import is_shard
 from zinit.errors import ConfigError
@@ -296,13 +296,23 @@ class AdapterState:
     @contextmanager
     def cached_kv(self) -> Iterator[None]:
         """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones."""
-        outer = (scope_of(self.key) or self.no_scope).cached
+        scope = scope_of(self.key) or self.no_scope
+        outer, kept = scope.cached, scope.kept
         holds = outer is not None and outer.version == self.version
         cached = outer if outer is not None and holds else CachedKV(self.version, {})
-        with self.opened(Change(self.key, lambda scope: replace(scope, cached=cached))):
+        if kept is None or kept.version != self.version:
+            kept = Kept(self.version)
+        with self.opened(Change(self.key, lambda scope: replace(scope, cached=cached, kept=kept))):
             if not holds:
                 cached.pairs.update(self._compute_ahead())
             yield
+
+    def kept(self) -> Kept | None:
+        """What routes may use again and add to; None where gradients are wanted, or no `cached_kv` is open."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        kept = self.scope().kept
+        return kept if kept is not None and kept.version == self.version else None
 
     @torch.no_grad()
     def _compute_ahead(self) -> dict[str, tuple[Any, Any]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
@@ -53,16 +53,30 @@ class Tuning(nn.Module, ABC):
         """
 
     @classmethod
-    def by_sample(cls, on: Mapping[str, Self], samples: Samples, name: str, module: nn.Module) -> TunedSamples | None:
-        """What a module's tunings come to in a route; None if this class cannot tell samples apart.
+    def stacked(cls, on: Mapping[str, Self], name: str, module: nn.Module) -> TunedStack | None:
+        """A module's tunings side by side, for routes; None if this class cannot tell samples apart.
 
         Args:
             on: {adapter: its tuning}, all of this class and with this target.
-            samples: of the route.
             name: the module's.
             module: the host's own.
         """
         return None
+
+
+class TunedStack(Protocol):
+    """A module's tunings of several adapters, of which routes take what their samples need.
+
+    Attributes:
+        numbers: {adapter: its place}, from 1.
+    """
+
+    @property
+    def numbers(self) -> Mapping[str, int]: ...
+
+    def of(self, samples: Samples) -> TunedSamples:
+        """What they come to in a route."""
+        ...
 
 
 class TunedSamples(Protocol):
@@ -77,7 +91,7 @@ class TunedSamples(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Samples:
     """A route as one module sees it.
 
@@ -85,32 +99,41 @@ class Samples:
         names: for each of the R samples an adapter, or None.
         module: its name.
         site: the attention module whose batch is this module's too.
+        found: what `numbers` gave before, shared by the modules of a route.
     """
 
     names: tuple[str | None, ...]
     module: str
     site: AttentionSite
+    found: dict[Any, Tensor] = field(default_factory=dict)
 
-    def numbers(self, adapters: Iterable[str], device: torch.device) -> Tensor:
-        """(R,), the number of each sample's adapter among these, from 1; 0 is none of them."""
-        number = {name: 1 + index for index, name in enumerate(adapters)}
-        return torch.tensor([0 if name is None else number.get(name, 0) for name in self.names], device=device)
+    @functools.cached_property
+    def in_blocks(self) -> bool:
+        """Whether the module is in a layer; beside them a row may be a sample, pooled."""
+        return self.module.startswith(f"{self.site.tower}.")
 
-    def spread(self, x: Tensor, batch: Tensor) -> Tensor:
-        """(R, C) to (B, 1, ..., C), beside what a module takes or gives: (B, ..., any width).
+    def numbers(self, of: Mapping[str, int], device: torch.device) -> Tensor:
+        """(R,), the number of each sample's adapter; 0 where it has none."""
+        key = (*of.items(), device)
+        if key not in self.found:
+            numbers = [0 if name is None else of.get(name, 0) for name in self.names]
+            self.found[key] = torch.tensor(numbers, device=device)
+        return self.found[key]
+
+    def spread(self, batch: Tensor, *numbers: Tensor | None) -> list[Any]:
+        """(R, C) to (B, 1, ..., C), beside what a module takes or gives: (B, ..., any width); None to None.
 
         Raises:
             ConfigError: if it is not known which sample a row is of.
         """
         self.check(batch)
-        if len(x) not in (1, len(batch)):
-            x = x.repeat_interleave(len(batch) // len(x), dim=0)
-        return x.view(len(x), *[1] * (batch.dim() - 2), -1)
+        rows, ones = len(batch), [1] * (batch.dim() - 2)
+        some = [x if x is None or len(x) in (1, rows) else x.repeat_interleave(rows // len(x), 0) for x in numbers]
+        return [None if x is None else x.view(len(x), *ones, -1) for x in some]
 
     def check(self, batch: Tensor) -> None:
         """Whether it is known which sample each row of (B, ..., any width) is of; raises as `spread` does."""
-        in_blocks = self.module.startswith(f"{self.site.tower}.")  # beside them a row may be a sample, pooled
-        if len(self.names) > 1 and in_blocks and batch.dim() < 3:
+        if batch.dim() < 3 and len(self.names) > 1 and self.in_blocks:
             raise ConfigError(
                 f"{self.module} takes words without their samples, {tuple(batch.shape)}, so a route cannot give each "
                 f"sample its own tuning there. Tune other layers (linears=[...]), or call the adapters one by one."
@@ -189,34 +212,53 @@ class TuningHook:
         state, prompts = self.state, prompts_at_hand()
         on = state.tunings_on() if prompts is None else (prompts,)
         kinds: dict[type[Tuning], list[Tuning]] = {}
+        if not on:
+            return kinds
         for adapter, tuning in state.tuned[self.name].items():
             if adapter in on:
                 kinds.setdefault(type(tuning), []).append(tuning)
         return kinds
 
 
-def by_sample(state: AdapterState, names: Sequence[str | None], module: str) -> Sequence[TunedSamples]:
+def by_sample(
+    state: AdapterState, names: Sequence[str | None], module: str, found: dict[Any, Tensor] | None = None
+) -> Sequence[TunedSamples]:
     """What a module's tunings come to in a route, one for each class of tunings.
+
+    Args:
+        state: the model's.
+        names: of the route.
+        module: its name.
+        found: see `Samples`.
 
     Raises:
         ConfigError: if one of them cannot tell samples apart.
     """
-    kinds: dict[type[Tuning], dict[str, Tuning]] = {}
-    for adapter, tuning in state.tuned[module].items():
-        if adapter in names:
-            kinds.setdefault(type(tuning), {})[adapter] = tuning
-    samples = Samples(tuple(names), module, state.beside[module])
-    found: list[TunedSamples] = []
-    for kind, on in kinds.items():
-        made = kind.by_sample(on, samples, module, state.model.get_submodule(module))
-        if made is None:
-            raise ConfigError(
-                f"the adapter {next(iter(on))!r} tunes modules of the host ({kind.__name__}), which are the same for "
-                f"all samples of a batch, and cannot be part of a route. Activate it and call the model with its "
-                f"samples alone."
-            )
-        found.append(made)
-    return found
+    wanted = set(names)
+    kinds = dict.fromkeys(type(tuning) for adapter, tuning in state.tuned[module].items() if adapter in wanted)
+    samples = Samples(tuple(names), module, state.beside[module], {} if found is None else found)
+    return [_stack(state, module, kind, wanted).of(samples) for kind in kinds]
+
+
+def _stack(state: AdapterState, module: str, kind: type[Tuning], wanted: Collection[str | None]) -> TunedStack:
+    """The tunings of these adapters, and of others that another route has needed."""
+    kept = state.kept()
+    found: TunedStack | None = None if kept is None else kept.stacks.get((module, kind))
+    of_kind = {adapter: tuning for adapter, tuning in state.tuned[module].items() if type(tuning) is kind}
+    before: Collection[str] = () if found is None else found.numbers
+    if found is not None and all(adapter in before for adapter in of_kind if adapter in wanted):
+        return found
+    on = {adapter: tuning for adapter, tuning in of_kind.items() if adapter in wanted or adapter in before}
+    made = kind.stacked(on, module, state.model.get_submodule(module))
+    if made is None:
+        raise ConfigError(
+            f"the adapter {next(iter(on))!r} tunes modules of the host ({kind.__name__}), which are the same for "
+            f"all samples of a batch, and cannot be part of a route. Activate it and call the model with its "
+            f"samples alone."
+        )
+    if kept is not None:
+        kept.stacks[module, kind] = made
+    return made
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._groups: dict[str, Group] = {}
+        self._kept, self._keeps = ExitStack(), False  # see `_keep`
         self._wake = threading.Condition()
         self._stopping = False
         self._tokenizing = threading.Lock()  # a tokenizer is not made for several threads
@@ -221,6 +223,7 @@ class Engine:
                     group.close()
                     del self._groups[key]
         self._fail(lambda row: True, STOPPING)
+        self._forget()
         for _, future in self._calls:
             future.set_exception(Refused(STOPPING.message, status=STOPPING.status))
 
@@ -229,6 +232,7 @@ class Engine:
             function, future = self._calls.popleft()
             for group in self._groups.values():
                 group.close()
+            self._forget()
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -266,9 +270,22 @@ class Engine:
                 if id(row.ticket) not in seen:
                     seen[id(row.ticket)] = row.served.see(row.images)
                 row.context = seen[id(row.ticket)]
+        self._keep(rows)
         if key not in self._groups:
             self._groups[key] = Group(self._models.base, key)
         self._groups[key].add(rows)
+
+    def _keep(self, rows: list[Row]) -> None:
+        """Opens a scope in which each adapter's keys and values are computed once, whatever batches it is in."""
+        handle = next((row.served.handle for row in rows if row.served.handle is not None), None)
+        if handle is not None and not self._keeps:
+            self._kept.enter_context(handle.disabled())  # nothing is on but what a batch says
+            self._kept.enter_context(handle.cached_kv())
+            self._keeps = True
+
+    def _forget(self) -> None:
+        self._kept.close()
+        self._keeps = False
 
     def _try(self, rows: list[Row], action: Callable[[], None]) -> None:
         """An error ends the requests that it is of, and nothing else."""

@@ -117,7 +117,7 @@ class Group:
     """Rows of one batch.
 
     The scope that gives each row its adapter lives in a context of its own, so that several groups may be open in one
-    thread; it is made anew when rows have come or gone.
+    thread; it is made anew when rows have come or gone, inside the scopes of the thread itself.
 
     Args:
         model: the base.
@@ -128,7 +128,7 @@ class Group:
         self.model, self.key = model, key
         self.rows: list[Row] = []
         self.batch = Batch(model)
-        self._thread = contextvars.Context()
+        self._thread = contextvars.copy_context()
         self._scope = ExitStack()
         self._of: tuple[Row, ...] = ()  # the rows that the open scope is of
 
@@ -162,7 +162,7 @@ class Group:
     def close(self) -> None:
         """Leaves the scope: adapters may come and go."""
         self._thread.run(self._scope.close)
-        self._of = ()
+        self._thread, self._of = contextvars.copy_context(), ()
 
     def _open(self) -> None:
         if self._of == tuple(self.rows):
