@@ -199,6 +199,9 @@ class Side:
         """One round of a work."""
         if work not in self.made:
             self.made[work] = WORKS[work](self.model, self.handle, self.shape)
+            self.made[work]()
+            gc.collect()
+            gc.freeze()  # else the search for garbage before each round would take longer than a short round
         return self.made[work]()
 
     def come(self) -> None:
