@@ -9,8 +9,8 @@ Each checkout has one living process, with one thread and pinned to the same cor
 and the order within a pair alternates. They are forks of one that has built the model, so its weights lie at the same
 place for all. Where the rest of a process's memory lies is luck that lasts as long as it does, so pairs are spread over
 several lives; how fast the machine is changes from second to second, so many short rounds (``--tokens 8 --length 16``)
-tell more than a few long ones. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives are drawn first,
-then pairs within them.
+tell more than a few long ones. Reported are the median over pairs of new / old and its bootstrap 95 % interval: lives
+are drawn first, then pairs within them.
 Beside it, measured alike and at the same time: two processes of the new checkout, which shows what the method itself
 can tell apart. ``--together`` leaves less to luck: the checkouts take turns in one process, so that not only the frozen
 weights but all else in memory is shared; what a process pays for having more imported is not seen there.
