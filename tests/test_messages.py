@@ -95,7 +95,7 @@ MESSAGES: dict[str, Message] = {
         error=ConfigError,
         got="got 'all'",
         expected="a count of topmost layers",
-        next_step="null for all",
+        next_step="none for all",
     ),
     "layers-order": Message(
         mistake=lambda _: PrefixConfig(layers=(2, 1)),
@@ -158,7 +158,7 @@ MESSAGES: dict[str, Message] = {
         error=BackboneError,
         got="layers=4",
         expected="has 3 attention layers",
-        next_step="Choose 1 to 3, or null for all",
+        next_step="Choose 1 to 3, or none for all",
     ),
     "layers-too-high": Message(
         mistake=lambda _: zinit.attach(causal_lm("Llama"), PrefixConfig(layers=(1, 3))),

@@ -229,12 +229,12 @@ def documented_arguments(settings: type) -> dict[str, str]:
 Layers = Annotated[
     PositiveInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None,
     CommaSeparatedNumbers,
-    Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or null for all"),
+    Words("a count of topmost layers (at least 1), a list of 0-based layers such as [2, 3, 4], or none for all"),
 ]
 Towers = Annotated[
     Annotated[tuple[Name, ...], MinLen(1)] | None,
     CommaSeparated,
-    Words("a list of names such as ['vision_model'], or null for all"),
+    Words("a list of names such as ['vision_model'], or none for all"),
 ]
 
 

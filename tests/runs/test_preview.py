@@ -14,7 +14,7 @@ from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.runs import train as runs
 from zinit.runs.config import RunConfig
 from zinit.runs.presets import Preset
-from zinit.runs.preview import Preview, settle
+from zinit.runs.preview import Preview, overruled, settle
 from zinit.runs.settings import resolve
 from zinit.train.events import Event, Notice, Stage
 
@@ -70,6 +70,33 @@ def test_settings_are_refused_before_the_weights_are_loaded(
     config, preset = resolve(backbone="llama", model=model, data=data, options=options)
     with pytest.raises((BackboneError, ConfigError, DataError), match=says):
         runs.train_run(config, tmp_path / "run", preset=preset)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+def test_an_encoder_that_cannot_be_one_is_refused_before_anything_is_loaded(data: str, tmp_path: Path) -> None:
+    said: list[Event] = []
+    options: dict[str, Any] = {"task": "conversation", "method": "imagebind-llm", "model": "some/model", "data": data}
+    config, _ = resolve(backbone="llama", encoder="vectors:abc", **options)
+    with pytest.raises(ConfigError, match=r"--encoder vectors:1024.*got vectors:abc"):
+        runs.train_run(config, tmp_path / "run", on_event=said.append)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("prefix-tuning-plus", ["prefix.length=20", "prefix.layers=3"], ["prefix.length=20"]),
+        ("prefix-tuning-plus", ["prefix.layers=3"], []),
+        ("random-gate", ["prefix.gate_init=0.5", "prefix.length=20"], ["prefix.gate_init=0.5"]),
+        ("bias-tuning", ["prefix.length=20"], ["prefix.length=20"]),
+        ("zero-init", ["prefix.length=20", "prefix.gate_init=0.5"], []),
+        ("lora", ["prefix.length=20"], []),
+        ("random-gate", ["parts.a.length=3", "parts.b.gate_init=0.5"], ["parts.b.gate_init=0.5"]),
+    ],
+)
+def test_what_a_method_decides_by_itself_is_said(method: str, options: list[str], says: list[str], model: str) -> None:
+    config, _ = resolve(backbone="llama", method=method, model=model, data="some", options=options)
+    assert overruled(config) == says
 
 
 def test_no_method_is_refused_for_a_prefix_that_it_has_not(model: str, data: str) -> None:

@@ -129,6 +129,13 @@ class EncoderLibrary(ABC):
             ConfigError: if it gives no sequence of tokens.
         """
 
+    def check(self, source: str, *, revision: str | None = None, bgr: bool = False) -> None:  # noqa: B027 - most have nothing
+        """What can be said of a source before anything is loaded.
+
+        Raises:
+            ConfigError: if it cannot be one.
+        """
+
     @abstractmethod
     def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
         """An encoder.
@@ -164,16 +171,23 @@ def load_feature_encoder(
     """
     if isinstance(source, Encoder):
         return source
-    libraries: list[EncoderLibrary] = [ENCODERS.get(name) for name in sorted(ENCODERS, key=FALLBACK.__eq__)]
     if isinstance(source, nn.Module):
-        for library in libraries:
+        for library in _libraries():
             if (encoder := library.wrap(source, bgr=bgr)) is not None:
                 return encoder
         raise ConfigError(f"{type(source).__name__} is no image model of transformers or timm; pass an `Encoder`.")
-    library = next(library for library in libraries if library.knows(str(source)))
-    encoder = library.load(source, revision=revision, bgr=bgr)
+    encoder = library_of(str(source)).load(source, revision=revision, bgr=bgr)
     device = None if beside is None else next(beside.parameters()).device
     return encoder if device is None or device.type == "meta" else encoder.to(device)
+
+
+def library_of(source: str) -> EncoderLibrary:
+    """The library that loads the encoder of a folder, name or Hub id."""
+    return next(library for library in _libraries() if library.knows(source))
+
+
+def _libraries() -> list[EncoderLibrary]:
+    return [ENCODERS.get(name) for name in sorted(ENCODERS, key=FALLBACK.__eq__)]
 
 
 def same_encoder(

@@ -52,7 +52,7 @@ def _select_layers(
         if config.layers > len(sites):
             raise BackboneError(
                 f"{where} has {len(sites)} attention layers, but layers={config.layers} asks for more. "
-                f"Choose 1 to {len(sites)}, or null for all.{others}"
+                f"Choose 1 to {len(sites)}, or none for all.{others}"
             )
         return sites[-config.layers :]
     if config.layers[-1] >= len(sites):

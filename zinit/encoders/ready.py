@@ -85,18 +85,23 @@ class VectorsLibrary(EncoderLibrary):
         """None: there is no module."""
         return None
 
+    def check(self, source: str, *, revision: str | None = None, bgr: bool = False) -> None:
+        """See `zinit.adapter.encoding.EncoderLibrary.check`: the source names a width."""
+        if SOURCE.fullmatch(source) is None or bgr or revision is not None:
+            raise ConfigError(
+                f"ready features are named by their width, --encoder vectors:1024, or by number and width, "
+                f"vectors:16x1024, without bgr and revision; got {source}."
+            )
+
     def load(self, source: str | Path, *, revision: str | None = None, bgr: bool = False) -> Encoder:
         """See `zinit.adapter.encoding.EncoderLibrary.load`.
 
         Raises:
             ConfigError: if the source names no width.
         """
+        self.check(str(source), revision=revision, bgr=bgr)
         found = SOURCE.fullmatch(str(source))
-        if found is None or bgr or revision is not None:
-            raise ConfigError(
-                f"ready features are named by their width, --encoder vectors:1024, or by number and width, "
-                f"vectors:16x1024, without bgr and revision; got {source}."
-            )
+        assert found is not None
         return ReadyVectors(int(found[2]), None if found[1] is None else int(found[1]), source=str(source))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zinit.adapter.encoding import Encoder, load_feature_encoder
+from zinit.adapter.encoding import Encoder, library_of, load_feature_encoder
 from zinit.adapter.sources import ContextSource
 from zinit.config import setting_names
 from zinit.demo import clip_path
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 
     from zinit.adapter.handle import Handle
     from zinit.tasks.base import Task
+
+
+def check_encoder(config: RunConfig) -> None:
+    """What can be said of a run's encoder before anything is loaded.
+
+    Raises:
+        ConfigError: if what is named cannot be one.
+    """
+    own = config.encoder
+    if config.context is not None and own.source is not None:
+        library_of(own.source).check(own.source, revision=own.revision, bgr=own.bgr)
 
 
 def load_encoder(config: RunConfig, *, beside: nn.Module) -> Encoder | None:

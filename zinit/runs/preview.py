@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
-from zinit.config import PrefixConfig
+from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError
 from zinit.methods import METHODS
 from zinit.models.loading import load_on_meta
 from zinit.models.room import check_positions, positions
 from zinit.runs.build import demo_model
-from zinit.runs.config import RunConfig
+from zinit.runs.config import PARTS, RunConfig
 from zinit.runs.presets import Preset
 from zinit.tasks import TASKS
 from zinit.train.config import TrainConfig
@@ -149,8 +149,24 @@ def picked(config: RunConfig, task: Task) -> str:
             *(f"{role}: {own['numbers']:,} numbers at rate {own['rate']:.3g}" for role, own in rates.items()),
             f"{plan.steps} steps, {plan.warmup} of them warm-up",
             *([] if longest is None else [f"at most {longest} tokens"]),
+            *(f"{setting} plays no part in {config.method}" for setting in overruled(config)),
         ]
     )
+
+
+def overruled(config: RunConfig) -> list[str]:
+    """Settings of the prefix that say something else than the default, which the method decides by itself."""
+    asked, method = config.adapter(), METHODS.get(config.method)(config.method_options)
+    made: AdapterConfig | None = method.attached(asked)
+    found: list[str] = []
+    for name, part in () if made is None else asked.parts.items():
+        own = made.parts.get(name)
+        start = f"{PARTS}.{name}" if config.parts else "prefix"
+        for setting, value in part.to_dict().items():
+            kept = own is not None and getattr(own, setting) == getattr(part, setting)
+            if not kept and getattr(part, setting) != getattr(PrefixConfig(), setting):
+                found.append(f"{start}.{setting}={value}")
+    return found
 
 
 def _learned(part: PrefixConfig) -> str:

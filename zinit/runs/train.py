@@ -32,7 +32,7 @@ from zinit.runs.directory import (
 )
 from zinit.runs.evaluate import controlled, evaluate
 from zinit.runs.identity import PLACES, flat_settings, identity_of
-from zinit.runs.images import encode_images
+from zinit.runs.images import check_encoder, encode_images
 from zinit.runs.preview import fit_warmup, picked, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
 from zinit.runs.start import WarmStart, check_has_start, check_same_start
@@ -140,8 +140,9 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     settings = {name: value for name, value in flat_settings(config).items() if name not in PLACES}
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
     set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
-    on_event(Stage(f"loading model and data; {describe(accelerator)}"))
     check_has_start(config)
+    check_encoder(config)
+    on_event(Stage(f"loading model and data; {describe(accelerator)}"))
     examples = read_data(config, device=accelerator.device)
     config, notes = settle(config, preset)
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
