@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from zinit.bench.cells import Experiment
-from zinit.bench.plan import Benchmark, make_benchmark
-from zinit.bench.runner import Event, Runner
+from zinit.bench.plan import REFERENCE, Benchmark, make_benchmark
+from zinit.bench.runner import Event, Runner, read_cells, score
 from zinit.bench.summary import Row, summarise, table
 
 OUTPUT = RESULTS / "real"
@@ -53,6 +53,8 @@ COLUMNS = (
     ),
     *("seeds", "samples"),
 )
+DIFFERENCES = ("method", "minus zero-init", "loss minus zero-init", "trainable", "seeds")
+FAMILY = ("zero-init", "zero-init-tuned")  # whose best member is compared with the others a second time
 SHORT = ("method", "mean", "minus zero-init", "loss", "loss minus zero-init", "forgetting", "trainable", "seeds")
 
 
@@ -192,15 +194,38 @@ def write_page(benchmark: Benchmark) -> None:
         whole += [*title, as_markdown(own, COLUMNS) if ran else "Nothing of it has run yet."]
         whole += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
         short += [*title, as_markdown(ran, SHORT)] if ran else []
+        if best := best_member(experiment):
+            whole += [
+                f"Differences from {best}, the better one of {' and '.join(FAMILY)} on the validation part:",
+                as_markdown(differences(benchmark, experiment, best), DIFFERENCES, reference=best),
+            ]
     for page, parts in ((PAGE, whole), (README, short)):
         text = page.read_text("utf-8")
         before, after = text[: text.index(TABLES) + len(TABLES)], text[text.index(END) :]
         page.write_text("\n\n".join([before, *parts, after]), "utf-8")
 
 
-def as_markdown(rows: list[Row], columns: Sequence[str]) -> str:
+def best_member(experiment: Experiment) -> str | None:
+    """The one of `FAMILY` with the best trial; None where that is zero-init itself, or not known yet."""
+    finished = {cell["id"]: cell for cell in read_cells(OUTPUT)}
+    found = {name: [cell for cell in experiment.selection_cells() if cell.method == name] for name in FAMILY}
+    if not all(cells and all(cell.id in finished for cell in cells) for cells in found.values()):
+        return None
+    best = max(FAMILY, key=lambda name: max(score(experiment, finished[cell.id]) for cell in found[name]))
+    return None if best == REFERENCE else best
+
+
+def differences(benchmark: Benchmark, experiment: Experiment, reference: str) -> list[Row]:
+    """The rows of the methods that have run, compared with one of them."""
+    rows = summarise(replace(benchmark, experiments=(experiment,)), OUTPUT, reference)
+    return [row for row in rows if row.values and row.method != reference]
+
+
+def as_markdown(rows: list[Row], columns: Sequence[str], reference: str = REFERENCE) -> str:
     """A table of some of the columns."""
     header, lines = table(rows)
+    header = [name.replace(f"minus {REFERENCE}", f"minus {reference}") for name in header]
+    columns = [name.replace(f"minus {REFERENCE}", f"minus {reference}") for name in columns]
     kept = [header.index(name) for name in columns if name in header]
     cells = [[header[place] for place in kept], ["---"] * len(kept)]
     cells += [[line[place] for place in kept] for line in lines]

@@ -302,15 +302,17 @@ def final_cells(benchmark: Benchmark, output: Path) -> list[Cell]:
 
 def choose(experiment: Experiment, finished: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     """The settings with the best metric, by method and varied values; only where every trial is finished."""
-    metric = experiment.select.metric or experiment.metric
-    sign = -1.0 if TASKS.get(str(experiment.task)).direction(metric) == "lower" else 1.0
-
-    def score(cell: Cell) -> float:
-        value = ((finished[cell.id].get("metrics") or {}).get("adapted") or {}).get(metric)
-        return sign * value if value is not None and math.isfinite(value) else -math.inf  # refused or diverged: last
-
     return {
-        key: max(trials, key=lambda trial: score(trial[0]))[1]
+        key: max(trials, key=lambda trial: score(experiment, finished[trial[0].id]))[1]
         for key, trials in experiment.trials().items()
         if all(cell.id in finished for cell, _ in trials)
     }
+
+
+def score(experiment: Experiment, trial: dict[str, Any]) -> float:
+    """What a finished trial is judged by, larger being better."""
+    metric = experiment.select.metric or experiment.metric
+    value = ((trial.get("metrics") or {}).get("adapted") or {}).get(metric)
+    if value is None or not math.isfinite(value):
+        return -math.inf  # refused or diverged: last
+    return -value if TASKS.get(str(experiment.task)).direction(metric) == "lower" else value

@@ -102,12 +102,13 @@ class Row:
         return {**own, "mean": self.mean, "std": self.std}
 
 
-def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
+def summarise(benchmark: Benchmark, output: Path, reference: str = REFERENCE) -> list[Row]:
     """One row per experiment, setting and method, in the benchmark's order.
 
     Args:
         benchmark: what was to be run.
         output: its folder.
+        reference: the method that the others are compared with.
     """
     finished = {cell["id"]: cell for cell in read_cells(output)}
     rows = _empty_rows(benchmark)
@@ -121,9 +122,9 @@ def summarise(benchmark: Benchmark, output: Path) -> list[Row]:
     tasks = {experiment.name: TASKS.get(str(experiment.task)) for experiment in benchmark.experiments}
     for row in rows.values():
         row.paper = tasks[row.experiment].paper_figure(row.method, row.dataset, row.metric)
-        reference = rows.get(_key(row.experiment, REFERENCE, row.vary))
-        if reference is not None and reference is not row:
-            _compare(row, reference)
+        other = rows.get(_key(row.experiment, reference, row.vary))
+        if other is not None and other is not row:
+            _compare(row, other)
     return list(rows.values())
 
 
