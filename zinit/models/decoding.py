@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):
         """Writes further columns; see `DynamicLayer.update`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.own(key_states, value_states)
+            self.own(key_states, value_states, used=key_states.shape[2])
             return key_states, value_states
         used = self.used
         end = used[0].shape[2] + key_states.shape[2]
@@ -50,10 +50,26 @@ class GrowingLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
-    def own(self, keys: Tensor, values: Tensor) -> None:
-        """Takes over memory, all of whose columns are in use."""
-        self.memory = (keys, values)
-        self.keys, self.values = keys, values
+    def own(self, *memory: Tensor, used: int) -> None:
+        """Takes over memory for keys and values, whose first columns are in use."""
+        self.memory = memory
+        self.keys, self.values = (x[:, :, :used] for x in memory)
+
+    def keep(self, rows: Tensor, start: int) -> None:
+        """Some rows from a column on, and the room behind them."""
+        used = self.used[0].shape[2] - start
+        self.own(*(x[:, :, start:].index_select(0, rows) for x in self.memory), used=used)
+
+    def join(self, other: GrowingLayer, width: int) -> None:
+        """Takes over the rows of another layer behind its own, all padded on the left to a width."""
+        joined = []
+        for mine, new in zip(self.used, other.used, strict=True):
+            rows = len(mine)
+            both = mine.new_zeros(rows + len(new), mine.shape[1], width + ROOM, mine.shape[3])
+            both[:rows, :, width - mine.shape[2] : width] = mine
+            both[rows:, :, width - new.shape[2] : width] = new
+            joined.append(both)
+        self.own(*joined, used=width)
 
 
 class Batch:
@@ -112,7 +128,7 @@ class Batch:
         self.lengths = [self.lengths[row] for row in rows]
         index, start = torch.tensor(rows, device=self.model.device), width - self.width
         for layer in self._cache.layers if rows else ():
-            layer.own(*(x[:, :, start:].index_select(0, index) for x in layer.used))
+            layer.keep(index, start)
 
     def join(self, other: Batch) -> None:
         """Takes over all rows of another batch, behind its own."""
@@ -121,8 +137,7 @@ class Batch:
             return
         width = max(self.width, other.width)
         for layer, new in zip(self._cache.layers, other._cache.layers, strict=True):
-            pairs = zip(layer.used, new.used, strict=True)
-            layer.own(*(torch.cat([_padded(x, width) for x in pair]) for pair in pairs))
+            layer.join(new, width)
         self.lengths = self.lengths + other.lengths
 
     def _mask(self) -> Tensor:
@@ -141,10 +156,6 @@ class Batch:
             **self._keep,
         )
         return output.logits[:, -1].float()
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, 0, width - x.shape[2], 0))
 
 
 class Chooser:
