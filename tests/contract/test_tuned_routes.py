@@ -168,6 +168,19 @@ def test_routes_in_one_scope_stack_no_tuning_twice(leader: Case, monkeypatch: py
     assert nothing_is_kept(model)
 
 
+def test_a_route_multiplies_by_the_lora_of_its_own_adapters_alone(leader: Case) -> None:
+    """Whichever adapters other routes in the same scope have named: a server has seen many."""
+    model = tuned(leader.build())
+    handle = zinit.get_handle(model, "plain")
+    with torch.no_grad(), handle.disabled(), handle.cached_kv():
+        for route, ranks in ((["input", "lora", None], 5), (["lora", None, "plain"], 2), (["paper", None, "plain"], 0)):
+            with handle.route(route):
+                scope = handle.state.scope()
+                assert scope.route is not None
+                found = [one for each in scope.route.tuned.values() for one in each if hasattr(one, "down")]
+                assert {0 if one.down is None else len(one.down) for one in found} == {ranks}
+
+
 def test_a_route_of_one_is_for_every_row(leader: Case) -> None:
     model = tuned(leader.build())
     with zinit.get_handle(model, "plain").route(["lora"]):

@@ -28,7 +28,7 @@ class LinearStack:
         input_scale: (1 + A, C) for A adapters, or None; ``scale`` and ``shift`` alike.
         down: (ranks of all, C), or None.
         up: (C, ranks of all), or None.
-        owner: (ranks of all), the number of the adapter.
+        owner: for each rank the number of its adapter.
     """
 
     def __init__(self, on: Mapping[str, TunedLinear], module: nn.Module) -> None:
@@ -43,12 +43,11 @@ class LinearStack:
         self.shift = _cast(shift if scale is None or shift is None else scale * shift, dtype)
         self.scale = _cast(scale, dtype)
         ranks = [(index, own) for index, own in enumerate(learned, 1) if own.lora_down is not None]
-        self.down = self.up = self.owner = None
+        self.down = self.up = None
+        self.owner = [index for index, own in ranks for _ in range(len(own.lora_down))]  # pyright: ignore
         if ranks:
             self.down = torch.cat([own.lora_down for _, own in ranks]).to(dtype)  # pyright: ignore
             self.up = torch.cat([own.lora_up for _, own in ranks], dim=1).to(dtype)  # pyright: ignore
-            owner = [index for index, own in ranks for _ in range(len(own.lora_down))]  # pyright: ignore
-            self.owner = torch.tensor(owner, device=self.device)
 
     def of(self, samples: Samples) -> LinearBySample:
         """Each sample's own."""
@@ -64,12 +63,17 @@ class LinearBySample:
     """
 
     def __init__(self, stack: LinearStack, samples: Samples) -> None:
-        self.samples, self.down, self.up = samples, stack.down, stack.up
+        self.samples, self.down, self.up, self.own = samples, None, None, None
         rows = samples.numbers(stack.numbers, stack.device)
         self.input_scale, self.scale, self.shift = (
             None if x is None else x.index_select(0, rows) for x in (stack.input_scale, stack.scale, stack.shift)
         )
-        self.own = None if stack.owner is None else stack.owner == rows[:, None]
+        numbers = {stack.numbers.get(name) for name in set(samples.names) if name is not None}
+        ranks = [rank for rank, number in enumerate(stack.owner) if number in numbers]
+        if ranks and stack.down is not None and stack.up is not None:
+            index = torch.tensor(ranks, device=stack.device)
+            self.down, self.up = stack.down.index_select(0, index), stack.up.index_select(1, index)
+            self.own = torch.tensor([stack.owner[rank] for rank in ranks], device=stack.device) == rows[:, None]
 
     def changed_input(self, call: TunedCall) -> tuple[Any, ...]:
         """``s * x``."""
