@@ -79,3 +79,33 @@ def test_a_tuning_alone_is_recomputed_as_it_was() -> None:
         loss.backward()
         gradients.append(model.get_input_embeddings().weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("config", [OPEN, tuned()], ids=["prefix", "tuning"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_step_inside_a_route_is_seen_by_layers_that_are_computed_again(config: Any, use_reentrant: bool) -> None:
+    """A reentrant checkpoint runs its layer without gradients first: nothing that was kept must be used there."""
+    model: Any = causal_lm("Llama").train()
+    handles = [zinit.attach(model, config, name=name, seed=seed) for seed, name in enumerate("ab")]
+    handles[0].activate()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+
+    def step() -> dict[str, Tensor]:
+        for parameter in handles[0].parameters():
+            parameter.grad = None
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in handles[0].named_parameters() if p.grad is not None}}
+
+    with handles[0].route(["a", "b"]):
+        before = step()
+        with torch.no_grad():
+            for parameter in handles[0].parameters():
+                parameter.mul_(-2).add_(0.3)
+        after = step()
+    with handles[0].route(["a", "b"]):
+        expected = step()
+    assert abs(float(before["loss"] - expected["loss"])) > 1e-3
+    assert all(torch.equal(after[name], value) for name, value in expected.items())

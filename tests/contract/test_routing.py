@@ -198,6 +198,17 @@ def test_routes_in_one_scope_compute_no_adapter_twice(case: Case, model: nn.Modu
     assert nothing_is_kept(model)
 
 
+def test_a_route_under_autocast_leaves_nothing_to_one_without(case: Case, model: nn.Module) -> None:
+    handle = zinit.get_handle(model, "short")
+    with torch.no_grad(), handle.route(INNER[0]):
+        expected = run(case, model)
+    with torch.no_grad(), handle.disabled(), handle.cached_kv():
+        with torch.autocast("cpu", torch.bfloat16), handle.route(INNER[0]):
+            run(case, model)
+        with handle.route(INNER[0]):
+            assert torch.equal(run(case, model), expected)
+
+
 def test_a_step_between_two_routes_is_noticed(case: Case, model: nn.Module) -> None:
     """Nothing outlives the scope that it was computed in, and what is kept there has no part in gradients."""
     handle = zinit.get_handle(model, "short")
@@ -207,7 +218,12 @@ def test_a_step_between_two_routes_is_noticed(case: Case, model: nn.Module) -> N
         for parameter in handle.parameters():
             parameter.mul_(-2)
     with torch.no_grad(), handle.route(INNER[0]):
-        assert difference(run(case, model)[2], before[2]) > 1e-3
+        after = run(case, model)
+        assert difference(after[2], before[2]) > 1e-3
+        for parameter in handle.parameters():
+            parameter.mul_(-0.5)
+        with handle.route(INNER[0]):
+            assert torch.equal(run(case, model), before), "what a route computes it computes where it is opened"
     handle.activate()
     with handle.route(INNER[0]):
         loss_of(case, model).backward()

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.contract.cases import causal_lm
 from zinit.errors import BackboneError
-from zinit.models.decoding import Batch, Chooser, check_batches, choose
+from zinit.models.decoding import ROOM, Batch, Chooser, check_batches, choose
 from zinit.models.generation import OwnGenerationConfig, greedy
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 3], [4, 4, 4, 9], [30, 31, 32, 33, 34]]
@@ -63,6 +63,11 @@ def test_the_columns_that_all_rows_pad_are_given_back() -> None:
     batch.keep([1])
     assert batch.width == 2
     assert batch._cache.layers[0].keys.shape[:3] == (1, 2, 2)
+    batch = Batch(model)
+    batch.start([[1] * 200, [2, 3]])
+    batch.step([1, 1])
+    batch.keep([1])
+    assert batch._cache.layers[0].memory[0].shape[2] <= 3 + ROOM
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def test_an_encoder_that_cannot_be_one_is_refused_before_anything_is_loaded(data
         ("prefix-tuning-plus", ["prefix.length=20", "prefix.layers=3"], ["prefix.length=20"]),
         ("prefix-tuning-plus", ["prefix.layers=3"], []),
         ("random-gate", ["prefix.gate_init=0.5", "prefix.length=20"], ["prefix.gate_init=0.5"]),
+        (
+            "prefix-tuning",
+            ["prefix.gate_init=0.5", "prefix.gate=identity"],
+            ["prefix.gate=identity", "prefix.gate_init=0.5"],
+        ),
+        ("zero-init", ["prefix.gating=false", "prefix.gate_init=0.5"], ["prefix.gate_init=0.5"]),
         ("bias-tuning", ["prefix.length=20"], ["prefix.length=20"]),
         ("zero-init", ["prefix.length=20", "prefix.gate_init=0.5"], []),
         ("lora", ["prefix.length=20"], []),

@@ -264,6 +264,25 @@ def test_prompts_are_projected_once_for_all_requests(expected: dict[tuple[str, s
     assert nothing_is_kept(served.base)
 
 
+def test_an_engine_at_rest_and_one_that_stops_leave_no_scope_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zinit.serve.engine.IDLE", 0.05)
+    served = models("anna", "tuned")
+    engine = Engine(served, limits()).start()
+    try:
+        assert ask(engine, "anna", TEXTS[0]).wait()
+        assert any(nothing_is_kept(served.base) or threading.Event().wait(0.05) for _ in range(100))
+        begun = [ask(engine, name, TEXTS[1], max_tokens=400) for name in ("anna", "tuned", "base")]
+        assert all(one.begun.wait(60) for one in begun)
+    finally:
+        engine.stop()
+    assert [one.failure.status for one in begun] == [503] * 3
+    assert nothing_is_kept(served.base)
+    for name in ("anna", "tuned"):
+        handle = served.get(name).handle
+        assert handle is not None
+        handle.detach()
+
+
 def test_what_cannot_be_taken_is_refused(engine: Engine) -> None:
     refusals: list[tuple[dict[str, Any], str]] = [
         ({"model": "anna", "text": "x" * 600}, "the prompt has [0-9]+ tokens; there is room for 511"),

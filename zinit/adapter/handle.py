@@ -339,7 +339,7 @@ class Handle:
         Routes inside, with whichever adapters, compute those of each adapter once.
         `model.generate` does this by itself. Weights changed inside are not noticed; outside nothing is kept.
         """
-        with self.state.cached_kv():
+        with self.state.cached_kv(keep=True):
             yield
 
     frozen_prefix = cached_kv  # its name before version 0.2

@@ -82,11 +82,13 @@ class RoutedPrefix:
         """Each sample's keys and gated values, (R, H, K, D)."""
         kept = self.kept()
         pairs = {} if kept is None else kept.pairs
-        missing = {name: prefix for name, prefix in self.prefixes.items() if (prefix, dtype) not in pairs}
+        device = self.rows.device.type
+        how = dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        missing = {name: prefix for name, prefix in self.prefixes.items() if (prefix, *how) not in pairs}
         if missing:
             own = self._of_each(missing, project, dtype)
-            pairs |= {(missing[name], dtype): pair for name, pair in own.items()}
-        found = [pairs[prefix, dtype] for prefix in self.prefixes.values()]
+            pairs |= {(missing[name], *how): pair for name, pair in own.items()}
+        found = [pairs[prefix, *how] for prefix in self.prefixes.values()]
         key, value = (self._for_each_row([pair[index] for pair in found]) for index in (0, 1))
         return key, value
 

@@ -45,7 +45,7 @@ class Kept:
 
     Attributes:
         version: of the adapters that it belongs to.
-        pairs: {(prefix, dtype): its keys and values}.
+        pairs: {(prefix, dtype, autocast's dtype): its keys and values}.
         stacks: {(module, class of tunings): those of several adapters (`zinit.adapter.tuning.TunedStack`)}.
     """
 

@@ -24,6 +24,7 @@ from zinit.errors import ConfigError
 from zinit.prefix import Context
 
 ATTRIBUTE = "_zinit"  # of the model, where its state is kept
+STALE = -1  # a version that no adapters have: what was made ahead in a route is made anew
 NO_CONTEXT_IN_ROUTE = "a route takes no context: leave it out, or call the adapters one by one."
 _keys = itertools.count()
 
@@ -136,7 +137,8 @@ class AdapterState:
         """What this thread sees now, for a layer that is computed again later."""
         scope = self.scope()
         if scope is not self.no_scope:
-            return replace(scope, on=self.names_on(), cached=None)
+            route = None if scope.route is None else replace(scope.route, version=STALE)
+            return replace(scope, on=self.names_on(), route=route, cached=None, kept=None)
         if self.outside.on != self.on:
             self.outside = Scope(on=self.on)
         return self.outside
@@ -294,13 +296,17 @@ class AdapterState:
     # --- keys and values ahead of time ---
 
     @contextmanager
-    def cached_kv(self) -> Iterator[None]:
-        """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones."""
+    def cached_kv(self, *, keep: bool = False) -> Iterator[None]:
+        """See `Handle.cached_kv`. Scopes nest; what the outermost computed is used by the inner ones.
+
+        Args:
+            keep: whether routes inside compute each adapter once.
+        """
         scope = scope_of(self.key) or self.no_scope
         outer, kept = scope.cached, scope.kept
         holds = outer is not None and outer.version == self.version
         cached = outer if outer is not None and holds else CachedKV(self.version, {})
-        if kept is None or kept.version != self.version:
+        if keep and (kept is None or kept.version != self.version):
             kept = Kept(self.version)
         with self.opened(Change(self.key, lambda scope: replace(scope, cached=cached, kept=kept))):
             if not holds:

@@ -56,9 +56,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (x[:, :, :used] for x in memory)
 
     def keep(self, rows: Tensor, start: int) -> None:
-        """Some rows from a column on, and the room behind them."""
+        """Some rows from a column on, and the room behind them, as far as they need it."""
         used = self.used[0].shape[2] - start
-        self.own(*(x[:, :, start:].index_select(0, rows) for x in self.memory), used=used)
+        end = start + used + max(ROOM, used // 2)
+        self.own(*(x[:, :, start:end].index_select(0, rows) for x in self.memory), used=used)
 
     def join(self, other: GrowingLayer, width: int) -> None:
         """Takes over the rows of another layer behind its own, all padded on the left to a width."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from zinit.methods.base import Method
     from zinit.tasks.base import Task
 
+OF_GATES = ("gate", "gate_per", "gate_init")  # play no part where there is no gate
 OWN_LOADERS = "zinit.models."  # how their addresses begin; what the loader of another package makes is not known before
 
 
@@ -164,6 +165,8 @@ def overruled(config: RunConfig) -> list[str]:
         start = f"{PARTS}.{name}" if config.parts else "prefix"
         for setting, value in part.to_dict().items():
             kept = own is not None and getattr(own, setting) == getattr(part, setting)
+            if own is not None and not own.gating and setting in OF_GATES:
+                kept = False
             if not kept and getattr(part, setting) != getattr(PrefixConfig(), setting):
                 found.append(f"{start}.{setting}={value}")
     return found

@@ -29,6 +29,7 @@ from zinit.serve.requests import Deliver, Failed, Limits, ModelInfo, Refused, Sa
 from zinit.serve.served import Models, Served
 
 log = logging.getLogger("zinit.serve")
+IDLE = 60.0  # seconds without a request after which no adapter's keys and values are kept
 STOPPING = Failed(message="the server is going down.", status=503)
 
 
@@ -212,7 +213,8 @@ class Engine:
         while True:
             with self._wake:
                 while not (self._stopping or self._waiting or self._calls or self._groups):
-                    self._wake.wait()
+                    if not self._wake.wait(IDLE if self._keeps else None):
+                        self._forget()
                 if self._stopping:
                     break
             self._do_calls()
@@ -223,6 +225,9 @@ class Engine:
                     group.close()
                     del self._groups[key]
         self._fail(lambda row: True, STOPPING)
+        for group in self._groups.values():
+            group.close()
+        self._groups.clear()
         self._forget()
         for _, future in self._calls:
             future.set_exception(Refused(STOPPING.message, status=STOPPING.status))
