@@ -272,7 +272,8 @@ def test_an_engine_at_rest_and_one_that_stops_leave_no_scope_open(monkeypatch: p
         assert ask(engine, "anna", TEXTS[0]).wait()
         assert any(nothing_is_kept(served.base) or threading.Event().wait(0.05) for _ in range(100))
         begun = [ask(engine, name, TEXTS[1], max_tokens=400) for name in ("anna", "tuned", "base")]
-        assert all(one.begun.wait(60) for one in begun)
+        for one in begun:
+            assert any(len(one.events) > 3 or threading.Event().wait(0.01) for _ in range(2000))
     finally:
         engine.stop()
     assert [one.failure.status for one in begun] == [503] * 3
