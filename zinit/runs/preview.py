@@ -160,7 +160,9 @@ def overruled(config: RunConfig) -> list[str]:
     asked, method = config.adapter(), METHODS.get(config.method)(config.method_options)
     made: AdapterConfig | None = method.attached(asked)
     found: list[str] = []
-    for name, part in () if made is None else asked.parts.items():
+    if made is None:
+        return found
+    for name, part in asked.parts.items():
         own = made.parts.get(name)
         start = f"{PARTS}.{name}" if config.parts else "prefix"
         for setting, value in part.to_dict().items():
