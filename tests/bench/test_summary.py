@@ -73,6 +73,10 @@ def test_differences_are_between_the_same_seeds(tmp_path: Path) -> None:
         "+0.875 ± 1.591 (2)",
     )
     assert shown["rate"] == "0.25"
+    turned = {row.method: row for row in summarise(benchmark(tmp_path), tmp_path, reference="lora")}
+    assert turned["lora"].difference is None
+    assert turned["zero-init"].difference == pytest.approx((0.4 - 0.1) / 2)
+    assert turned["zero-init"].loss_difference == pytest.approx((-2.0 + 0.25) / 2)
 
 
 SELECT = """
