@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
+from zinit.metrics.final_answer import final_answer
 from zinit.metrics.squad import best_threshold, exact_match, f1, normalize_answer
 from zinit.tasks import TASKS
 
@@ -136,7 +138,7 @@ def test_metrics_touch_no_disk_and_listing_them_imports_nothing(tmp_path: Path) 
         "for name in set(names) - {'meteor'}:\n"  # which runs another program
         "    metric = METRICS.get(name)()\n"
         "    for text in 'abcd', 'wxyz':\n"
-        "        text = ' '.join(text)\n"
+        "        text = ' '.join(text) + (' #### 5' if name == 'final_answer' else '')\n"
         "        metric.add(prediction=text, reference=[text] if name in several else text)\n"
         "    assert os.listdir() == []\n"
         "    best = {'squad': 100.0, 'squad_v2': 100.0, 'cider_d': 10.0}.get(name, 1.0)\n"
@@ -281,6 +283,34 @@ def test_tasks_say_the_direction_of_their_figures() -> None:
             "higher",
         )
     assert TASKS.get("squad").direction("best_f1_threshold") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so 4 + 1 = 5.The answer is: 5", Fraction(5)),
+        ("The answer is 1,234.50.", Fraction(2469, 2)),
+        ("The final answer is: $-3$.", Fraction(-3)),
+        ("#### 50%", Fraction(50)),
+        ("#### 1\n#### 20/35", Fraction(4, 7)),  # the last
+        ("The answer is: 7\nQuestion: and now?", Fraction(7)),  # its line
+        ("the ANSWER IS: \\sqrt{2}", "\\sqrt{2}"),
+        ("#### 1/0", "1/0"),
+        ("#### 1/2/3", "1/2/3"),
+        ("The answer is: 1e99999999", "1e99999999"),
+        ("The answer is:", None),
+        ("It is 5.", None),
+        ("", None),
+    ],
+)
+def test_the_final_answer_is_read(text: str, expected: Fraction | str | None) -> None:
+    assert final_answer(text) == expected
+
+
+def test_final_answers_are_compared_by_value() -> None:
+    assert compute("final_answer", [("The answer is: 0.50", "#### 1/2"), ("The answer is: x", "#### X")]) == 0.5
+    with pytest.raises(DataError, match="a reference names no final answer"):
+        compute("final_answer", [("#### 1", "1")])
 
 
 def test_contains_known_answers() -> None:

@@ -23,6 +23,11 @@ TASKS = Registry(
             "Captions of images, such as COCO's in Karpathy's split: BLEU, ROUGE-L and CIDEr-D.",
             facts={"Config": Address("zinit.tasks.caption.config:CaptionConfig")},
         ),
+        "math": Entry(
+            "zinit.tasks.math.task:Math",
+            "Math word problems, such as MetaMathQA's and GSM8K's, scored by the final answer.",
+            facts={"Config": Address("zinit.tasks.math.config:MathConfig")},
+        ),
         "science-qa": Entry(
             "zinit.tasks.science_qa.task:ScienceQA",
             "Multiple-choice questions of ScienceQA, some with an image, scored in its nine categories.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zinit.data.hold_out import hold_out
@@ -18,7 +18,11 @@ COUNTED: tuple[str, ...] = ("", "_truncated", "_empty_response", "_skipped_promp
 
 
 def encode_records(
-    tokenizer: Any, records: Sequence[Record], *, max_length: int
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    max_length: int,
+    format_prompt: Callable[[str, str], str] = format_prompt,
 ) -> tuple[list[TextExample], Counter[str]]:
     """Encoded records; see `encode_pairs`.
 
@@ -26,6 +30,7 @@ def encode_records(
         tokenizer: of the model.
         records: with ``instruction``, ``input`` and ``output``.
         max_length: tokens of an example; a longer one is cut, one of which no response is left then is skipped.
+        format_prompt: makes the prompt of an instruction and its input.
 
     Returns:
         The examples, and counts under the names of `COUNTED`, and of what was skipped beside.
@@ -68,6 +73,8 @@ def split_records(
     held_out: int,
     seed: int,
     train: bool,
+    held_out_fields: Sequence[str] | None = None,
+    renamed_by: str = "task.fields=INSTRUCTION,INPUT,OUTPUT (or INSTRUCTION,OUTPUT)",
 ) -> tuple[list[Record], list[Record], dict[str, int]]:
     """Training and held-out records: no (instruction, input) is in both.
 
@@ -78,19 +85,21 @@ def split_records(
         held_out: most records to take from ``sources``.
         seed: of the choice of held-out records, where the data is one file.
         train: False leaves training records out.
+        held_out_fields: as ``fields``, in ``held_out_data``; None is the same.
+        renamed_by: the option that names the fields otherwise, for messages.
 
     Returns:
         Both parts, with ``instruction``, ``input`` and ``output``, and counts for the task's report.
     """
-    instruction, *input, output = fields
     unused: Counter[str] = Counter()
 
-    def read(source: str) -> list[Record]:
+    def read(source: str, fields: Sequence[str]) -> list[Record]:
+        instruction, *input, output = fields
         found = read_records(
             source,
             required=(instruction, output),
             optional=input,
-            renamed_by="task.fields=INSTRUCTION,INPUT,OUTPUT (or INSTRUCTION,OUTPUT)",
+            renamed_by=renamed_by,
             unused=unused,
         )
         own = [("instruction", instruction), *(("input", name) for name in input), ("output", output)]
@@ -98,10 +107,10 @@ def split_records(
 
     by_source: list[list[Record]] = []
     if sources and (train or held_out_data is None):
-        by_source = [read(source) for source in sources]
+        by_source = [read(source, fields) for source in sources]
     every = list(itertools.chain.from_iterable(by_source))
     if held_out_data is not None:
-        evaluated, training = read(held_out_data), []
+        evaluated, training = read(held_out_data, held_out_fields or fields), []
         if train:
             training = every if sources else instructions()[0]
     elif not sources:

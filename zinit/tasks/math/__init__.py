@@ -1,0 +1,1 @@
+"""Math word problems: reasoning is trained on, the final answer is scored."""
