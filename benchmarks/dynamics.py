@@ -13,13 +13,15 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 
 from benchmarks.common import RESULTS
 from benchmarks.real import PLAN, make_parts
@@ -27,7 +29,7 @@ from zinit.adapter.handle import Handle
 from zinit.bench.cells import Experiment
 from zinit.bench.plan import make_benchmark
 from zinit.bench.summary import FORGETTING, show
-from zinit.prefix import ZeroGatedPrefix
+from zinit.prefix import PromptTable, ZeroGatedPrefix
 from zinit.runs.train import Run, build
 from zinit.train.batches import load_batches
 from zinit.train.callbacks import Callback, Progress
@@ -43,23 +45,42 @@ TABLES = "<!-- tables: python -m benchmarks.dynamics -->"
 MATTERS = 0.1  # of the gates' gradient: from there on prompts learn too
 BATCH = ("train.batch_size=8", "train.micro_batch_size=8")
 THIRD = "prefix.layers={third}"
-# What is changed, one thing at a time: {name: (method, options)}.
-LEVERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "as it is": ("zero-init", ()),
-    "gates x1": ("zero-init", ("train.rates.gates=1",)),
-    "gates x30": ("zero-init", ("train.rates.gates=30",)),
-    "gates x100": ("zero-init", ("train.rates.gates=100",)),
-    "gates without tanh": ("zero-init", ("prefix.gate=identity",)),
-    "gates start at N(0, 1)": ("random-gate", ()),
-    "a gate for each query": ("query-gate", ()),
-    "prompts N(0, 1)": ("zero-init", ("prefix.init_std=1",)),
-    "prompts through the projections, N(0, 1)": ("zero-init", ("prefix.parametrization=prompt", "prefix.init_std=1")),
-    "prompts by a network": ("hyper-prompts", ("prefix.parametrization=prompt", "prefix.init_std=1")),
-    "K = 2": ("zero-init", ("prefix.length=2",)),
-    "K = 32": ("zero-init", ("prefix.length=32",)),
-    "topmost third": ("zero-init", (THIRD,)),
-    "no warm-up": ("zero-init", ("train.warmup_steps=0",)),
-    "weight decay 0.02": ("zero-init", ("train.weight_decay=0.02",)),
+PROJECTED = "prefix.parametrization=prompt"
+
+
+class Lever(NamedTuple):
+    """One thing that is changed.
+
+    Attributes:
+        method: registered name.
+        options: of the run.
+        start: what prompts start at where it is no draw: what the attention of their own layer ("own"), or of the
+            lowest one ("lowest"), sees of a training example.
+    """
+
+    method: str = "zero-init"
+    options: tuple[str, ...] = ()
+    start: str = ""
+
+
+LEVERS: dict[str, Lever] = {
+    "as it is": Lever(),
+    "gates x1": Lever(options=("train.rates.gates=1",)),
+    "gates x30": Lever(options=("train.rates.gates=30",)),
+    "gates x100": Lever(options=("train.rates.gates=100",)),
+    "gates without tanh": Lever(options=("prefix.gate=identity",)),
+    "gates start at N(0, 1)": Lever("random-gate"),
+    "a gate for each query": Lever("query-gate"),
+    "prompts N(0, 1)": Lever(options=("prefix.init_std=1",)),
+    "prompts through the projections, N(0, 1)": Lever(options=(PROJECTED, "prefix.init_std=1")),
+    "prompts start as what their layer sees": Lever(options=(PROJECTED,), start="own"),
+    "prompts start as what the lowest layer sees": Lever(options=(PROJECTED,), start="lowest"),
+    "prompts by a network": Lever("hyper-prompts", (PROJECTED, "prefix.init_std=1")),
+    "K = 2": Lever(options=("prefix.length=2",)),
+    "K = 32": Lever(options=("prefix.length=32",)),
+    "topmost third": Lever(options=(THIRD,)),
+    "no warm-up": Lever(options=("train.warmup_steps=0",)),
+    "weight decay 0.02": Lever(options=("train.weight_decay=0.02",)),
 }
 # Before any training: {name: options}, each with random gates and as a plain prefix.
 STARTS: dict[str, tuple[str, ...]] = {
@@ -156,7 +177,10 @@ class Host:
 
     def lever(self, name: str) -> dict[str, Any]:
         """A short run with one thing changed."""
-        run = self.run(*LEVERS[name])
+        lever = LEVERS[name]
+        run = self.run(lever.method, lever.options)
+        if lever.start:
+            start_at_words(run, lever.start)
         watch = Watch(run)
         stepper = Stepper(run.task, Plan.of(run.task, run.config.train, 0), run.accelerator)
         watch.follow(stepper.optimizer.optimizer)
@@ -169,8 +193,38 @@ class Host:
 
 def forgetting(run: Run) -> float:
     """Of the first held-out examples, or the known texts."""
-    metrics = run.task.evaluate(run.accelerator, limit=1).metrics
+    metrics = run.task.evaluate(run.accelerator).metrics  # of language models no answers, as the plan says
     return next(metrics[name] for name in FORGETTING if name in metrics)
+
+
+@torch.no_grad()
+def start_at_words(run: Run, layer: str) -> None:
+    """Prompts become what attention sees at K places, drawn with seed 0, of the longest training example.
+
+    Args:
+        run: nothing is trained in yet.
+        layer: see `Lever`.
+    """
+    task, handle, seen = run.task, run.task.handle, {}
+    assert handle is not None
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[name] = (given[0] if given else named["hidden_states"]).flatten(0, -2)  # (T, C)
+
+        return hook
+
+    longest = max(range(len(task.train_stream)), key=lambda index: task.train_stream.lengths[index])
+    with ExitStack() as hooks, handle.disabled():
+        for site in handle.sites:
+            hooked = site.module.register_forward_pre_hook(note(site.name), with_kwargs=True)
+            hooks.callback(hooked.remove)
+        task(send_to_device(task.collate(task.train_stream, [longest]), run.accelerator.device))
+    for name, prefix in handle.prefixes.items():
+        shown = seen[name if layer == "own" else handle.sites[0].name]
+        places = torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))[: prefix.config.length]
+        assert isinstance(prefix.prompt, PromptTable)
+        prefix.prompt.weight.copy_(shown[places])
 
 
 class Watch(Callback):

@@ -21,7 +21,8 @@ METRICS = Registry(
             "zinit.metrics.exact_match:ExactMatch", "How often the predicted text is exactly the expected one."
         ),
         "final_answer": Entry(
-            "zinit.metrics.final_answer:FinalAnswer", "How often the final answer to a math problem is the expected one."
+            "zinit.metrics.final_answer:FinalAnswer",
+            "How often the final answer to a math problem is the expected one.",
         ),
         "meteor": Entry(
             "zinit.metrics.meteor:Meteor", "METEOR of captions, by its authors' program; needs Java and zinit[meteor]."

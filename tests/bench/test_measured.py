@@ -1,0 +1,162 @@
+"""The arithmetic of `benchmarks/`: what their figures are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import dynamics, forgetting, old_new, real
+from zinit.bench.plan import make_benchmark
+from zinit.prefix import PromptTable
+from zinit.runs.config import RunConfig
+from zinit.runs.settings import resolve
+from zinit.runs.train import Run, build
+from zinit.train.batches import load_batches
+from zinit.train.loop import Stepper, ignore, run_steps
+from zinit.train.plan import Plan
+
+# --- forgetting at equal training loss ---
+
+
+def test_what_is_forgotten_lies_on_the_line_where_a_loss_is_reached_first() -> None:
+    curve = [(4.0, 0.1), (2.0, 0.3), (2.5, 0.9), (1.0, 1.2)]  # the loss may rise again
+    assert forgetting.forgotten_at(curve, 3.0) == pytest.approx(0.2)
+    assert forgetting.forgotten_at(curve, 2.0) == pytest.approx(0.3)
+    assert forgetting.forgotten_at(curve, 1.75) == pytest.approx(1.05)
+    with pytest.raises(ValueError, match=r"0\.5 is not reached"):
+        forgetting.forgotten_at(curve, 0.5)
+
+
+def test_two_runs_are_compared_at_the_lowest_loss_of_both() -> None:
+    far, near = [(4.0, 0.0), (1.0, 0.6)], [(4.0, 0.0), (3.0, 0.5)]
+    assert forgetting.at_equal_loss(far, near) == (3.0, pytest.approx(0.2), 0.5)
+    assert forgetting.at_equal_loss(near, far) == (3.0, 0.5, pytest.approx(0.2))
+
+
+def test_a_share_is_of_means_and_has_an_interval_from_five_seeds_on() -> None:
+    pairs = [(0.1, 0.5), (0.2, 0.5), (0.3, 0.5), (0.1, 0.5)]
+    assert forgetting.share(pairs) == (pytest.approx(0.175 / 0.5), None)
+    ratio, bounds = forgetting.share([*pairs, (0.3, 0.5)])
+    assert ratio == pytest.approx(0.4)
+    assert bounds is not None
+    low, high = bounds
+    assert 0.2 <= low < 0.32 < 0.48 < high <= 0.6
+    assert forgetting.share([(0.2, 0.4)] * 5)[1] == (0.5, 0.5)
+
+
+def test_a_row_pairs_the_seeds_that_both_have() -> None:
+    lora = {"0": [(4.0, 0.0), (2.0, 0.4)], "1": [(4.0, 0.0), (2.0, 0.8)], "2": [(4.0, 0.0), (2.0, 9.0)]}
+    ours = {"0": [(4.0, 0.0), (2.0, 0.1)], "1": [(4.0, 0.0), (2.0, 0.2)]}
+    assert forgetting.row("zero-init", ours, lora) == [
+        *("zero-init", "2.000", "0.1500", "2.000", "0.1500", "0.6000", "0.25", "0, 1")
+    ]
+    assert forgetting.row("lora", lora, lora)[-2] == "-"
+
+
+# --- old against new ---
+
+
+def test_the_ratio_of_old_and_new_is_the_median_of_the_pairs() -> None:
+    def life(*ratios: float) -> dict[str, list[dict[str, Any]]]:
+        return {"new over old": [{"under": {"wall": 2.0}, "over": {"wall": 2.0 * ratio}} for ratio in ratios]}
+
+    found = old_new.summarize([life(1.0, 1.2, 1.1), life(1.3, 1.2, 5.0)])["new over old"]["wall"]
+    assert (found["median_ratio"], found["pairs"]) == (1.2, 6)
+    assert found["median_by_life"] == [1.1, 1.3]
+    assert found["median"] == {"under": 2.0, "over": 2.4}
+    low, high = found["interval_95"]
+    assert 1.0 <= low < 1.2 < high <= 5.0
+    same = old_new.summarize([life(1.1, 1.1), life(1.1)])["new over old"]["wall"]
+    assert same["interval_95"] == [1.1, 1.1]
+
+
+# --- the tables on pretrained weights ---
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({"zero-init": (0.2, 0.5), "zero-init-tuned": (0.4, 0.1)}, None),  # zero-init has its own table
+        ({"zero-init": (0.2, 0.5), "zero-init-tuned": (0.1, 0.6)}, "zero-init-tuned"),
+        ({"zero-init": (0.2, 0.5), "zero-init-tuned": (0.9, None)}, None),  # not known yet
+    ],
+)
+def test_the_best_member_is_the_one_of_the_best_trial(
+    scores: dict[str, tuple[float | None, ...]],
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experiment = make_benchmark(config_file=str(real.PLAN)).experiments[0]  # judged by F1, the higher the better
+    monkeypatch.setattr(real, "OUTPUT", tmp_path)
+    (tmp_path / "cells").mkdir()
+    for method, found in scores.items():
+        trials = [cell for cell in experiment.selection_cells() if cell.method == method]
+        given = [*found, *[0.0] * (len(trials) - len(found))]
+        for cell, value in zip(trials, given, strict=True):
+            measured = {
+                "metrics": {"base": {}, "adapted": {"f1": value}},
+                "num_trainable": 1,
+                "seconds": 1.0,
+                "rates": {},
+            }
+            document = {"id": cell.id, "status": "done", "cell": cell.to_dict(), "by_settings": False, **measured}
+            empty = {"counts": {}, "examples": {}, "curves": {}}
+            if value is not None:
+                (tmp_path / "cells" / f"{cell.id}.json").write_text(json.dumps(document | empty))
+    assert real.best_member(experiment) == expected
+
+
+# --- where prompts start ---
+
+
+def demo_run(**options: Any) -> Run:
+    said = [f"{name.replace('__', '.')}={value}" for name, value in options.items()]
+    config, _ = resolve(backbone="llama", options=["prefix.length=4", "train.steps=2", "train.warmup_steps=0", *said])
+    assert isinstance(config, RunConfig)
+    return build(config, Path(), preset=None, resume=False, on_event=ignore)
+
+
+def test_prompts_start_as_what_attention_sees_of_a_training_example() -> None:
+    run = demo_run()
+    handle, task = run.task.handle, run.task
+    assert handle is not None
+    longest = max(range(len(task.train_stream)), key=lambda index: task.train_stream.lengths[index])
+    batch = task.collate(task.train_stream, [longest])
+    with handle.disabled():
+        hidden = task.model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+    layers = task.model.model.layers
+    for layer in ("own", "lowest"):
+        dynamics.start_at_words(run, layer)
+        for number, prefix in enumerate(handle.prefixes.values()):
+            place = number if layer == "own" else 0
+            first = len(layers) - len(handle.prefixes)
+            seen = layers[first + place].input_layernorm(hidden[first + place])[0]
+            assert isinstance(prefix.prompt, PromptTable)
+            nearest = torch.cdist(prefix.prompt.weight, seen, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+            torch.testing.assert_close(nearest.values, torch.zeros(4), rtol=0, atol=1e-5)
+            assert len(set(nearest.indices.tolist())) == 4
+    assert not any(site.module._forward_pre_hooks for site in handle.sites)
+
+
+def test_a_run_is_measured_before_the_first_step_and_after_the_last(tmp_path: Path) -> None:
+    (tmp_path / "known.txt").write_text("Ann lives in Bree.\n\nBob lives in Dale.\n")
+    run = demo_run(method="random-gate", task__evaluation_limit=0, task__known_texts=tmp_path / "known.txt")
+    with run.built.adapted.disabled():
+        base = run.task.evaluate(run.accelerator).metrics["known_loss"]
+    start = run.task.evaluate(run.accelerator).metrics["known_loss"]
+    measure = forgetting.Measure(run, every=2)
+    assert measure.curve[0][1] == pytest.approx(start - base)
+    assert abs(measure.curve[0][1]) > 1e-4  # random gates do harm, or good, before any training
+    stepper = Stepper(run.task, Plan.of(run.task, run.config.train, 0), run.accelerator)
+    run_steps(stepper, load_batches(stepper.plan, run.task.collate, run.accelerator, start=0), [measure], start=0)
+    (before, _), (after, lost) = measure.curve
+    assert after < before
+    assert lost == pytest.approx(run.task.evaluate(run.accelerator).metrics["known_loss"] - base)
+    chosen = range(forgetting.EXAMPLES)
+    sums = [run.task(run.task.collate(run.task.train_stream, [index])).item() for index in chosen]
+    assert after == pytest.approx(sum(sums) / sum(run.task.train_stream.counts[index] for index in chosen), rel=1e-4)
