@@ -37,7 +37,7 @@ PAGE = README.parent / "docs" / "real-weights.md"
 TABLES = "<!-- tables: python -m benchmarks.real --page -->"
 END = "<!-- end of the tables -->"
 WEIGHTS = "model.safetensors"
-SIZES = {"wnut17": (400, 200, 400), "sign_digits": (8, 4, 12), "alpaca": (256, 64, 64), "squad": (24,)}
+SIZES = {"wnut17": (400, 200, 400), "sign_digits": (8, 4, 12), "alpaca": (64, 32, 48), "squad": (8,)}
 COLUMNS = (
     *(
         "method",
