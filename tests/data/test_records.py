@@ -15,3 +15,24 @@ def test_a_kind_of_file_is_no_data_set(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the builder was run"))
     with pytest.raises(DataError, match=rf"'{name.partition(':')[0]}' is a kind of file, .* Name the data file itself"):
         read_document(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("some/set", ("some/set", None, "train")),
+        ("some/set:test", ("some/set", None, "test")),
+        ("some/set:train[:100]", ("some/set", None, "train[:100]")),
+        ("some/set:main:test", ("some/set", "main", "test")),
+        ("some/set:main:train[:9]", ("some/set", "main", "train[:9]")),
+        ("some/set:main:", ("some/set", "main", "train")),
+    ],
+)
+def test_the_hub_is_asked_for_configuration_and_split(
+    source: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, name: str | None = None, split: str | None = None) -> list[tuple[str, str | None, str | None]]:
+        return [(path, name, split)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_document(source) == ([asked], source)

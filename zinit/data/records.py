@@ -33,7 +33,8 @@ def read_records(
     A number is taken as the text that stands for it.
 
     Args:
-        source: path, or Hub id such as ``tatsu-lab/alpaca`` (its ``train`` split; ``id:split`` names another).
+        source: path, or Hub id such as ``tatsu-lab/alpaca`` (its ``train`` split; ``id:split`` names another,
+            ``id:configuration:split`` one of several configurations, such as ``openai/gsm8k:main:test``).
         required: fields that every record must have.
         optional: fields that are empty text where a record lacks them.
         renamed_by: the option that names the fields otherwise (``task.fields=a,b``), for messages; empty if none does.
@@ -106,7 +107,7 @@ def read_document(source: str) -> tuple[Any, str]:
         return _read_file(path), str(path)
     if _looks_like_path(source):
         raise DataError(f"there is no data file {source}. Expected a {', '.join(SUFFIXES)} file or a Hub id.")
-    return load_hub(source, split=source.partition(":")[2] or "train"), source
+    return load_hub(source, split=hub_parts(source)[2] or "train"), source
 
 
 def each_record(records: Iterable[Any], name: str) -> Iterator[Any]:
@@ -280,26 +281,36 @@ def _read_parquet(path: Path) -> Iterable[Any]:
         return Dataset(read_table(path))  # no copy goes to a cache
 
 
+def hub_parts(source: str) -> tuple[str, str | None, str]:
+    """What a source on the Hub says: its id, configuration and split; see `read_records`. An empty split is none."""
+    name, _, rest = source.partition(":")
+    config, colon, split = rest.partition(":")
+    if colon and "[" not in config:  # "train[:100]" is a split alone
+        return name, config or None, split
+    return name, None, rest
+
+
 def load_hub(source: str, *, split: str | None = None, expected: str = "data file") -> Any:
     """A data set on the Hub.
 
     Args:
-        source: Hub id; what follows a colon is ignored here.
+        source: Hub id, perhaps with a configuration; a split in it is ignored here. See `hub_parts`.
         split: its name, or a slice of it such as ``train[:100]``; None gives all of them by name.
         expected: what else ``source`` could have been, for messages.
 
     Raises:
         DataError: if the Hub has none of that name, or cannot be reached.
     """
-    name = source.partition(":")[0]
+    name, config, _ = hub_parts(source)
     if name in packaged_datasets():
         raise DataError(
             f"{name!r} is a kind of file, and no data set on the Hub. Name the {expected} itself: --data PATH."
         )
     from datasets import load_dataset
 
+    asked = (name,) if config is None else (name, config)
     try:
-        return load_dataset(name) if split is None else load_dataset(name, split=split)
+        return load_dataset(*asked) if split is None else load_dataset(*asked, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
         raise DataError(
             f"there is no {expected} {source}, and the Hub did not give a data set of that name: {first_line(error)}"

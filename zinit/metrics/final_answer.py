@@ -18,7 +18,7 @@ class FinalAnswer(TextMetric):
     Numbers are compared by value, anything else letter by letter; a prediction that names no answer is wrong.
 
     Examples:
-        >>> FinalAnswer().compute(predictions=["So 2 + 3 = 5. The answer is: 5.0", "5"], references=["#### 5", "#### 5"])
+        >>> FinalAnswer().compute(predictions=["2 + 3 = 5. The answer is: 5.0", "5"], references=["#### 5", "#### 5"])
         {'final_answer': 0.5}
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 from zinit.data.images import Encoded
 from zinit.data.labelled.lists import read_text
 from zinit.data.labelled.parts import Labelled, Parts, Reading
-from zinit.data.records import csv_rows, load_hub, read_document, row_problem
+from zinit.data.records import csv_rows, hub_parts, load_hub, read_document, row_problem
 from zinit.errors import DataError
 from zinit.files import parsing
 
@@ -93,12 +93,12 @@ def read_shards(root: Path, files: Sequence[Path], reading: Reading) -> Parts:
 
 
 def read_hub(source: str, reading: Reading) -> Parts:
-    """A data set on the Hub; ``id:part`` names one part of it.
+    """A data set on the Hub; ``id:part`` or ``id:configuration:part`` names one part of it.
 
     Raises:
         DataError: if there is none, or it has no such part.
     """
-    name, _, part = source.partition(":")
+    name, _, part = hub_parts(source)
     found: Any = load_hub(source, expected="folder")
     if "[" in part:  # a slice, which the Hub's loader cuts
         found = {part: load_hub(source, split=part, expected="folder")}
