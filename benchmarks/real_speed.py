@@ -1,0 +1,279 @@
+"""Training steps and generation of really pretrained models on real Alpaca records: zinit, and LoRA by other libraries.
+
+    python -m benchmarks.real_speed --models DIR --data DIR [--only gemma3_270m]
+
+Three living processes take rounds in turn, each with its own copy of the model: zinit's engine with zero-init attention
+(K = 10 in all layers), transformers' Trainer with PEFT's LoRA (r = 8 on queries and values), and TRL's SFTTrainer with
+the same. All go once through the same records in batches of 8, at most 128 tokens each, and then answer the same
+instructions. A round is one optimizer step with all that belongs to it; its batches differ, so the sums over all rounds
+are compared. PEFT's AdaptionPrompt knows neither Gemma nor Qwen; for LLaMA see ``benchmarks.alpaca_throughput``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, save
+
+MODELS = ("gemma3_270m", "qwen_coder")
+WAYS = ("zinit", "trainer_lora", "sft_lora")
+ALPACA = Path("alpaca") / "alpaca_5000.json"
+BATCH, LENGTH, TOKENS, QUESTIONS = 8, 128, 16, 4
+DONE = "zinit-benchmark-done"
+Wait = Callable[[], None]
+
+
+# --- the process of a way: it waits before every round, and says when one is done ---
+
+
+def work(way: str, model: str, data: str, rounds: int) -> None:
+    """Trains ``rounds`` steps and then generates, as often as it is told to."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    adapted = TRAINERS[way](loaded, tokenizer, data, rounds, wait)
+    prompts = [example.prompt for example in encoded(tokenizer, data)[:QUESTIONS]]
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    adapted.eval()
+    for _ in range(rounds):
+        adapted.generate(**batch, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        wait()
+
+
+def wait() -> None:
+    """Says that a round is done, and how much memory was needed so far; goes on when told to."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{DONE} {peak}", flush=True)
+    if not sys.stdin.readline():
+        sys.exit(0)
+
+
+def encoded(tokenizer: Any, data: str) -> list[Any]:
+    """The records as Alpaca's texts, at most `LENGTH` tokens each."""
+    from zinit.tasks.alpaca.examples import encode_records
+
+    return encode_records(tokenizer, json.loads(Path(data).read_text("utf-8")), max_length=LENGTH)[0]
+
+
+def with_zinit(model: Any, tokenizer: Any, data: str, rounds: int, wait: Wait) -> Any:
+    import zinit
+    from zinit.tasks.alpaca.task import Alpaca, AlpacaConfig
+    from zinit.tasks.base import TaskInputs
+    from zinit.train.batches import load_batches
+    from zinit.train.callbacks import Callback
+    from zinit.train.config import TrainConfig
+    from zinit.train.loop import Stepper, run_steps
+    from zinit.train.plan import Plan
+    from zinit.train.strategy import make_accelerator
+
+    class Tell(Callback):
+        def on_step(self, progress: Any, step: Any) -> None:
+            wait()
+
+    handle = zinit.attach(model, zinit.PrefixConfig(length=10), seed=0)
+    config = TrainConfig(steps=rounds, batch_size=BATCH, micro_batch_size=BATCH, warmup_steps=0, learning_rate=1e-3)
+    settings = AlpacaConfig(max_length=LENGTH, held_out_data=data)
+    task = Alpaca(TaskInputs(model=model, processor=tokenizer, handle=handle, data=None, train=False), settings)
+    task.train_stream = task.held_out_stream
+    accelerator = make_accelerator(config)
+    stepper = Stepper(task, Plan.of(task, config, 0), accelerator)
+    run_steps(stepper, load_batches(stepper.plan, task.collate, accelerator, start=0), [Tell()], start=0)
+    return model
+
+
+def arguments(rounds: int, folder: str) -> dict[str, Any]:
+    """What both Trainers are told."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": rounds,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def telling(wait: Wait) -> Any:
+    """A callback of transformers' Trainer."""
+    from transformers import TrainerCallback
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait()
+
+    return Tell()
+
+
+def lora() -> Any:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "v_proj"])
+
+
+def with_trainer(model: Any, tokenizer: Any, data: str, rounds: int, wait: Wait) -> Any:
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    rows = [
+        {"input_ids": e.ids, "labels": [-100] * e.prompt_length + e.ids[e.prompt_length :]}
+        for e in encoded(tokenizer, data)
+    ]
+    adapted = get_peft_model(model, lora())
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            model=adapted,
+            args=TrainingArguments(**arguments(rounds, folder)),
+            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            callbacks=[telling(wait)],
+        ).train()
+    return adapted
+
+
+def with_sft(model: Any, tokenizer: Any, data: str, rounds: int, wait: Wait) -> Any:
+    import datasets
+    import trl
+
+    rows = [{"prompt": e.prompt, "completion": e.response} for e in encoded(tokenizer, data)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(**arguments(rounds, folder), max_length=LENGTH, gradient_checkpointing=False),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=lora(),
+            callbacks=[telling(wait)],
+        )
+        trainer.train()
+    return trainer.model
+
+
+TRAINERS: dict[str, Callable[[Any, Any, str, int, Wait], Any]] = {
+    "zinit": with_zinit,
+    "trainer_lora": with_trainer,
+    "sft_lora": with_sft,
+}
+
+
+# --- the process that measures ---
+
+
+class Living:
+    """A process of a way.
+
+    Args:
+        way: one of `WAYS`.
+        model: folder.
+        data: records in a file.
+        rounds: steps, and generations after them.
+    """
+
+    def __init__(self, way: str, model: Path, data: Path, rounds: int) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.peak = 0.0
+        said = ["--work", way, "--models", str(model), "--data", str(data), "--rounds", str(rounds)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.real_speed", *said],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+
+    def finish_round(self) -> float:
+        """Seconds until the round that is going on is done."""
+        assert self.process.stdout is not None
+        started = time.perf_counter()
+        for line in self.process.stdout:
+            if line.startswith(DONE):
+                self.peak = float(line.split()[1])
+                return time.perf_counter() - started
+        self.log.seek(0)
+        raise SystemExit(f"the process failed:\n{self.log.read()[-2000:]}")
+
+    def round(self) -> float:
+        """Seconds of the next round."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        return self.finish_round()
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(model: Path, records: list[dict[str, str]], rounds: int) -> dict[str, Any]:
+    """Figures of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "records.json"
+        data.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+        living, first = {}, {}
+        for way in WAYS:
+            living[way] = Living(way, model, data, rounds)
+            first[way] = living[way].finish_round()
+        steps: dict[str, list[float]] = {way: [] for way in WAYS}
+        answers: dict[str, list[float]] = {way: [] for way in WAYS}
+        for measured, count in ((steps, rounds - 1), (answers, rounds)):
+            for number in range(count):
+                for way in WAYS[:: 1 if number % 2 else -1]:
+                    measured[way].append(living[way].round())
+        for one in living.values():
+            one.close()
+    examples = BATCH * (rounds - 1)
+    return {
+        "time_over_zinit": {way: round(sum(steps[way]) / sum(steps["zinit"]), 3) for way in WAYS},
+        "examples_per_second": {way: round(examples / sum(steps[way]), 3) for way in WAYS},
+        "generation_time_over_zinit": {
+            way: round(statistics.median(a / b for a, b in zip(answers[way], answers["zinit"], strict=True)), 3)
+            for way in WAYS
+        },
+        "tokens_per_second": {way: round(QUESTIONS * TOKENS / statistics.median(answers[way]), 2) for way in WAYS},
+        "seconds_to_the_first_step": {way: round(first[way], 1) for way in WAYS},
+        "peak_memory_gib": {way: round(living[way].peak, 2) for way in WAYS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each, the first of which is not counted")
+    parser.add_argument("--output", type=Path, default=None, help=f"default: {RESULTS.name}/real_speed-cpu.json")
+    parser.add_argument("--work", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, str(options.models), str(options.data), options.rounds)
+        return
+    records = [record for record in json.loads((options.data / ALPACA).read_text("utf-8")) if record["output"]]
+    figures = {}
+    for name in options.only:
+        figures[name] = compare(options.models / name, records[: BATCH * options.rounds], options.rounds)
+        print(name, json.dumps(figures[name], indent=1), flush=True)
+    options.device, options.models, options.data = "cpu", "DIR", "DIR"  # nothing of this machine
+    save("real_speed", options, figures)
+
+
+if __name__ == "__main__":
+    main()
