@@ -31,6 +31,10 @@ REFUSED = {  # method: backbones that it cannot be used on, and why
     "bitfit": {"llama": "no bias terms"},
     "adaption-prompt": dict.fromkeys(("roberta", "clip", "vit", "transformers"), "AdaptionPrompt knows llama"),
     "prompt-tuning": {"vit": "one sequence of tokens", "clip": "one sequence of tokens"},
+    "peft-prefix-tuning": {
+        **dict.fromkeys(("roberta", "clip", "vit"), "knows causal language models"),
+        "transformers": r"\(3, 2, 8\) from .* has \(3, 4, 8\)",  # a config with a number that its model does not read
+    },
 }
 
 
@@ -158,6 +162,8 @@ def test_sizes_are_those_of_the_arithmetic(leader: Case) -> None:
         assert size("bitfit") == sum(bias.numel() for bias in biases)
     if refusal("prompt-tuning", leader) is None:
         assert size("prompt-tuning") == 3 * sites[0].width
+    if refusal("peft-prefix-tuning", leader) is None:
+        assert size("peft-prefix-tuning") == sum(2 * 3 * site.num_kv_heads * site.head_dim for site in sites)
     assert size("full") == sum(parameter.numel() for parameter in leader.build().parameters())
 
 

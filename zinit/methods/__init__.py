@@ -152,6 +152,11 @@ METHODS = Registry(
             rates="PROMPT_TUNING",
             settings="PromptTuningSettings",
         ),
+        "peft-prefix-tuning": _entry(
+            "prefix_tuning:PeftPrefixTuning",
+            "PEFT's prefix tuning, on causal language models: keys and values in every layer, from N(0, 1).",
+            rates="PEFT_PREFIX_TUNING",
+        ),
         "bottleneck": _entry(
             "bottleneck:Bottleneck",
             "A bottleneck adapter after each attention (the first of Houlsby et al.'s two per layer).",

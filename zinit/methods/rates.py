@@ -33,6 +33,8 @@ MATRICES = LearningRate.of_roles(
 )
 PEFT = "PEFT's guide to prompt tuning (Lester et al.'s 0.3 is Adafactor's)"
 PROMPT_TUNING = LearningRate.of_roles(3e-2, PEFT, "weights", "head")
+COMPARED = "PEFT's method comparison on MetaMathQA, its experiment prefixtuning"
+PEFT_PREFIX_TUNING = LearningRate.of_roles(1e-3, COMPARED, "weights", "head")
 BOTTLENECK = LearningRate.of_roles(
     3e-4, "the example of Houlsby et al.'s code, google-research/adapter-bert", "weights", "head"
 )

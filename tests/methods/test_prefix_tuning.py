@@ -1,0 +1,56 @@
+"""PEFT's prefix tuning as a method: PEFT's own arithmetic in training, and the same in generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import save_tiny_llama
+from zinit.config import PrefixConfig
+from zinit.methods import METHODS
+from zinit.methods.base import Adapted, ApplyContext
+
+
+def adapted(model: Any, backbone: str = "llama") -> Adapted:
+    method = METHODS.get("peft-prefix-tuning")
+    context = ApplyContext(prefix=PrefixConfig(length=3), adapter=None, backbone=backbone, seed=0)
+    return method(method.Config()).apply(model, context)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path)).eval()
+
+
+def test_answers_are_those_of_one_pass_over_the_whole_text(llama: Any) -> None:
+    found = adapted(llama).model
+    texts = [torch.tensor([5, 9, 12, 31, 7]), torch.tensor([8, 4])]
+    longest = max(map(len, texts))
+    ids = torch.stack([torch.cat([torch.full((longest - len(text),), 2), text]) for text in texts])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(text)).long() for text in texts])
+    new = found.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    assert torch.equal(new[:, :longest], ids)
+    assert new.shape == (2, longest + 6)
+    for text, answer in zip(texts, new[:, longest:].tolist(), strict=True):
+        so_far = text
+        for token in answer:  # PEFT's forward, without a cache of the text
+            with torch.no_grad():
+                best = found(input_ids=so_far[None]).logits[0, -1].argmax().item()
+            assert token == best
+            so_far = torch.cat([so_far, torch.tensor([token])])
+
+
+def test_switched_off_it_generates_as_the_base_does(llama: Any) -> None:
+    said = {"input_ids": torch.tensor([[5, 9, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    before = llama.generate(**said, **how)
+    found = adapted(llama)
+    on = found.model.generate(**said, **how)
+    with found.disabled():
+        assert torch.equal(found.model.generate(**said, **how), before)
+    assert not torch.equal(on, before)
+    assert torch.equal(found.model.generate(**said, **how), on)
