@@ -80,3 +80,21 @@ def test_what_is_missing_is_named(model: LlamaForCausalLM, tmp_path: Path) -> No
     (tmp_path / "none.json").write_text(json.dumps([{"query": "Why?", "response": "So."}]))
     with pytest.raises(DataError, match="nothing is left to evaluate on"):
         task(model, tmp_path, held_out_data=str(tmp_path / "none.json"), held_out_fields=None)
+
+
+def test_the_preset_of_pefts_comparison_fits_a_smaller_model(tmp_path: Path) -> None:
+    """Its protocol, on a small model: the same settings, fewer layers."""
+    from zinit.runs.settings import resolve
+    from zinit.runs.train import train_run
+
+    save_tiny_llama(tmp_path / "model")
+    (tmp_path / "train.json").write_text(json.dumps(PROBLEMS))
+    (tmp_path / "test.json").write_text(json.dumps(SCHOOL))
+    said = ["train.steps=2", "train.warmup_steps=1", "task.max_length=200", "task.max_new_tokens=4", "dtype=float32"]
+    test = [f"task.held_out_data={tmp_path / 'test.json'}", "task.held_out_fields=question,answer"]
+    where = {"model": str(tmp_path / "model"), "data": str(tmp_path / "train.json")}
+    config, name = resolve(backbone="llama", preset="math/metamathqa-llama-3b", options=[*said, *test], **where)
+    assert (config.method, config.train.batch_size, config.options.evaluation_limit) == ("zero-init-tuned", 4, 1319)
+    found = train_run(config, tmp_path / "run", preset=name)
+    assert found["metrics"]["adapted"]["final_answer"] == 0.0
+    assert found["metrics"]["adapted"]["loss"] != found["metrics"]["base"]["loss"]
