@@ -308,7 +308,7 @@ def load_hub(source: str, *, split: str | None = None, expected: str = "data fil
         )
     from datasets import load_dataset
 
-    asked = (name,) if config is None else (name, config)
+    asked: Any = (name,) if config is None else (name, config)
     try:
         return load_dataset(*asked) if split is None else load_dataset(*asked, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
