@@ -45,7 +45,7 @@ OUTPUT = RESULTS / "forgetting.json"
 TABLE, END = "<!-- forgetting: python -m benchmarks.forgetting -->", "<!-- end of forgetting -->"
 LORA = "lora"
 METHODS = ("zero-init", "zero-init-tuned", "bias-tuning", "random-gate", LORA, "lora-all", "full")
-EXAMPLES, MEASURED = 96, 12  # of the training part; times a run
+EXAMPLES, MEASURED = 96, 8  # of the training part; times a run
 Curve = list[tuple[float, float]]  # (training loss, forgetting), before the first step first
 Found = dict[str, dict[str, dict[str, Curve]]]  # by experiment, method, seed
 
