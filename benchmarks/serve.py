@@ -250,7 +250,8 @@ def main() -> None:
         pairs = zip(found["mixed"], found[under], strict=True)
         return round(statistics.median(a[of] / b[of] for a, b in pairs), 3)
 
-    for of in ("tokens_per_second", "tokens_per_cpu_second"):
+    # Tokens compare ways whose answers are of other lengths; seconds, whole batches of the same requests.
+    for of in ("seconds", "tokens_per_second", "tokens_per_cpu_second"):
         report[f"mixed_over: {of}"] = {name: speed(name, of) for name in ways if name != "mixed"}
     options.model = Path(options.model).name
     options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
