@@ -18,7 +18,8 @@ from zinit.methods.base import Adapted, ApplyContext, Method
 class PeftPrefixTuning(Method):
     """PEFT's prefix tuning with the run's ``prefix.length``, in all layers; its other settings are fixed.
 
-    PEFT hands keys and values over as a cache, so it knows causal language models alone.
+    PEFT hands keys and values over as a cache, so it knows causal language models alone, and no gradient checkpointing.
+    Padded batches of answers are those of each alone only on models without a sliding window.
     """
 
     name = "peft-prefix-tuning"

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"[+-]?(\d{1,50}(\.\d{0,50})?|\.\d{1,50})")  # of a model's 
 
 
 class FinalAnswer(TextMetric):
-    """The fraction of predictions whose final answer is that of their reference, as PEFT's comparison counts them.
+    """The fraction of predictions whose final answer is that of their reference.
 
     Numbers are compared by value, anything else letter by letter; a prediction that names no answer is wrong.
 
