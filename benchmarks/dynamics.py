@@ -153,7 +153,7 @@ class Host:
         rates = [option for option in experiment.method_options["zero-init"] if option.startswith("train.")]
         cell = replace(experiment, methods=(method,), method_options={method: rates}, seeds=(0,)).cells()
         short = (f"train.steps={self.steps}", f"train.warmup_steps={self.steps // 5}", *BATCH)
-        said = (*experiment.select.options, *short, *(self._filled(option) for option in options))
+        said = (*of_trials(experiment), *short, *(self._filled(option) for option in options))
         first = next(iter(cell))
         config = replace(first, options=(*first.options, *said)).at(self.places).resolve()
         run = build(config, Path(), preset=None, resume=False, on_event=ignore)
@@ -191,8 +191,13 @@ class Host:
         return {"loss": loss, "forgetting": forgetting(run), **found}
 
 
+def of_trials(experiment: Experiment) -> list[str]:
+    """The options of the runs that choose rates; but what is forgotten is measured, which trials may leave out."""
+    return [option for option in experiment.select.options if not option.startswith("task.known_texts=")]
+
+
 def forgetting(run: Run) -> float:
-    """Of the first held-out examples, or the known texts."""
+    """How far features of held-out examples have moved, or the loss on known texts."""
     metrics = run.task.evaluate(run.accelerator).metrics  # of language models no answers, as the plan says
     return next(metrics[name] for name in FORGETTING if name in metrics)
 

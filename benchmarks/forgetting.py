@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import RESULTS
-from benchmarks.dynamics import forgetting
+from benchmarks.dynamics import forgetting, of_trials
 from benchmarks.real import OUTPUT as CELLS
 from benchmarks.real import PAGE, PLAN, make_parts
 from zinit.bench.cells import Cell
@@ -79,7 +79,7 @@ def follow_all(found: Found, places: dict[str, str], only: list[str], methods: l
         methods: to follow.
     """
     benchmark = make_benchmark(config_file=str(PLAN))
-    trials = {experiment.name: experiment.select.options for experiment in benchmark.experiments}
+    trials = {experiment.name: of_trials(experiment) for experiment in benchmark.experiments}
     for cell in final_cells(benchmark, CELLS):
         own = found.setdefault(cell.experiment, {}).setdefault(cell.method, {})
         if cell.experiment not in (only or [cell.experiment]) or cell.method not in methods or str(cell.seed) in own:
@@ -140,6 +140,8 @@ def forgotten_at(curve: Curve, loss: float) -> float:
     Raises:
         ValueError: if it never does.
     """
+    if curve[0][0] <= loss:
+        return curve[0][1]
     for (high, before), (low, after) in itertools.pairwise(curve):
         if low <= loss < high:
             return before + (after - before) * (high - loss) / (high - low)
@@ -175,7 +177,8 @@ def write_page(found: Found) -> None:
     """Puts the tables into the page, between the lines `TABLE` and `END`."""
     parts = []
     for experiment, runs in found.items():
-        lines = [row(name, own, runs[LORA]) for name, own in runs.items() if own and runs.get(LORA)]
+        lora = runs.get(LORA, {})
+        lines = [row(name, own, lora) for name, own in runs.items() if own.keys() & lora.keys()]
         header = [*HEADER, "of LoRA's", "seeds"]
         cells = [header, ["---"] * len(header), *lines]
         parts += [f"### {experiment}", "\n".join(f"| {' | '.join(line)} |" for line in cells)]

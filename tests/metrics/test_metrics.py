@@ -300,6 +300,12 @@ def test_tasks_say_the_direction_of_their_figures() -> None:
         ("The answer is: 1e99999999", "1e99999999"),
         ("The answer is:", None),
         ("It is 5.", None),
+        ("The answer is : 5", Fraction(5)),
+        ("The answer is: 5. That answer isn't odd", "5. That answer isn't odd"),
+        ("That answer isn't 5", None),
+        ("Their xanswer is 5", None),
+        ("The answer is: 1,2,3", "1,2,3"),
+        ("The answer is: 1,234,567", Fraction(1234567)),
         ("", None),
     ],
 )

@@ -19,7 +19,6 @@ class PeftPrefixTuning(Method):
     """PEFT's prefix tuning with the run's ``prefix.length``, in all layers; its other settings are fixed.
 
     PEFT hands keys and values over as a cache, so it knows causal language models alone, and no gradient checkpointing.
-    Padded batches of answers are those of each alone only on models without a sliding window.
     """
 
     name = "peft-prefix-tuning"
@@ -49,6 +48,8 @@ class PeftPrefixTuning(Method):
                     f"config; {site.name} has {own}. The same prompts on any model: -o method=prefix-tuning."
                 )
         vars(wrapped)["generate"] = functools.partial(_generate, wrapped)
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+            vars(wrapped)[name] = _refuse_checkpointing
         return Adapted(model=wrapped, disabled=lambda: _switched_off(wrapped))
 
 
@@ -62,18 +63,40 @@ def _switched_off(wrapped: Any) -> Iterator[None]:
         vars(wrapped)["generate"] = own
 
 
+def _refuse_checkpointing(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        "PEFT's prefix tuning hands its prompts over as a cache, which gradient checkpointing drops: "
+        "-o train.gradient_checkpointing=false."
+    )
+
+
 def _generate(wrapped: Any, *, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
     """``generate`` that starts from a cache of the prefix; (B, T + new), as without one.
 
     PEFT's own looks for the cache under a name that transformers no longer uses. To transformers a cache stands for
-    the first tokens of the text, so as many stand there for the prefix; nobody looks at them.
+    the first tokens of the text, so as many stand there for the prefix. Texts of one length are answered at a time: a
+    sliding window would count the padding between prefix and text.
     """
-    count, length = len(input_ids), wrapped.active_peft_config.num_virtual_tokens
-    first = input_ids.new_zeros((count, length))
+    padding = (attention_mask == 0).sum(dim=1).tolist()
+    answers: dict[int, Tensor] = {}
+    for count in sorted(set(padding)):
+        rows = [row for row, own in enumerate(padding) if own == count]
+        found = _behind_the_prefix(wrapped, input_ids[rows, count:], settings)
+        answers |= dict(zip(rows, found, strict=True))
+    new = [answers[row][input_ids.shape[1] - count :] for row, count in enumerate(padding)]
+    end = getattr(settings.get("generation_config"), "pad_token_id", None) or 0
+    return torch.cat([input_ids, nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=end)], dim=1)
+
+
+def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]) -> Tensor:
+    """(B, T + new) of texts of one length."""
+    length = wrapped.active_peft_config.num_virtual_tokens
+    longer = {name: settings[name] + length for name in ("max_length", "min_length") if settings.get(name) is not None}
+    ids = torch.cat([input_ids[:, -1:].expand(-1, length), input_ids], dim=1)  # no token that the text does not have
     found = wrapped.get_base_model().generate(
-        input_ids=torch.cat([first, input_ids], dim=1),
-        attention_mask=torch.cat([attention_mask.new_ones((count, length)), attention_mask], dim=1),
-        past_key_values=wrapped.get_prompt(batch_size=count),
-        **settings,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=wrapped.get_prompt(batch_size=len(ids)),
+        **(settings | longer),
     )
     return found[:, length:]

@@ -8,7 +8,8 @@ from fractions import Fraction
 from zinit.metrics.base import TextMetric
 
 # What stands before the final answer in MetaMathQA ("The answer is: 5") and in GSM8K ("#### 5").
-MARK = re.compile(r"####|\banswer is:?", re.IGNORECASE)
+MARK = re.compile(r"####|\banswer is\b\s*:?", re.IGNORECASE)
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 NUMBER = re.compile(r"[+-]?(\d{1,50}(\.\d{0,50})?|\.\d{1,50})")  # of a model's output: no exponents, which may be huge
 
 
@@ -44,11 +45,11 @@ def final_answer(text: str) -> Fraction | str | None:
     """What follows the last mark on its line: a number, or else a text; None where there is no mark.
 
     Args:
-        text: a solution. Commas in a number, "$" and "%" around it, and a full stop do not count.
+        text: a solution. Commas between thousands, "$" and "%" around it, and a full stop do not count.
     """
     *before, last = MARK.split(text)
     found = last.strip().split("\n", 1)[0].strip(" .!?$%") if before else ""
-    numbers = [part.strip() for part in found.replace(",", "").split("/")]
+    numbers = [part.strip() for part in THOUSANDS.sub("", found).split("/")]
     if len(numbers) > 2 or not all(NUMBER.fullmatch(number) for number in numbers):
         return found or None
     numerator, denominator = map(Fraction, [*numbers, "1"][:2])

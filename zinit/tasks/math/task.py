@@ -47,6 +47,11 @@ class Math(TextTask):
         )
         scored = [record for record in held_out if final_answer(record["output"]) is not None]
         counts["held_out_skipped_no_final_answer"] = len(held_out) - len(scored)
+        if held_out and not scored:
+            raise DataError(
+                f"none of {len(held_out)} held-out solutions names its final answer, as '#### 5' or "
+                f"'The answer is: 5' do; the first is {held_out[0]['output'][:80]!r}. Give others: -o task.held_out_data=FILE."
+            )
         return training, scored, counts
 
     def encode(self, records: Sequence[Record]) -> tuple[list[TextExample], Counter[str]]:
