@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.tiny import save_tiny_llama
 from zinit.config import PrefixConfig
+from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.base import Adapted, ApplyContext
+from zinit.train.strategy import checkpoint_activations
 
 
 def adapted(model: Any, backbone: str = "llama") -> Adapted:
@@ -42,6 +44,35 @@ def test_answers_are_those_of_one_pass_over_the_whole_text(llama: Any) -> None:
                 best = found(input_ids=so_far[None]).logits[0, -1].argmax().item()
             assert token == best
             so_far = torch.cat([so_far, torch.tensor([token])])
+
+
+def test_padded_texts_are_answered_as_each_alone_where_a_window_slides() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=6)).eval()
+    found = adapted(model, "transformers").model
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    ids = torch.tensor([[3, 5, 9, 12, 31, 7, 22, 17], [0, 0, 0, 0, 0, 0, 8, 4]])
+    mask = torch.tensor([[1] * 8, [0] * 6 + [1, 1]])
+    new = found.generate(input_ids=ids, attention_mask=mask, **how)
+    alone = found.generate(input_ids=ids[1:, 6:], attention_mask=mask[1:, 6:], **how)
+    assert new.shape == (2, 13)
+    assert torch.equal(new[1, 6:], alone[0])
+    with found.disable_adapter():
+        base = model.generate(input_ids=ids[1:, 6:], attention_mask=mask[1:, 6:], **how)
+    assert not torch.equal(alone, base)  # the prefix is there to be lost
+
+
+def test_a_length_is_that_of_the_text(llama: Any) -> None:
+    found = adapted(llama).model
+    said = {"input_ids": torch.tensor([[5, 9, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert found.generate(**said, max_length=7, do_sample=False, eos_token_id=-1).shape == (1, 7)
+
+
+def test_gradient_checkpointing_is_refused(llama: Any) -> None:
+    with pytest.raises(ConfigError, match=r"-o train\.gradient_checkpointing=false"):
+        checkpoint_activations(adapted(llama).model)
 
 
 def test_switched_off_it_generates_as_the_base_does(llama: Any) -> None:

@@ -78,7 +78,7 @@ def test_what_is_missing_is_named(model: LlamaForCausalLM, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"task\.held_out_fields=PROBLEM,SOLUTION"):
         task(model, tmp_path, held_out_fields=None)
     (tmp_path / "none.json").write_text(json.dumps([{"query": "Why?", "response": "So."}]))
-    with pytest.raises(DataError, match=r"none of 1 held-out solutions names its final answer, .* the first is 'So\.'"):
+    with pytest.raises(DataError, match=r"none of 1 held-out solutions names its final answer .* first is 'So\.'"):
         task(model, tmp_path, held_out_data=str(tmp_path / "none.json"), held_out_fields=None)
 
 

@@ -49,8 +49,8 @@ class Math(TextTask):
         counts["held_out_skipped_no_final_answer"] = len(held_out) - len(scored)
         if held_out and not scored:
             raise DataError(
-                f"none of {len(held_out)} held-out solutions names its final answer, as '#### 5' or "
-                f"'The answer is: 5' do; the first is {held_out[0]['output'][:80]!r}. Give others: -o task.held_out_data=FILE."
+                f"none of {len(held_out)} held-out solutions names its final answer ('#### 5', 'The answer is: 5');"
+                f" the first is {held_out[0]['output'][:80]!r}. Give others: -o task.held_out_data=FILE_OR_HUB_ID."
             )
         return training, scored, counts
 
