@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,7 +23,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS
-from benchmarks.real import PLAN, make_parts
+from benchmarks.real import PLAN, places_of
 from zinit.adapter.handle import Handle
 from zinit.bench.cells import Experiment
 from zinit.bench.plan import make_benchmark
@@ -101,9 +100,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="name of an experiment; repeatable")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
-    make_parts(options.data, parts)
-    places = {"models": str(options.models.absolute()), "parts": str(parts), "data": str(options.data.absolute())}
+    places = places_of(options.models, options.data)
     found: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
     for experiment in make_benchmark(config_file=str(PLAN)).experiments:
         if experiment.name in (options.only or [experiment.name]):

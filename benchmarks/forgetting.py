@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import statistics
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 from benchmarks.common import RESULTS
 from benchmarks.dynamics import forgetting, of_trials
 from benchmarks.real import OUTPUT as CELLS
-from benchmarks.real import PAGE, PLAN, make_parts
+from benchmarks.real import PAGE, PLAN, places_of
 from zinit.bench.cells import Cell
 from zinit.bench.intervals import DRAWS, FEWEST
 from zinit.bench.plan import make_benchmark
@@ -62,9 +61,7 @@ def main() -> None:
     if not options.page:
         if options.models is None or options.data is None:
             parser.error("name the folders: --models DIR --data DIR")
-        parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
-        make_parts(options.data, parts)
-        places = {"models": str(options.models.absolute()), "parts": str(parts), "data": str(options.data.absolute())}
+        places = places_of(options.models, options.data)
         follow_all(found, places, options.only, options.method or list(METHODS))
     write_page(found)
 

@@ -75,17 +75,14 @@ def main() -> None:
     if options.models is None or options.data is None:
         parser.error("name the folders: --models DIR --data DIR")
     kept = [narrowed(e, options.method) for e in benchmark.experiments if e.name in (options.only or [e.name])]
-    parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
-    make_parts(options.data, parts)
     note_models(options.models)
-    places = {"models": str(options.models.absolute()), "parts": str(parts), "data": str(options.data.absolute())}
     runner = Runner(
         replace(benchmark, experiments=tuple(kept)),
         OUTPUT,
         jobs=options.jobs,
         budget=None if options.budget is None else 60 * options.budget,
         on_event=report,
-        places=places,
+        places=places_of(options.models, options.data),
     )
     runner.run()
     write_page(benchmark)
@@ -106,6 +103,13 @@ def report(event: Event) -> None:
 
 
 # --- the data: parts that are the same on every machine ---
+
+
+def places_of(models: Path, data: Path) -> dict[str, str]:
+    """Where everything is on this machine, the parts of the data made; see `zinit.bench.cells.Cell.at`."""
+    parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
+    make_parts(data, parts)
+    return {"models": str(models.absolute()), "parts": str(parts), "data": str(data.absolute())}
 
 
 def make_parts(data: Path, parts: Path) -> None:

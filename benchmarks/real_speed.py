@@ -12,6 +12,7 @@ are compared. PEFT's AdaptionPrompt knows neither Gemma nor Qwen; for LLaMA see 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -223,8 +224,20 @@ class Living:
         self.process.wait()
 
 
-def compare(model: Path, records: list[dict[str, str]], rounds: int) -> dict[str, Any]:
-    """Figures of one model."""
+def that_fit(model: Path, records: list[dict[str, str]], rounds: int) -> list[dict[str, str]]:
+    """As many as all rounds take, of those whose prompt leaves room for an answer: each makes one example."""
+    from transformers import AutoTokenizer
+
+    from zinit.tasks.alpaca.examples import encode_records
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    fitting = (record for record in records if encode_records(tokenizer, [record], max_length=LENGTH)[0])
+    return list(itertools.islice(fitting, BATCH * rounds))
+
+
+def compare(model: Path, records: list[dict[str, str]]) -> dict[str, Any]:
+    """Figures of one model; a round for each batch of the records."""
+    rounds = len(records) // BATCH
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "records.json"
         data.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
@@ -269,7 +282,7 @@ def main() -> None:
     records = [record for record in json.loads((options.data / ALPACA).read_text("utf-8")) if record["output"]]
     figures = {}
     for name in options.only:
-        figures[name] = compare(options.models / name, records[: BATCH * options.rounds], options.rounds)
+        figures[name] = compare(options.models / name, that_fit(options.models / name, records, options.rounds))
         print(name, json.dumps(figures[name], indent=1), flush=True)
     options.device, options.models, options.data = "cpu", "DIR", "DIR"  # nothing of this machine
     save("real_speed", options, figures)

@@ -149,7 +149,9 @@ def test_parts_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"train": records(range(12)), "dev": records(range(4)), "extra": records(range(4))}
     found = datasets.DatasetDict(parts)
 
-    def load(name: str, split: str | None = None) -> Any:
+    def load(name: str, config: str | None = None, split: str | None = None) -> Any:
+        if config is not None:
+            return datasets.DatasetDict(extra=parts["extra"])
         return found if split is None else records(range(int(split[len("train[:") : -1])))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -158,6 +160,9 @@ def test_parts_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.train[4].where == "some/set:train, record 5"
     assert len(read("some/set:train[:7]").train) == 7
     assert read("some/set:extra").whole
+    assert len(read("some/set:small:extra").train) == 4
+    with pytest.raises(DataError, match=r"Name one: --data some/set:small:PART"):
+        read("some/set:small:dev")
     found = datasets.DatasetDict(all=parts["train"])
     assert len(read("some/set").train) == 12
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
 from tests.tiny import byte_tokenizer, save_tiny_llama
-from zinit.errors import DataError
+from zinit.errors import ConfigError, DataError
 from zinit.tasks.base import TaskInputs
 from zinit.tasks.math.task import Math, MathConfig
 
@@ -77,6 +77,8 @@ def test_what_is_missing_is_named(model: LlamaForCausalLM, tmp_path: Path) -> No
         Math(TaskInputs(model=model, processor=byte_tokenizer(), data=None), MathConfig(max_length=200))
     with pytest.raises(DataError, match=r"task\.held_out_fields=PROBLEM,SOLUTION"):
         task(model, tmp_path, held_out_fields=None)
+    with pytest.raises(ConfigError, match="held_out_fields are those of held_out_data"):
+        MathConfig(held_out_fields=("a", "b"))
     (tmp_path / "none.json").write_text(json.dumps([{"query": "Why?", "response": "So."}]))
     with pytest.raises(DataError, match=r"none of 1 held-out solutions names its final answer .* first is 'So\.'"):
         task(model, tmp_path, held_out_data=str(tmp_path / "none.json"), held_out_fields=None)

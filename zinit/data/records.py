@@ -313,7 +313,8 @@ def load_hub(source: str, *, split: str | None = None, expected: str = "data fil
         return load_dataset(*asked) if split is None else load_dataset(*asked, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
         raise DataError(
-            f"there is no {expected} {source}, and the Hub did not give a data set of that name: {first_line(error)}"
+            f"there is no {expected} {source}, and the Hub did not give a data set of that name: {first_line(error)} "
+            f"(One configuration of several: {name}:CONFIGURATION:SPLIT.)"
         ) from error
 
 

@@ -98,13 +98,14 @@ def read_hub(source: str, reading: Reading) -> Parts:
     Raises:
         DataError: if there is none, or it has no such part.
     """
-    name, _, part = hub_parts(source)
+    name, config, part = hub_parts(source)
     found: Any = load_hub(source, expected="folder")
     if "[" in part:  # a slice, which the Hub's loader cuts
         found = {part: load_hub(source, split=part, expected="folder")}
     train = part or (next(iter(found)) if len(found) == 1 else "train")
     if train not in found:
-        raise DataError(f"{name} has no part {train!r}; it has {', '.join(found)}. Name one: --data {name}:PART")
+        where = f"{name}:{config}" if config else name
+        raise DataError(f"{where} has no part {train!r}; it has {', '.join(found)}. Name one: --data {where}:PART")
     own = {"train": train}
     if not part:
         own |= {PARTS[other]: other for other in ("test", *reversed(VALIDATION)) if other in found and other != train}

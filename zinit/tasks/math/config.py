@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from zinit.errors import ConfigError
 from zinit.tasks.settings import TextConfig
 from zinit.validation import CommaSeparated, Name, PositiveInt, Tokens, Words
 
@@ -34,3 +35,8 @@ class MathConfig(TextConfig):
     held_out_data: str | None = None
     fields: Fields = ("query", "response")
     held_out_fields: Fields | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.held_out_fields is not None and self.held_out_data is None:
+            raise ConfigError("held_out_fields are those of held_out_data: give both, or neither.")
