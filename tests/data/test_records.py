@@ -36,3 +36,12 @@ def test_the_hub_is_asked_for_configuration_and_split(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_document(source) == ([asked], source)
+
+
+def test_a_missing_configuration_says_how_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"Config name is missing\. Name them: some/set:CONFIGURATION:SPLIT"):
+        read_document("some/set")

@@ -312,9 +312,11 @@ def load_hub(source: str, *, split: str | None = None, expected: str = "data fil
     try:
         return load_dataset(*asked) if split is None else load_dataset(*asked, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that there is nothing to read
+        # A ValueError: there is no such configuration or split, or none is named of several.
+        hint = f" Name them: {name}:CONFIGURATION:SPLIT" if isinstance(error, ValueError) else ""
         raise DataError(
-            f"there is no {expected} {source}, and the Hub did not give a data set of that name: {first_line(error)} "
-            f"(One configuration of several: {name}:CONFIGURATION:SPLIT.)"
+            f"there is no {expected} {source}, and the Hub did not give a data set of that name: "
+            f"{first_line(error)}{hint}"
         ) from error
 
 
