@@ -6,6 +6,10 @@ loop: clients that each wait for an answer before they ask again. PEFT: its Adap
 
     python -m benchmarks.serve                                   # the demo's LLaMA
     python -m benchmarks.serve --model DIR --tokens 32 --rate 2  # another base
+    python -m benchmarks.serve --same-lengths --rounds 40        # a mixed batch beside one adapter's, step by step
+
+How long answers are depends on the adapter, and a batch takes as many steps as its longest. ``--same-lengths`` gives
+every request a length of its own instead, whoever answers it, so that batches differ by their adapters alone.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,11 +33,16 @@ from benchmarks.common import RESULTS, save
 from zinit.data.conversations import Conversation, Round
 from zinit.demo import instructions, llama_path
 from zinit.models.loading import load_causal_lm
+from zinit.serve.answer import AnswerText
 from zinit.serve.engine import Engine
+from zinit.serve.groups import Row
 from zinit.serve.requests import Failed, Limits, Piece, Sampling, Turn
 from zinit.serve.served import Models
 
 Request = tuple[str, str]  # adapter, text
+Way = Callable[[], dict[str, Any]]
+Found = dict[str, list[dict[str, Any]]]  # of each way, a round after the other
+SHORTEST = 4  # tokens of an answer by --same-lengths
 
 
 def make_adapters(options: argparse.Namespace, folder: Path) -> None:
@@ -48,10 +58,22 @@ def make_adapters(options: argparse.Namespace, folder: Path) -> None:
         handle.detach()
 
 
+class Endless(Engine):
+    """No token and no text ends an answer: it is as long as it may be."""
+
+    def _enqueue(self, rows: list[Row]) -> None:
+        for row in rows:
+            row.ends, row.text = frozenset(), AnswerText(row.text.tokenizer)
+        super()._enqueue(rows)
+
+
 def in_batches(
     engine: Engine, requests: list[Request], tokens: int, rate: float | None, seed: int = 0
 ) -> dict[str, Any]:
     """All requests at once, or as a Poisson process of so many a second."""
+    lengths = [tokens] * len(requests)
+    if isinstance(engine, Endless):
+        lengths = random.Random(seed).choices(range(SHORTEST, tokens + 1), k=len(requests))
     draw, lock, over = random.Random(seed), threading.Lock(), threading.Event()
     first: dict[int, float] = {}
     whole: dict[int, float] = {}
@@ -76,7 +98,7 @@ def in_batches(
         if rate is not None:
             due += draw.expovariate(rate)
             time.sleep(max(0.0, due - time.perf_counter()))
-        how = Sampling(max_tokens=tokens, temperature=0)
+        how = Sampling(max_tokens=lengths[number], temperature=0)
         engine.chat(adapter, [Turn(role="user", text=text)], how, receiver(number, time.perf_counter()))
     assert over.wait(3600)
     seconds = time.perf_counter() - began
@@ -177,6 +199,25 @@ def figures(answers: list[tuple[int, ...]], seconds: float, first: list[float], 
 
 
 def main() -> None:
+    options = read_options()
+    torch.set_num_threads(options.threads)
+    texts = [record["instruction"] for record in instructions()[0]]
+    random.Random(0).shuffle(texts)
+    names = [f"user{number}" for number in range(options.adapters)]
+    mixed = [(names[number % len(names)], texts[number]) for number in range(options.requests)]
+    limits = Limits(batch=options.requests, queue=4 * options.requests)
+    engine = (Endless if options.same_lengths else Engine)(load(options, names), limits).start()
+    ways = chosen_ways(options, engine, mixed)
+    before = [round(load, 2) for load in os.getloadavg()]
+    in_batches(engine, mixed[:8], 8, None)  # warms up
+    found = measured(ways, options.rounds)
+    engine.stop()
+    options.model = Path(options.model).name
+    options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
+    save("serve", options, {"load_before": before, **report_of(found)})
+
+
+def read_options() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default=str(llama_path()), help="default: the demo's")
     options.add_argument("--requests", type=int, default=64)
@@ -185,6 +226,7 @@ def main() -> None:
     options.add_argument("--prefix-length", type=int, default=10, help="K")
     options.add_argument("--layers", type=int, default=None, help="L; default: all")
     options.add_argument("--tokens", type=int, default=64, help="longest answer")
+    options.add_argument("--same-lengths", action="store_true", help="answers as long as drawn; batches only")
     options.add_argument("--rate", type=float, default=20.0, help="requests a second of the Poisson process")
     options.add_argument("--clients", type=int, default=16, help="of the closed loop")
     options.add_argument("--no-peft", action="store_true", help="for bases that PEFT's AdaptionPrompt does not know")
@@ -192,13 +234,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5, help="interleaved; medians are reported")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--output", type=Path, default=None)
-    options = options.parse_args()
-    options.device = "cpu"
-    torch.set_num_threads(options.threads)
-    texts = [record["instruction"] for record in instructions()[0]]
-    random.Random(0).shuffle(texts)
-    names = [f"user{number}" for number in range(options.adapters)]
-    mixed = [(names[number % len(names)], texts[number]) for number in range(options.requests)]
+    return options.parse_args(namespace=argparse.Namespace(device="cpu"))
+
+
+def load(options: argparse.Namespace, names: list[str]) -> Models:
+    """The base with its adapters."""
     with tempfile.TemporaryDirectory() as folder:
         make_adapters(options, Path(folder))
         models = Models(
@@ -206,28 +246,33 @@ def main() -> None:
         )
         for name in names:
             models.add(name, str(Path(folder) / name))
-    engine = Engine(models, Limits(batch=options.requests, queue=4 * options.requests)).start()
-    tokens = options.tokens
-    ways = {
-        "one_after_another": lambda: one_after_another(engine, mixed, tokens),
-        "mixed": lambda: in_batches(engine, mixed, tokens, None),
-        "closed_loop": lambda: closed_loop(engine, mixed, tokens, options.clients),
-        "poisson": lambda: in_batches(engine, mixed, tokens, options.rate),
-    }
-    alone = {"one_tuned": names[0]} if options.tuned else {}
-    alone |= {"one_plain": names[-1]} if options.tuned < options.adapters else {}
+    return models
+
+
+def chosen_ways(options: argparse.Namespace, engine: Engine, mixed: list[Request]) -> dict[str, Way]:
+    """The mixed batch, and what the options say is measured beside it."""
+    tokens, wanted = options.tokens, options.ways
+    ways: dict[str, Way] = {"mixed": lambda: in_batches(engine, mixed, tokens, None)}
+    alone = {"one_tuned": mixed[0][0]} if options.tuned else {}
+    alone |= {"one_plain": mixed[options.adapters - 1][0]} if options.tuned < options.adapters else {}
     for name, adapter in alone.items():
         ways[name] = lambda adapter=adapter: in_batches(engine, [(adapter, text) for _, text in mixed], tokens, None)
-    if not options.no_peft and (options.ways is None or "peft" in options.ways):
-        others = peft_models(options)
-        ways["peft"] = lambda: with_peft(engine, others, mixed, tokens)
-    if unknown := set(options.ways or ()) - ways.keys():
+    if not options.same_lengths:
+        ways = {"one_after_another": lambda: one_after_another(engine, mixed, tokens), **ways}
+        ways["closed_loop"] = lambda: closed_loop(engine, mixed, tokens, options.clients)
+        ways["poisson"] = lambda: in_batches(engine, mixed, tokens, options.rate)
+        if not options.no_peft and (wanted is None or "peft" in wanted):
+            others = peft_models(options)
+            ways["peft"] = lambda: with_peft(engine, others, mixed, tokens)
+    if unknown := set(wanted or ()) - ways.keys():
         raise SystemExit(f"there is no way {', '.join(sorted(unknown))}; choose among {', '.join(ways)}.")
-    ways = {name: way for name, way in ways.items() if name in ("mixed", *(options.ways or ways))}
-    before = [round(load, 2) for load in os.getloadavg()]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    in_batches(engine, mixed[:8], 8, None)  # warms up
-    for _ in range(options.rounds):
+    return {name: way for name, way in ways.items() if name in ("mixed", *(wanted or ways))}
+
+
+def measured(ways: dict[str, Way], rounds: int) -> Found:
+    """All ways, interleaved."""
+    found: Found = {name: [] for name in ways}
+    for _ in range(rounds):
         for name, way in ways.items():
             started = time.process_time()  # on a machine that others use, processor seconds say more than the clock
             found[name].append(way())
@@ -236,26 +281,27 @@ def main() -> None:
                 "cpu_seconds": round(used, 3),
                 "tokens_per_cpu_second": round(found[name][-1]["tokens"] / used, 1),
             }
-    engine.stop()
-    report: dict[str, Any] = {"load_before": before}
-    if "one_after_another" in ways:
-        pairs = zip(found["mixed"][0]["answers"], found["one_after_another"][0]["answers"], strict=True)
-        report["answers_equal"] = f"{sum(a == b for a, b in pairs)} of {len(mixed)}"
+    return found
+
+
+def report_of(found: Found) -> dict[str, Any]:
+    """The median round of each way, and the mixed batch's ratio to every other: the median over rounds."""
+    report: dict[str, Any] = {}
+    if "one_after_another" in found:
+        pairs = list(zip(found["mixed"][0]["answers"], found["one_after_another"][0]["answers"], strict=True))
+        report["answers_equal"] = f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
     for name, rounds in found.items():
         middle = sorted(rounds, key=lambda each: each["tokens_per_second"])[len(rounds) // 2]
         report[name] = {key: value for key, value in middle.items() if key not in ("answers", "first_seconds")}
 
-    def speed(under: str, of: str) -> float:
-        """The mixed batch's over another's: the median over rounds."""
+    def ratio(under: str, of: str) -> float:
         pairs = zip(found["mixed"], found[under], strict=True)
         return round(statistics.median(a[of] / b[of] for a, b in pairs), 3)
 
     # Tokens compare ways whose answers are of other lengths; seconds, whole batches of the same requests.
-    for of in ("seconds", "tokens_per_second", "tokens_per_cpu_second"):
-        report[f"mixed_over: {of}"] = {name: speed(name, of) for name in ways if name != "mixed"}
-    options.model = Path(options.model).name
-    options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
-    save("serve", options, report)
+    for of in ("seconds", "cpu_seconds", "tokens_per_second", "tokens_per_cpu_second"):
+        report[f"mixed_over: {of}"] = {name: ratio(name, of) for name in found if name != "mixed"}
+    return report
 
 
 if __name__ == "__main__":

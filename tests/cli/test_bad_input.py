@@ -111,6 +111,8 @@ def test_a_file_is_no_preset(folder: str, refused, tmp_path: Path, monkeypatch: 
         (["--backbone", "lama"], ["no backbone named 'lama'", "Did you mean 'llama'"]),
         (["--backbone", "llama", "--task", "alpca"], ["no task named 'alpca'", "Did you mean 'alpaca'"]),
         (["--backbone", "transformers", "--task", "squad"], ["'transformers' has no embedded demo", "--model"]),
+        (["--backbone", "llama", "--task", "math"], ["'math' has no embedded demo: pass --model and --data."]),
+        (["--backbone", "llama", "--task", "math", "--data", "x.json"], ["'math' has no embedded demo: pass --model."]),
         (["--backbone", "llama", "--preset", "llama-7"], ["no preset named 'llama-7'", "alpaca/llama-7b"]),
         (["--backbone", "llama", "-o", "train.epoch=3"], ["no option named 'train.epoch'", "train.epochs"]),
         (["--backbone", "llama", "-o", "lenght=3"], ["no option named 'lenght'", "Did you mean 'length'"]),

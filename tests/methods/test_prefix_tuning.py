@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, StoppingCriteriaList
 
 from tests.tiny import save_tiny_llama
 from zinit.config import PrefixConfig
@@ -68,6 +68,42 @@ def test_a_length_is_that_of_the_text(llama: Any) -> None:
     found = adapted(llama).model
     said = {"input_ids": torch.tensor([[5, 9, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     assert found.generate(**said, max_length=7, do_sample=False, eos_token_id=-1).shape == (1, 7)
+
+
+def test_beams_and_several_answers_are_those_of_each_text_alone(llama: Any) -> None:
+    found = adapted(llama).model
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "num_beams": 3, "num_return_sequences": 2}
+    ids, mask = torch.tensor([[5, 9, 12], [2, 8, 4]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    together = found.generate(input_ids=ids, attention_mask=mask, **how)
+    first = found.generate(input_ids=ids[:1], attention_mask=mask[:1], **how)
+    second = found.generate(input_ids=ids[1:, 1:], attention_mask=mask[1:, 1:], **how)
+    assert together.shape == (4, 7)
+    assert torch.equal(together[:2], first)
+    assert torch.equal(together[2:, 1:], second)
+    assert not torch.equal(first[0], first[1])
+    scores = []
+    for answer in first:  # the better of the two is first, by PEFT's forward without a cache of the text
+        with torch.no_grad():
+            logits = found(input_ids=answer[None]).logits[0, 2:-1].log_softmax(-1)
+        scores.append(logits.gather(1, answer[3:, None]).sum().item())
+    assert scores[0] > scores[1]
+
+
+def test_stopping_criteria_see_the_text_alone(llama: Any) -> None:
+    found, seen = adapted(llama).model, []
+
+    def criterion(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        seen.append(input_ids.tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    ids = torch.tensor([[5, 9, 12]])
+    how = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": -1}
+    criteria = StoppingCriteriaList([criterion])  # pyright: ignore
+    new = found.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=criteria, **how)
+    assert seen == [new[:, :4].tolist(), new.tolist()]
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with pytest.raises(ConfigError, match="batch size 1"):
+        found.generate(input_ids=ids.expand(2, -1), attention_mask=mask, stopping_criteria=criteria, **how)
 
 
 def test_gradient_checkpointing_is_refused(llama: Any) -> None:

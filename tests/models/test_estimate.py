@@ -14,12 +14,15 @@ from transformers import LlamaForCausalLM
 
 from tests.tiny import save_tiny_llama
 from zinit.adapter.attach import attach
-from zinit.config import PrefixConfig
+from zinit.config import AdapterConfig, PrefixConfig, TuningConfig
+from zinit.errors import ConfigError
+from zinit.methods import METHODS
+from zinit.methods.base import ApplyContext
 from zinit.models.estimate import Rates, estimate_step
 from zinit.models.loading import load_on_meta
 from zinit.models.losses import chunked_cross_entropy
 from zinit.train.strategy import describe
-from zinit.ui.inspection import describe_training, estimate_training
+from zinit.ui.inspection import describe_training, estimate_training, inspect_model
 
 SLOW = Rates(flops=1.0, bandwidth=1e30)  # a second for each operation
 
@@ -80,6 +83,42 @@ def test_it_grows_with_the_batch_and_not_with_frozen_layers_below(source: Path) 
     assert top["weights_bytes"] == two["weights_bytes"] == 4 * size
     said = describe_training(two)
     assert "a step of 2 x 64 tokens on cpu in float32, estimated:" in said
+
+
+@pytest.mark.parametrize(("method", "settings"), [("lora", ["method.rank=2"]), ("bias-tuning", []), ("full", [])])
+def test_every_methods_step_is_estimated_with_what_it_trains(method: str, settings: list[str], source: Path) -> None:
+    options = [f"method={method}", *settings]
+    found = estimate_training(str(source), batch=2, length=24, options=options)
+    model: Any = LlamaForCausalLM.from_pretrained(source)
+    chosen = METHODS.get(method)
+    config = chosen.Config.from_dict({"rank": 2} if settings else {})
+    adapter = AdapterConfig(parts={"prefix": PrefixConfig()}, tuning=TuningConfig(scale="output"))
+    context = ApplyContext(prefix=PrefixConfig(), adapter=adapter, backbone="llama", seed=0)
+    model = chosen(config).apply(model, context).model.train()
+    numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert inspect_model(str(source), options=options)["num_trainable"] == numbers
+    assert found["adapter_bytes"] == 4 * 4 * numbers
+    ids = torch.zeros(2, 24, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        chunked_cross_entropy(hidden, model.lm_head.weight, None, ids.flatten()).backward()
+    assert found["flops"] == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("method=logistic-regression", "trains nothing in the model"), ("train.epochs=3", "says nothing about what goes")],
+)
+def test_what_has_no_step_of_its_own_is_refused(option: str, message: str, source: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        estimate_training(str(source), batch=2, length=24, options=[option])
+
+
+def test_a_method_that_puts_the_model_into_another_is_not_estimated(source: Path) -> None:
+    options = ["method=peft-prefix-tuning", "prefix.length=3"]
+    assert inspect_model(str(source), options=options)["num_trainable"] > 0
+    with pytest.raises(ConfigError, match="method=prefix-tuning"):
+        estimate_training(str(source), batch=2, length=24, options=options)
 
 
 def test_apples_gpus_are_said_to_be_untested() -> None:

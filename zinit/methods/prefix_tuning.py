@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,27 +76,55 @@ def _generate(wrapped: Any, *, input_ids: Tensor, attention_mask: Tensor, **sett
     PEFT's own looks for the cache under a name that transformers no longer uses. To transformers a cache stands for
     the first tokens of the text, so as many stand there for the prefix. Texts of one length are answered at a time: a
     sliding window would count the padding between prefix and text.
+
+    Raises:
+        ConfigError: if stopping criteria are to look at texts of different lengths.
     """
     padding = (attention_mask == 0).sum(dim=1).tolist()
-    answers: dict[int, Tensor] = {}
+    if settings.get("stopping_criteria") and any(padding):
+        raise ConfigError(
+            "with PEFT's prefix tuning texts of different lengths are answered one length at a time, and stopping "
+            "criteria look at all answers at once. Give texts of one length, such as one at a time (batch size 1)."
+        )
+    each = _said(wrapped, settings, "num_return_sequences")
+    answers: dict[int, Sequence[Tensor]] = {}
     for count in sorted(set(padding)):
         rows = [row for row, own in enumerate(padding) if own == count]
         found = _behind_the_prefix(wrapped, input_ids[rows, count:], settings)
-        answers |= dict(zip(rows, found, strict=True))
-    new = [answers[row][input_ids.shape[1] - count :] for row, count in enumerate(padding)]
+        answers |= dict(zip(rows, zip(*[iter(found)] * each, strict=True), strict=True))
+    new = [answer[input_ids.shape[1] - count :] for row, count in enumerate(padding) for answer in answers[row]]
     end = getattr(settings.get("generation_config"), "pad_token_id", None) or 0
-    return torch.cat([input_ids, nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=end)], dim=1)
+    padded = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=end)
+    return torch.cat([input_ids.repeat_interleave(each, 0), padded], dim=1)
 
 
 def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]) -> Tensor:
-    """(B, T + new) of texts of one length."""
+    """(B x answers to each, T + new) of texts of one length."""
+    from transformers import StoppingCriteriaList
+
     length = wrapped.active_peft_config.num_virtual_tokens
-    longer = {name: settings[name] + length for name in ("max_length", "min_length") if settings.get(name) is not None}
+    longer: dict[str, Any] = {
+        name: settings[name] + length for name in ("max_length", "min_length") if settings.get(name) is not None
+    }
+    if criteria := settings.get("stopping_criteria"):
+        longer["stopping_criteria"] = StoppingCriteriaList(functools.partial(_sees, own, length) for own in criteria)
     ids = torch.cat([input_ids[:, -1:].expand(-1, length), input_ids], dim=1)  # no token that the text does not have
+    rows = len(ids) * max(_said(wrapped, settings, name) for name in ("num_beams", "num_return_sequences"))
     found = wrapped.get_base_model().generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=wrapped.get_prompt(batch_size=len(ids)),
+        past_key_values=wrapped.get_prompt(batch_size=rows),
         **(settings | longer),
     )
     return found[:, length:]
+
+
+def _said(wrapped: Any, settings: dict[str, Any], name: str) -> int:
+    """A number that ``generate`` was given, by itself or in a configuration; 1 where nobody says one."""
+    config = settings.get("generation_config") or wrapped.get_base_model().generation_config
+    return settings.get(name) or getattr(config, name, None) or 1
+
+
+def _sees(criterion: Any, skipped: int, input_ids: Tensor, scores: Any, **more: Any) -> Any:
+    """What a stopping criterion says of the text without the tokens that stand for the prefix."""
+    return criterion(input_ids[:, skipped:], scores, **more)

@@ -71,7 +71,9 @@ def resolve(
     backbone = _choose_backbone(backbone or from_file.get("backbone"), preset)
     task = _choose_task(task or from_file["task"].get("name"), preset, backbone)
     overrides = run_overrides(options, task=task, method=named or DEFAULT_METHOD)
-    preset = _full_preset(preset, task, has_model=bool(model or from_file.get("model") or overrides.get("model")))
+    named_here = {"model": model, "data": data}
+    lacking = [name for name, own in named_here.items() if not (own or from_file.get(name) or overrides.get(name))]
+    preset = _full_preset(preset, task, lacking)
 
     values = {} if preset is None else preset_values(preset, named)
     said = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed, "warm_start": warm_start}
@@ -230,14 +232,15 @@ def _choose_task(task: str | None, preset: str | None, backbone: str) -> str:
     return own
 
 
-def _full_preset(preset: str | None, task: str, *, has_model: bool) -> str | None:
+def _full_preset(preset: str | None, task: str, lacking: Sequence[str]) -> str | None:
     """The name with its task, alpaca/demo for demo. Without a name, the task's demo where no model is named."""
     if preset is not None:
         return preset if "/" in preset else f"{task}/{preset}"
-    if has_model:
+    if "model" not in lacking:
         return None
     if f"{task}/demo" not in preset_names():
-        raise ConfigError(f"the task {task!r} has no embedded demo: pass --model and --data.")
+        options = " and ".join(f"--{name}" for name in lacking)
+        raise ConfigError(f"the task {task!r} has no embedded demo: pass {options}.")
     return f"{task}/demo"
 
 

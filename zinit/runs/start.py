@@ -61,7 +61,7 @@ class WarmStart:
         if type(method).solve is not Method.solve:
             raise ConfigError(f"the method {method.name!r} computes its result and starts from nothing: no --from.")
         folder, hashes, adapter = local_path(source), {}, None
-        _check_run(folder, task)
+        _check_run(folder, task, method)
         if task.handle is not None:
             adapter = AdapterFile.read(source)
             adapter.check_model(task.model)
@@ -95,11 +95,17 @@ class WarmStart:
         return {"source": self.source, "sha256": self.sha256}
 
 
-def _check_run(folder: Path, task: Task) -> None:
-    """A folder of a run holds a finished one, of the same classes."""
+def _check_run(folder: Path, task: Task, method: Method) -> None:
+    """A folder of a run holds a finished one, of the same classes, with weights of the kind that the method trains."""
     if not is_folder(folder) or not is_file(folder / RECORD):
         return
     _, record = read_finished_run(folder)
+    wanted = TRAINED if task.handle is None else DESCRIPTION
+    if wanted not in record.weights:
+        raise CheckpointError(
+            f"{folder} is a run of the method {record.method!r} and holds no {wanted}, which the method "
+            f"{method.name!r} starts from. Go on by its own method (-o method={record.method}), or start from another."
+        )
     if TRAINED in record.weights and task.trained() and record.labels != task.labels:
         raise CheckpointError(
             f"{folder} was trained on other classes: {_few(record.labels)}, and here they are {_few(task.labels)}."

@@ -22,7 +22,10 @@ def inspect(
     length: Annotated[int, typer.Option(help="Tokens of each, for --train.", min=1)] = 256,
     as_json: Json = False,
 ) -> None:
-    """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights."""
+    """Where a prefix would go in a model, of which shapes, and how much it would train. Downloads no weights.
+
+    Of another method with -o method=NAME.
+    """
     from zinit.backbones import BACKBONES
     from zinit.files import model_source
 
