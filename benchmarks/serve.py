@@ -34,6 +34,7 @@ from zinit.data.conversations import Conversation, Round
 from zinit.demo import instructions, llama_path
 from zinit.models.loading import load_causal_lm
 from zinit.serve.answer import AnswerText
+from zinit.serve.apart import apart
 from zinit.serve.engine import Engine
 from zinit.serve.groups import Row
 from zinit.serve.requests import Failed, Limits, Piece, Sampling, Turn
@@ -45,6 +46,7 @@ Found = dict[str, list[dict[str, Any]]]  # of each way, a round after the other
 SHORTEST = 4  # tokens of an answer by --same-lengths
 
 
+@apart  # see there: only the engine's thread is to have computed when it is measured
 def make_adapters(options: argparse.Namespace, folder: Path) -> None:
     """Adapters with open gates; the first ones tune the host too."""
     model, _ = load_causal_lm(options.model, dtype=torch.float32)
@@ -123,6 +125,7 @@ def _client(engine: Engine, requests: list[Request], tokens: int) -> list[tuple[
             (in_batches(engine, [request], tokens, None) for request in requests)]  # fmt: skip
 
 
+@apart
 def one_after_another(engine: Engine, requests: list[Request], tokens: int) -> dict[str, Any]:
     """As a loop over ``zinit generate`` would, with the model loaded once."""
     models = engine._models
@@ -147,6 +150,7 @@ def _prompt(engine: Engine, served: Any, text: str, tokens: int) -> tuple[torch.
     return torch.tensor([prompt]), config
 
 
+@apart
 def peft_models(options: argparse.Namespace) -> list[Any]:
     """PEFT's AdaptionPrompt of the same K and L, a model for each adapter; the gates as open as ours."""
     from peft import AdaptionPromptConfig, TaskType, get_peft_model
@@ -168,6 +172,7 @@ def peft_models(options: argparse.Namespace) -> list[Any]:
     return made
 
 
+@apart
 def with_peft(engine: Engine, models: list[Any], requests: list[Request], tokens: int) -> dict[str, Any]:
     """Each model answers its requests one after the other, as `one_after_another` does."""
     whole: list[float] = []

@@ -25,6 +25,7 @@ from zinit.prefix import Context
 from zinit.registry import did_you_mean
 from zinit.runs.build import load_base
 from zinit.runs.images import load_encoder
+from zinit.serve.apart import apart
 from zinit.serve.requests import BASE, ModelInfo, Refused
 from zinit.serve.source import Source
 from zinit.tasks import TASKS
@@ -101,6 +102,7 @@ class Models:
         ZinitError: if the base cannot be loaded, or cannot be served in batches.
     """
 
+    @apart
     def __init__(
         self, source: str, *, model: str | None = None, template: str = "auto", device: torch.device | None = None
     ) -> None:
@@ -165,6 +167,7 @@ class Models:
         options = self.template if source.run is None else source.run.options
         return task, task.chat_format(self.tokenizer, options)
 
+    @apart
     def add(self, name: str, where: str) -> None:
         """Loads an adapter under a name.
 
