@@ -75,7 +75,7 @@ def in_batches(
     """All requests at once, or as a Poisson process of so many a second."""
     lengths = [tokens] * len(requests)
     if isinstance(engine, Endless):
-        lengths = random.Random(seed).choices(range(SHORTEST, tokens + 1), k=len(requests))
+        lengths = random.Random(seed).choices(range(min(SHORTEST, tokens), tokens + 1), k=len(requests))
     draw, lock, over = random.Random(seed), threading.Lock(), threading.Event()
     first: dict[int, float] = {}
     whole: dict[int, float] = {}
@@ -125,7 +125,17 @@ def _client(engine: Engine, requests: list[Request], tokens: int) -> list[tuple[
             (in_batches(engine, [request], tokens, None) for request in requests)]  # fmt: skip
 
 
-@apart
+def on_its_thread(engine: Engine, way: Way) -> Way:
+    """The way, on the thread that generates for the engine: another that computes beside it would slow both down."""
+
+    def called() -> dict[str, Any]:
+        found: list[dict[str, Any]] = []
+        engine._call(lambda: found.append(way()))
+        return found[0]
+
+    return called
+
+
 def one_after_another(engine: Engine, requests: list[Request], tokens: int) -> dict[str, Any]:
     """As a loop over ``zinit generate`` would, with the model loaded once."""
     models = engine._models
@@ -172,7 +182,6 @@ def peft_models(options: argparse.Namespace) -> list[Any]:
     return made
 
 
-@apart
 def with_peft(engine: Engine, models: list[Any], requests: list[Request], tokens: int) -> dict[str, Any]:
     """Each model answers its requests one after the other, as `one_after_another` does."""
     whole: list[float] = []
@@ -218,7 +227,8 @@ def main() -> None:
     found = measured(ways, options.rounds)
     engine.stop()
     options.model = Path(options.model).name
-    options.output = options.output or RESULTS / f"serve-{options.model}-cpu.json"
+    kind = "-same-lengths" if options.same_lengths else ""
+    options.output = options.output or RESULTS / f"serve-{options.model}{kind}-cpu.json"
     save("serve", options, {"load_before": before, **report_of(found)})
 
 
@@ -263,12 +273,13 @@ def chosen_ways(options: argparse.Namespace, engine: Engine, mixed: list[Request
     for name, adapter in alone.items():
         ways[name] = lambda adapter=adapter: in_batches(engine, [(adapter, text) for _, text in mixed], tokens, None)
     if not options.same_lengths:
-        ways = {"one_after_another": lambda: one_after_another(engine, mixed, tokens), **ways}
+        alone_in_turn = on_its_thread(engine, lambda: one_after_another(engine, mixed, tokens))
+        ways = {"one_after_another": alone_in_turn, **ways}
         ways["closed_loop"] = lambda: closed_loop(engine, mixed, tokens, options.clients)
         ways["poisson"] = lambda: in_batches(engine, mixed, tokens, options.rate)
         if not options.no_peft and (wanted is None or "peft" in wanted):
             others = peft_models(options)
-            ways["peft"] = lambda: with_peft(engine, others, mixed, tokens)
+            ways["peft"] = on_its_thread(engine, lambda: with_peft(engine, others, mixed, tokens))
     if unknown := set(wanted or ()) - ways.keys():
         raise SystemExit(f"there is no way {', '.join(sorted(unknown))}; choose among {', '.join(ways)}.")
     return {name: way for name, way in ways.items() if name in ("mixed", *(wanted or ways))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import zinit as package
 from tests.cli.conftest import QUICK, Zinit
 from tests.shared import ROOT
 from zinit.errors import install_extra
+from zinit.ui.doctor import EXTRAS
 
 
 def test_the_version(zinit: Zinit) -> None:
@@ -54,6 +56,11 @@ def test_a_preset_of_a_large_model_is_scaled_and_said(zinit: Zinit, tmp_path: Pa
     assert "note: the preset is scaled to this run: prefix.layers=4 of 4 (the preset: 30 of 32)" in " ".join(
         done.err.split()
     )
+
+
+def test_doctor_looks_for_every_extra_that_a_user_may_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"test", "test-all", "dev", "docs"}
 
 
 @pytest.mark.parametrize("extra", ["quantize", "tensorboard", "deepspeed"])

@@ -52,8 +52,17 @@ def test_every_form_says_the_same(tmp_path: Path) -> None:
     assert one(tmp_path, messages=messages, system="Be kind.") == expected
     assert one(tmp_path, conversations=[{"from": "system", "value": "Be kind."}, *shared]) == expected
     assert one(tmp_path, conversations=[told, *messages]) == expected
+    assert one(tmp_path, prompt=[told, *messages[:3]], completion=messages[3:]) == expected  # TRL's
     history = [["a", "b"]]
     assert one(tmp_path, instruction="c", output="d", system="Be kind.", history=history) == expected
+
+
+def test_a_prompt_and_a_completion_are_a_question_and_its_answer(tmp_path: Path) -> None:
+    assert one(tmp_path, prompt="Hi", completion="Hello") == Conversation(
+        rounds=(Round(question="Hi", answer="Hello"),)
+    )
+    with pytest.raises(DataError, match=r"or prompt and completion; it has prompt, completion"):
+        read(tmp_path, {"prompt": "Hi", "completion": [ANSWERED]})
 
 
 def test_alpacas_input_and_a_category_are_kept(tmp_path: Path) -> None:
@@ -174,8 +183,8 @@ def test_images_inside_the_records(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"text": "x"}, "record 1: expected an object with the field messages .* it has text"),
-        ({"instruction": "x"}, "instruction and output; it has instruction"),
-        ("x", 'instruction and output; str "x"'),
+        ({"instruction": "x"}, "instruction and output, or prompt and completion; it has instruction"),
+        ("x", 'instruction and output, or prompt and completion; str "x"'),
         ({"messages": "x"}, "'messages' must be a list of turns; got str"),
         ({"messages": [{"content": "x"}]}, "a turn needs role and content"),
         ({"messages": [{"role": "user", "content": 5}]}, "must be text or a list of parts; got int 5"),

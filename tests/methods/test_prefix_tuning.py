@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    StoppingCriteriaList,
+)
 
 from tests.tiny import save_tiny_llama
 from zinit.config import PrefixConfig
@@ -67,7 +73,14 @@ def test_padded_texts_are_answered_as_each_alone_where_a_window_slides() -> None
 def test_a_length_is_that_of_the_text(llama: Any) -> None:
     found = adapted(llama).model
     said = {"input_ids": torch.tensor([[5, 9, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    assert found.generate(**said, max_length=7, do_sample=False, eos_token_id=-1).shape == (1, 7)
+    how = {"do_sample": False, "eos_token_id": -1}
+    assert found.generate(**said, max_length=7, **how).shape == (1, 7)
+    config = GenerationConfig(max_length=8, **how)  # pyright: ignore
+    assert found.generate(**said, generation_config=config).shape == (1, 8)
+    first = int(found.generate(**said, max_new_tokens=1, do_sample=False)[0, 3])
+    assert found.generate(**said, max_length=9, do_sample=False, eos_token_id=first).shape == (1, 4)
+    longer = GenerationConfig(max_length=9, min_length=6, do_sample=False, eos_token_id=first, pad_token_id=0)
+    assert found.generate(**said, generation_config=longer).shape[1] >= 6
 
 
 def test_beams_and_several_answers_are_those_of_each_text_alone(llama: Any) -> None:
@@ -118,6 +131,8 @@ def test_switched_off_it_generates_as_the_base_does(llama: Any) -> None:
     found = adapted(llama)
     on = found.model.generate(**said, **how)
     with found.disabled():
+        with found.disabled():
+            assert torch.equal(found.model.generate(**said, **how), before)
         assert torch.equal(found.model.generate(**said, **how), before)
     assert not torch.equal(on, before)
     assert torch.equal(found.model.generate(**said, **how), on)

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 import zinit
 from tests.serve.world import folders
 from zinit.errors import CheckpointError
-from zinit.runs.card import model_card, push
-from zinit.runs.record import RECORD, RESULTS
+from zinit.runs.card import _model_index, model_card, push
+from zinit.runs.record import RECORD, RESULTS, Record, Results
+from zinit.tasks import TASKS
 
 
 @pytest.fixture
@@ -74,6 +75,14 @@ def test_a_card_says_what_the_run_is_and_shows_no_path(run: Path) -> None:
         assert line in card.text
     assert "secret" not in str(card)
     assert str(run.parent) not in str(card)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_figures_are_of_the_task_as_the_hub_calls_it(task: str) -> None:
+    (found,) = _model_index(Record(task=task), Results(metrics={"adapted": {"loss": 1.0}}), "data.json")
+    known = {"vtab": "image-classification", "ner": "token-classification", "squad": "question-answering",
+             "caption": "image-to-text", "base-to-novel": "zero-shot-image-classification"}  # fmt: skip
+    assert found.task_type == known.get(task, "text-generation")
 
 
 def test_what_is_pushed_is_loaded_with_its_base(run: Path, hub: Path) -> None:

@@ -56,7 +56,7 @@ def test_alone_an_answer_is_that_of_generate(engine: Engine, expected: dict[tupl
 
 
 def test_in_a_mixed_batch_an_answer_is_that_of_generate(engine: Engine, expected: dict[tuple[str, str], str]) -> None:
-    """More requests than rows, so that some join while others are in the middle; the tuned adapter goes alone."""
+    """More requests than rows, so that some join while others are in the middle."""
     asked = {key: ask(engine, *key) for key in expected}
     others = [ask(engine, "tuned", text) for text in TEXTS]
     assert {key: one.wait()[0].answer for key, one in asked.items()} == expected

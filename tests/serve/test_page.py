@@ -110,7 +110,7 @@ def test_a_browser_shows_both_answers(app: Any, engine: Engine, tmp_path: Path) 
     said: list[str] = []
     with listening(app) as address, browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for scheme, width in (("light", 1400), ("dark", 420)):
+        for scheme, width in itertools.product(("light", "dark"), (1400, 420)):
             tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
             tab.on("console", lambda message: said.append(message.text))
             tab.on("pageerror", lambda error: said.append(str(error)))

@@ -256,8 +256,8 @@ def _make_source(
             )
     if needed:
         raise ConfigError(
-            f"the context source {name!r} needs {', '.join(needed)}: name the encoder (encoder=...), or give them in "
-            f"context_options."
+            f"the context source {name!r} needs {', '.join(needed)}: name the encoder (encoder=..., --encoder), or "
+            f"give them in context_options (-o context.{needed[0]}=...)."
         )
     try:
         # On the meta device nothing is allocated: sizes out of a file are compared with its tensors first.

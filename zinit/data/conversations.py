@@ -163,7 +163,21 @@ def _open(source: str, image_folder: str | Path | None) -> tuple[str, Path | Non
     return name, folder, ((f"{name}, record {number}", record) for number, record in numbered)
 
 
+def _whole(record: Any) -> Any:
+    """TRL's ``prompt`` and ``completion``, lists of messages or texts, as one of `FORMS`; others as they are."""
+    if not isinstance(record, dict) or any(record.get(name) is not None for name in FORMS):
+        return record
+    prompt, completion = record.get("prompt"), record.get("completion")
+    rest = {name: value for name, value in record.items() if name not in ("prompt", "completion")}
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
+        return {**rest, "messages": [*prompt, *completion]}
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {**rest, "instruction": prompt, "output": completion}
+    return record
+
+
 def _question(record: Any, where: str, folder: Path | None, counts: Counter[str]) -> Conversation:
+    record = _whole(record)
     form = next(
         (name for name in (*FORMS, "prompt") if isinstance(record, dict) and record.get(name) is not None), None
     )
@@ -195,12 +209,13 @@ def from_alpaca(record: Mapping[str, str], *, number: int = 0) -> Conversation:
 
 
 def _conversation(record: Any, where: str, folder: Path | None, counts: Counter[str], number: int) -> Conversation:
+    record = _whole(record)
     form = next((name for name in FORMS if isinstance(record, dict) and record.get(name) is not None), None)
     if form is None or (form == "instruction" and record.get("output") is None):
         has = f"it has {', '.join(map(str, record)) or 'none'}" if isinstance(record, dict) else describe(record)
         raise DataError(
             f"{where}: expected an object with the field messages (role and content), conversations (from and value), "
-            f"or instruction and output; {has}."
+            f"instruction and output, or prompt and completion; {has}."
         )
     counts.update(unused_fields(record, (form, *FORMS[form])))
     system = [_text(record, "system", where)]

@@ -55,12 +55,13 @@ class PeftPrefixTuning(Method):
 
 @contextmanager
 def _switched_off(wrapped: Any) -> Iterator[None]:
-    own = vars(wrapped).pop("generate")
+    own = vars(wrapped).pop("generate", None)  # None inside another such scope
     try:
         with wrapped.disable_adapter():
             yield
     finally:
-        vars(wrapped)["generate"] = own
+        if own is not None:
+            vars(wrapped)["generate"] = own
 
 
 def _refuse_checkpointing(*_: Any, **__: Any) -> None:
@@ -86,7 +87,7 @@ def _generate(wrapped: Any, *, input_ids: Tensor, attention_mask: Tensor, **sett
             "with PEFT's prefix tuning texts of different lengths are answered one length at a time, and stopping "
             "criteria look at all answers at once. Give texts of one length, such as one at a time (batch size 1)."
         )
-    each = _said(wrapped, settings, "num_return_sequences")
+    each = _said(wrapped, settings, "num_return_sequences") or 1
     answers: dict[int, Sequence[Tensor]] = {}
     for count in sorted(set(padding)):
         rows = [row for row, own in enumerate(padding) if own == count]
@@ -103,13 +104,15 @@ def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]
     from transformers import StoppingCriteriaList
 
     length = wrapped.active_peft_config.num_virtual_tokens
-    longer: dict[str, Any] = {
-        name: settings[name] + length for name in ("max_length", "min_length") if settings.get(name) is not None
-    }
+    longer: dict[str, Any] = {}
+    if least := _said(wrapped, settings, "min_length"):
+        longer["min_length"] = least + length
+    if not _said(wrapped, settings, "max_new_tokens") and (most := _said(wrapped, settings, "max_length")):
+        longer["max_length"] = most + length
     if criteria := settings.get("stopping_criteria"):
         longer["stopping_criteria"] = StoppingCriteriaList(functools.partial(_sees, own, length) for own in criteria)
     ids = torch.cat([input_ids[:, -1:].expand(-1, length), input_ids], dim=1)  # no token that the text does not have
-    rows = len(ids) * max(_said(wrapped, settings, name) for name in ("num_beams", "num_return_sequences"))
+    rows = len(ids) * max(_said(wrapped, settings, name) or 1 for name in ("num_beams", "num_return_sequences"))
     found = wrapped.get_base_model().generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -119,10 +122,11 @@ def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]
     return found[:, length:]
 
 
-def _said(wrapped: Any, settings: dict[str, Any], name: str) -> int:
-    """A number that ``generate`` was given, by itself or in a configuration; 1 where nobody says one."""
-    config = settings.get("generation_config") or wrapped.get_base_model().generation_config
-    return settings.get(name) or getattr(config, name, None) or 1
+def _said(wrapped: Any, settings: dict[str, Any], name: str) -> int | None:
+    """A number that ``generate`` was given, by itself or in a configuration; that of the model's own behind them."""
+    sources = (settings.get("generation_config"), wrapped.get_base_model().generation_config)
+    found = [settings.get(name), *(getattr(source, name, None) for source in sources)]
+    return next((number for number in found if number is not None), None)
 
 
 def _sees(criterion: Any, skipped: int, input_ids: Tensor, scores: Any, **more: Any) -> Any:

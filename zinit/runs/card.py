@@ -13,6 +13,7 @@ from zinit.runs.command import command_of
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import TRAINED, read_finished_run
 from zinit.runs.record import Record, Results
+from zinit.tasks import TASKS
 
 
 def model_card(directory: str | Path) -> str:
@@ -103,9 +104,10 @@ def _model_index(record: Record, results: Results, data: str) -> list[Any]:
     """The adapted model's figures as the Hub reads them from a card."""
     from huggingface_hub import EvalResult
 
+    task_type = TASKS.get(record.task).hub_task if record.task is not None and record.task in TASKS else "other"
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=task_type,
             task_name=record.task,
             dataset_type=data,
             dataset_name=data,

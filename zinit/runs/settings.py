@@ -71,9 +71,7 @@ def resolve(
     backbone = _choose_backbone(backbone or from_file.get("backbone"), preset)
     task = _choose_task(task or from_file["task"].get("name"), preset, backbone)
     overrides = run_overrides(options, task=task, method=named or DEFAULT_METHOD)
-    named_here = {"model": model, "data": data}
-    lacking = [name for name, own in named_here.items() if not (own or from_file.get(name) or overrides.get(name))]
-    preset = _full_preset(preset, task, lacking)
+    preset = _full_preset(preset, task, _lacking({"model": model, "data": data}, from_file, overrides))
 
     values = {} if preset is None else preset_values(preset, named)
     said = {"backbone": backbone, "model": model or None, "data": data or None, "seed": seed, "warm_start": warm_start}
@@ -230,6 +228,11 @@ def _choose_task(task: str | None, preset: str | None, backbone: str) -> str:
             f"(zinit.attach), register a task (zinit.register_task), or name one with --task: {', '.join(TASKS)}."
         )
     return own
+
+
+def _lacking(said: dict[str, Any], *others: dict[str, Any]) -> list[str]:
+    """The names that neither the arguments nor the other settings say anything for."""
+    return [name for name in said if not any(settings.get(name) for settings in (said, *others))]
 
 
 def _full_preset(preset: str | None, task: str, lacking: Sequence[str]) -> str | None:

@@ -54,6 +54,8 @@ def serve(
         limits = Limits(batch=batch, queue=queue, new_tokens=max_tokens, seconds=max_seconds)
         engine = Engine(models, limits).start()
         notes = [models.uses, *(f"{name}: {served.note}" for name, served in models.by_name.items() if served.note)]
+        if models.device.type == "mps":
+            notes.append("Apple's GPUs are not tested")
         for note in filter(None, notes):
             print(f"({printable(note)})", file=sys.stderr)
         print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)

@@ -75,6 +75,7 @@ class Task(nn.Module, ABC):
         without_direction: names of figures that are no better the higher or the lower they are.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
         reads_several: whether ``--data`` may be given several times: the examples are those of all, in order.
+        hub_task: what the Hub calls it, for the model card.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Task(nn.Module, ABC):
     without_direction: tuple[str, ...] = ()
     generates = False
     reads_several = False
+    hub_task = "other"
     train_stream: Stream
     held_out_stream: Stream
 

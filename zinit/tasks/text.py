@@ -91,6 +91,7 @@ class TextTask(Task):
     """
 
     loader = "zinit.models.loading:load_causal_lm"
+    hub_task = "text-generation"
     metric = "exact_match"
     generates = True
     reads_several = True

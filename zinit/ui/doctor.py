@@ -35,6 +35,7 @@ EXTRAS = {
     "audio": ("soundfile",),
     "video": ("av",),
     "meteor": ("pycocoevalcap",),
+    "ray": ("ray",),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = {

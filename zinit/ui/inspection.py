@@ -78,8 +78,8 @@ def estimate_training(
     dtype = torch.bfloat16 if half else torch.float32  # as a run's dtype "auto"
     if _apply(method, config, model.to(dtype)).model is not model:
         raise ConfigError(
-            f"a step of {config.method!r} cannot be estimated: it puts the model into another. The same prompts in the "
-            f"model itself: -o method=prefix-tuning."
+            f"a step of {config.method!r} cannot be estimated: it puts the model into another, and what that computes "
+            f"is not counted."
         )
     if not (trained := _trained(model)):
         raise ConfigError(f"the method {config.method!r} trains nothing in the model, so there is no step to estimate.")
@@ -109,7 +109,7 @@ def describe_training(found: dict[str, Any]) -> str:
     sizes = {name: found[f"{name}_bytes"] / 1e9 for name in ("weights", "adapter", "activations", "peak")}
     return (
         f"a step of {found['batch']} x {found['length']} tokens on {found['device']} in {found['dtype']}, estimated: "
-        f"{sizes['peak']:.2f} GB (weights {sizes['weights']:.2f}, adapter with gradients and moments "
+        f"{sizes['peak']:.2f} GB (frozen weights {sizes['weights']:.2f}, what trains with gradients and moments "
         f"{sizes['adapter']:.3f}, activations {sizes['activations']:.2f}), {found['seconds']:.2g} s"
     )
 

@@ -51,7 +51,7 @@ def inspect(
         rows,
     )
     say(
-        f"trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
+        f"{found['method']}: trainable {found['num_trainable']:,} of {found['num_parameters']:,} parameters "
         f"({100 * found['num_trainable'] / found['num_parameters']:.3f} %), {found['file_bytes'] / 1e6:.2f} MB saved"
     )
     if train:

@@ -49,6 +49,7 @@ class BaseToNovel(Task):
     """
 
     name = "base-to-novel"
+    hub_task = "zero-shot-image-classification"
     Config = BaseToNovelConfig
     loader = "zinit.models.loading:load_clip"
     baseline = "zero-shot: the frozen model"

@@ -34,6 +34,7 @@ class Caption(TextTask):
     """See the module. Needs a causal language model of transformers and its tokenizer."""
 
     name = "caption"
+    hub_task = "image-to-text"
     Config = CaptionConfig
     config: CaptionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     metric = "cider_d"

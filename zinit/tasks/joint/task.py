@@ -31,6 +31,7 @@ class Joint(Task):
     """
 
     name = "joint"
+    hub_task = "text-generation"
     Config = JointConfig
     loader = "zinit.models.loading:load_causal_lm"
     metric = "language_exact_match"

@@ -39,6 +39,7 @@ class TokenClassification(Task):
     """
 
     name = "ner"
+    hub_task = "token-classification"
     Config = TokenClassificationConfig
     loader = "zinit.models.loading:load_encoder"
     baseline = "the frozen model with an untrained head"

@@ -41,6 +41,7 @@ class Squad(Task):
     """
 
     name = "squad"
+    hub_task = "question-answering"
     Config = SquadConfig
     loader = "zinit.models.loading:load_encoder"
     baseline = "the frozen model with an untrained head"

@@ -54,6 +54,7 @@ class VTAB(Task):
     """
 
     name = "vtab"
+    hub_task = "image-classification"
     Config = VTABConfig
     loader = "zinit.models.timm:load_timm"
     baseline = "logistic regression on the frozen model's features"
