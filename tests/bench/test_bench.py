@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 import signal
 import socket
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.processes import ROOT, environment
+from zinit.bench.place import _die_with_parent
 from zinit.bench.plan import Benchmark, list_bench_presets, make_benchmark
 from zinit.bench.runner import Runner, _failure, final_cells, read_cells
 from zinit.bench.summary import summarise
@@ -165,27 +167,63 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a benchmark takes its runs along only on Linux")
-def test_killed_in_the_middle_it_finishes_without_repeating(tmp_path: Path, journal: Path) -> None:
-    plan, out = benchmark(tmp_path), tmp_path / "out"
+def wait_for_death(entries: list[dict[str, Any]]) -> None:
+    until = time.monotonic() + 10
+    while any(is_running(entry["pid"]) for entry in entries):
+        assert time.monotonic() < until, "it goes on"
+        time.sleep(0.02)
+
+
+def killed_runner(folder: Path, out: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """A benchmark in a process of its own; each of its runs takes so long."""
     code = (
         "import sys; from pathlib import Path; from zinit.bench.plan import make_benchmark; "
         "from zinit.bench.runner import Runner; "
-        f"Runner(make_benchmark(config_file={str(tmp_path / 'bench.toml')!r}), Path({str(out)!r}), jobs=2, "
+        f"Runner(make_benchmark(config_file={str(folder / 'bench.toml')!r}), Path({str(out)!r}), jobs=2, "
         f"launcher={FAKE!r}).run()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**environment(), "FAKE_SECONDS": "0.3"}, cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", code], env={**environment(), "FAKE_SECONDS": str(seconds)}, cwd=ROOT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a benchmark takes its runs along only on Linux")
+def test_its_runs_die_with_it(tmp_path: Path, journal: Path) -> None:
+    """So that nobody writes beside the one that resumes."""
+    benchmark(tmp_path)
+    process = killed_runner(tmp_path, tmp_path / "out", seconds=60)
+    while not journal.exists() or len(started(journal)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    entries = started(journal)
+    assert all(is_running(entry["pid"]) for entry in entries)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for_death(entries)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a benchmark takes its runs along only on Linux")
+def test_a_run_whose_benchmark_was_killed_while_it_began_does_not_begin(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    command = [sys.executable, "-c", f"open({str(began)!r}, 'w')"]
+    for parent, code in ((os.getpid(), 0), (1, 1)):  # 1: of those whose parent is gone
+        began.unlink(missing_ok=True)
+        process = subprocess.Popen(command, preexec_fn=functools.partial(_die_with_parent, parent))
+        assert process.wait() == code
+        assert began.exists() == (code == 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a benchmark takes its runs along only on Linux")
+def test_killed_in_the_middle_it_finishes_without_repeating(tmp_path: Path, journal: Path) -> None:
+    plan, out = benchmark(tmp_path), tmp_path / "out"
+    process = killed_runner(tmp_path, out, seconds=0.3)
     while len(list(out.glob("cells/*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path.name: path.read_bytes() for path in out.glob("cells/*.json")}
-    time.sleep(0.2)
+    wait_for_death(started(journal)[-2:])
     before = started(journal)
     begun = {path.parent.name for path in out.glob("runs/*/run.json")} - {Path(name).stem for name in finished}
-    for entry in before[-2:]:  # its children died with it: nobody writes beside the one that resumes
-        assert not is_running(entry["pid"])
     Runner(plan, out, jobs=2, launcher=FAKE).run()
     later = started(journal)[len(before) :]
     assert not {f"{entry['cell']}.json" for entry in later} & finished.keys()

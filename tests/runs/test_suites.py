@@ -257,6 +257,19 @@ def test_a_task_that_needs_the_network_says_so(text: Path, arc: Path) -> None:
         evaluate_suite(text, f"lm-eval:{arc / 'hub.yaml'}")
 
 
+def test_lm_eval_asks_a_run_in_its_tokenizers_chat_template(text: Path, arc: Path) -> None:
+    lm = lm_eval.ZinitLM(run=str(text))
+    lm.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    how = {"tasks": [str(arc / "arc.yaml")], "task_manager": TaskManager(include_defaults=False), "bootstrap_iters": 0}
+    plain, chat = (simple_evaluate(model=lm, limit=2, apply_chat_template=asked, **how) for asked in (False, True))
+    assert plain is not None
+    assert chat is not None
+    for bare, told in zip(plain["samples"]["local_arc"], chat["samples"]["local_arc"], strict=True):
+        asked = bare["arguments"][0][0]
+        assert told["arguments"][0][0].strip() == f"<user>{asked.strip()}<answer>"
+        assert told["resps"] != bare["resps"]
+
+
 def test_a_run_is_a_model_of_lm_eval(
     text: Path,
     arc: Path,
