@@ -101,8 +101,6 @@ def _generate(wrapped: Any, *, input_ids: Tensor, attention_mask: Tensor, **sett
 
 def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]) -> Tensor:
     """(B x answers to each, T + new) of texts of one length."""
-    from transformers import StoppingCriteriaList
-
     length = wrapped.active_peft_config.num_virtual_tokens
     longer: dict[str, Any] = {}
     if least := _said(wrapped, settings, "min_length"):
@@ -110,7 +108,7 @@ def _behind_the_prefix(wrapped: Any, input_ids: Tensor, settings: dict[str, Any]
     if not _said(wrapped, settings, "max_new_tokens") and (most := _said(wrapped, settings, "max_length")):
         longer["max_length"] = most + length
     if criteria := settings.get("stopping_criteria"):
-        longer["stopping_criteria"] = StoppingCriteriaList(functools.partial(_sees, own, length) for own in criteria)
+        longer["stopping_criteria"] = type(criteria)(functools.partial(_sees, own, length) for own in criteria)
     ids = torch.cat([input_ids[:, -1:].expand(-1, length), input_ids], dim=1)  # no token that the text does not have
     rows = len(ids) * max(_said(wrapped, settings, name) or 1 for name in ("num_beams", "num_return_sequences"))
     found = wrapped.get_base_model().generate(
