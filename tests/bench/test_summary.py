@@ -15,7 +15,7 @@ from rich.console import Console
 from zinit.bench.cells import Cell
 from zinit.bench.plan import Benchmark, make_benchmark
 from zinit.bench.runner import final_cells, read_cells
-from zinit.bench.summary import Row, summarise, table
+from zinit.bench.summary import Row, _difference, show, summarise, table
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods import rates as rates_of
@@ -166,3 +166,9 @@ def test_a_terminal_of_100_columns_breaks_no_word(tmp_path: Path, monkeypatch: p
         assert "random-gate" in printed
         assert ("too narrow for: seconds" in printed) == (width < 160)
     assert "exact_match" in shared[0]
+
+
+def test_an_interval_stands_beside_a_mean_alone() -> None:
+    """Where the metric is the loss, the column of the loss says nothing once more."""
+    assert _difference(None, None, (-0.5, 0.25), 5) == show(None)
+    assert _difference(0.125, 0.5, (-0.5, 0.25), 5) == "+0.125 [-0.500, +0.250] (5)"

@@ -303,7 +303,9 @@ def _line(row: Row) -> list[str]:
 
 
 def _difference(mean: float | None, std: float | None, within: tuple[float, float] | None, pairs: int) -> str:
-    """With its 95 % interval, or else its standard deviation, and how many seeds it is over."""
+    """With its 95 % interval, or else its standard deviation, and how many seeds it is over; nothing without a mean."""
+    if mean is None:
+        return show(None)
     if within is not None:
         return f"{show(mean, sign='+')} [{show(within[0], sign='+')}, {show(within[1], sign='+')}] ({pairs})"
     return show(mean, sign="+") + (f" ± {show(std)} ({pairs})" if std is not None else "")
