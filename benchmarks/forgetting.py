@@ -78,11 +78,11 @@ def follow_all(found: Found, places: dict[str, str], only: list[str], methods: l
     benchmark = make_benchmark(config_file=str(PLAN))
     trials = {experiment.name: of_trials(experiment) for experiment in benchmark.experiments}
     for cell in final_cells(benchmark, CELLS):
-        own = found.setdefault(cell.experiment, {}).setdefault(cell.method, {})
-        if cell.experiment not in (only or [cell.experiment]) or cell.method not in methods or str(cell.seed) in own:
+        own = found.setdefault(cell.experiment, {}).setdefault(cell.name, {})
+        if cell.experiment not in (only or [cell.experiment]) or cell.name not in methods or str(cell.seed) in own:
             continue
         own[str(cell.seed)] = follow(replace(cell, options=(*cell.options, *trials[cell.experiment])), places)
-        print(cell.experiment, cell.method, cell.seed, own[str(cell.seed)][-1], flush=True)
+        print(cell.experiment, cell.name, cell.seed, own[str(cell.seed)][-1], flush=True)
         OUTPUT.write_text(json.dumps({name: runs for name, runs in found.items() if any(runs.values())}, indent=1))
 
 

@@ -212,7 +212,7 @@ def write_page(benchmark: Benchmark) -> None:
 def best_member(experiment: Experiment) -> str | None:
     """The one of `FAMILY` with the best trial; None where that is zero-init itself, or not known yet."""
     finished = {cell["id"]: cell for cell in read_cells(OUTPUT)}
-    found = {name: [cell for cell in experiment.selection_cells() if cell.method == name] for name in FAMILY}
+    found = {name: [cell for cell in experiment.selection_cells() if cell.name == name] for name in FAMILY}
     if not all(cells and all(cell.id in finished for cell in cells) for cells in found.values()):
         return None
     best = max(FAMILY, key=lambda name: max(score(experiment, finished[cell.id]) for cell in found[name]))

@@ -114,3 +114,32 @@ def test_places_are_of_the_machine_and_no_cell_names_them(tmp_path: Path) -> Non
     runner = Runner(plan, tmp_path / "out", places=places)
     assert runner._portable(f"there is no {tmp_path}/m/encoder") == "there is no {models}/encoder"
     assert "/m" not in json.dumps(cell.to_dict()).replace("{models}", "")
+
+
+def test_a_variant_is_a_row_of_its_own_with_settings_on_top_of_its_methods(tmp_path: Path) -> None:
+    said = PLAN.replace('"head-only"]\n', '"head-only", "lora-2"]\n').replace(
+        "[experiment.method_options]\n", 'variants = { "lora-2" = "lora" }\n[experiment.method_options]\n'
+    )
+    said = said.replace("[experiment.select]\n", 'lora-2 = ["method.rank=2"]\n[experiment.select]\n')
+    plan, before = benchmark(tmp_path, said), benchmark(tmp_path, PLAN)
+    [experiment] = plan.experiments
+    [old] = before.experiments
+    assert {cell.id for cell in old.cells()} < {cell.id for cell in experiment.cells()}
+    assert "variant" not in next(old.cells()).to_dict()  # finished figures of before count
+    own = [cell for cell in experiment.selection_cells() if cell.name == "lora-2"]
+    runs = [cell.resolve() for cell in own]
+    assert [(run.method, run.method_options.rank, run.train.learning_rate) for run in runs] == [
+        ("lora", 2, rate) for rate in (0.125, 0.125, 0.5, 0.5)
+    ]
+    for trials in experiment.trials().values():
+        for place, (cell, _) in enumerate(trials):
+            finish(tmp_path, cell, loss=-place if cell.name == "lora-2" else place)
+    for cell in experiment.cells(chosen=choose(experiment, {cell["id"]: cell for cell in read_cells(tmp_path)})):
+        finish(tmp_path, cell, f1={"zero-init": 1.0, "lora": 2.0, "lora-2": 4.0}.get(cell.name, 0.0) + cell.seed)
+    rows = {row.method: row for row in summarise(plan, tmp_path)}
+    assert (rows["lora"].difference, rows["lora-2"].difference) == (1, 3)
+    assert list(rows["lora-2"].values) == [0, 1]
+    with pytest.raises(ConfigError, match="lora-2"):
+        benchmark(tmp_path, said.replace("variants = ", "# "))
+    with pytest.raises(ConfigError, match="variants names 'lora', which is taken"):
+        benchmark(tmp_path, said.replace('{ "lora-2" = "lora" }', '{ "lora-2" = "lora", lora = "full" }'))

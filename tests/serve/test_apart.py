@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any
 
@@ -25,6 +27,27 @@ def test_results_and_errors_come_back() -> None:
     assert divided(6, by=4) == 1.5
     with pytest.raises(ZeroDivisionError):
         divided(1, by=0)
+
+
+def test_ctrl_c_does_not_wait_for_the_work() -> None:
+    """A base may load for minutes."""
+    loading, end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    @apart
+    def load() -> None:
+        loading.set()
+        end.wait(30)
+        ended.set()
+
+    def interrupt() -> None:
+        assert loading.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)  # of the process, as a terminal sends it: the main thread sees it
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert not ended.is_set()
+    end.set()
 
 
 def test_scopes_of_the_caller_hold() -> None:

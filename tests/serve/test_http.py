@@ -116,6 +116,21 @@ def test_texts_are_continued(client: openai.OpenAI, engine: Engine) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected[0].answer
 
 
+def test_a_log_probability_says_where_its_token_begins(client: openai.OpenAI) -> None:
+    given: dict[str, Any] = {"model": "anna", "temperature": 0, "max_tokens": 12, "logprobs": 0}
+    whole = client.completions.create(prompt=["red", "blue"], **given).choices
+    for choice in whole:
+        found: Any = choice.logprobs
+        assert found.text_offset[0] == 0
+        for token, start in zip(found.tokens, found.text_offset, strict=True):
+            assert choice.text[start:].startswith(token) or (token == "</s>" and start == len(choice.text))
+    parts = [chunk.choices[0] for chunk in client.completions.create(prompt="blue", stream=True, **given)]
+    streamed = [start for part in parts if part.logprobs for start in part.logprobs.text_offset or []]
+    assert len(parts) > 2
+    assert whole[1].logprobs is not None
+    assert streamed == whole[1].logprobs.text_offset
+
+
 def test_stop_texts_and_log_probabilities(client: openai.OpenAI) -> None:
     whole = chat(client).choices[0].message.content
     stop = next(c for c in whole[3:] if c.isascii() and c.isprintable() and c != " ")

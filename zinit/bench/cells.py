@@ -46,6 +46,7 @@ class Cell:
         data: file, folder or Hub id; None is the embedded demo's.
         vary: the settings that the experiment goes through, at this cell's values.
         options: further settings, ``key=value``.
+        variant: its name in the table, where that is not the method's; see `Experiment`.
     """
 
     experiment: str
@@ -58,17 +59,24 @@ class Cell:
     data: str | None = None
     vary: dict[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return self.variant or self.method
 
     @property
     def id(self) -> str:
         """A readable name that differs when anything differs."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
         name = "".join(letter if letter.isalnum() else "-" for letter in self.experiment)[:40]
-        return f"{name}.{self.method}.seed{self.seed}.{digest}"
+        return f"{name}.{self.name}.seed{self.seed}.{digest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "options": list(self.options)}
+        values = {**vars(self), "options": list(self.options)}
+        return values if self.variant else {name: value for name, value in values.items() if name != "variant"}
 
     @property
     def after(self) -> str | None:
@@ -214,7 +222,9 @@ class Experiment(JsonConfig):
         preset: of its runs; None is the task's demo, where there is no model.
         model: folder or Hub id.
         data: file, folder or Hub id.
-        methods: registered names; none are the benchmark's.
+        methods: registered names or variants; none are the benchmark's.
+        variants: the same methods in further rows, with settings of their own in ``method_options`` on top of their
+            method's, and rates chosen for them: {"lora-2": "lora"}.
         seeds: none are the benchmark's.
         metric: the one figure to compare, as ``metrics.json`` names it.
         options: further settings of all its runs.
@@ -237,6 +247,7 @@ class Experiment(JsonConfig):
     model: str | None = None
     data: str | None = None
     methods: tuple[Name, ...] = ()
+    variants: dict[Name, Name] = field(default_factory=dict)
     seeds: tuple[Seed, ...] = ()
     metric: Name = "accuracy"
     options: Options = ()
@@ -249,13 +260,21 @@ class Experiment(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for method in (*self.methods, *(name for name in self.method_options if name != ALL)):
+        for name, method in self.variants.items():
             METHODS.where(method)
+            if name in (ALL, *METHODS):
+                raise ConfigError(f"variants names {name!r}, which is taken. Take another name.")
+        for name in (*self.methods, *(name for name in self.method_options if name != ALL)):
+            METHODS.where(self.method_of(name))
         if self.after is not None and self.selects and self.select.like is None:
             raise ConfigError(
                 f"runs that start from those of {self.after!r} choose no settings of their own: take another "
                 f"experiment's, select = {{ like = NAME }}."
             )
+
+    def method_of(self, name: str) -> str:
+        """The method that a row's name stands for."""
+        return self.variants.get(name, name)
 
     @property
     def selects(self) -> bool:
@@ -289,7 +308,7 @@ class Experiment(JsonConfig):
         }
 
     def _trials(self, method: str, values: dict[str, Any]) -> Iterator[tuple[Cell, Options]]:
-        for tried, factors in self.select.trials(method):
+        for tried, factors in self.select.trials(self.method_of(method)):
             yield self.trial(method, values, tried, factors)
 
     def trial(
@@ -298,7 +317,7 @@ class Experiment(JsonConfig):
         """A run to choose by, and the settings that it stands for.
 
         Args:
-            method: registered name.
+            method: registered name or variant.
             values: of what the experiment goes through.
             tried: settings.
             factors: on rates, see `Selection.rates`.
@@ -310,8 +329,10 @@ class Experiment(JsonConfig):
         options = (*cell.options, *self.select.options, *said)
         return replace(cell, experiment=f"{self.name} (selection)", options=options), said
 
-    def _cell(self, method: str, seed: int, values: dict[str, Any]) -> Cell:
-        options = (*self.options, *self.method_options.get(ALL, ()), *self.method_options.get(method, ()))
+    def _cell(self, name: str, seed: int, values: dict[str, Any]) -> Cell:
+        method = self.method_of(name)
+        own = (said for of in dict.fromkeys((ALL, method, name)) for said in self.method_options.get(of, ()))
+        options = (*self.options, *own)
         given = [*options, *self.vary, *self.select.vary]
         rated = any(option.partition("=")[0] in RATES for option in given)
         return Cell(
@@ -325,6 +346,7 @@ class Experiment(JsonConfig):
             data=self.data,
             vary=values,
             options=options if rated else (*self._default_rates(method), *options),
+            variant=None if name == method else name,
         )
 
     def _default_rates(self, method: str) -> Options:
@@ -349,7 +371,8 @@ class Experiment(JsonConfig):
         Raises:
             ConfigError: naming the rate and the methods.
         """
-        groups = {tuple(METHODS.fact(method, "default_rates").items()) for method in self.methods} - {()}
+        methods = map(self.method_of, self.methods)
+        groups = {tuple(METHODS.fact(method, "default_rates").items()) for method in methods} - {()}
         bare = [option for option in (*self.options, *self.select.options) if option.partition("=")[0] in RATES]
         if bare and len(groups) > 1:
             raise ConfigError(

@@ -55,7 +55,7 @@ class Benchmark:
         for experiment in self.experiments:
             own = None if chosen is None else chosen[experiment.select.like or experiment.name]
             for cell in experiment.cells(chosen=own):
-                key = choice_key(cell.method, cell.vary)
+                key = choice_key(cell.name, cell.vary)
                 start = None if experiment.after is None else made.get((experiment.after, key, cell.seed))
                 if (own is not None and experiment.selects and key not in own) or (experiment.after and start is None):
                     continue
@@ -217,7 +217,7 @@ def _experiment(
     own_options = {method: list(said) for method, said in experiment.method_options.items()}
     shared_options: list[str] = []
     for option in options:
-        method, said = _of_method(option)
+        method, said = _of_method(option, experiment)
         (shared_options if method is None else own_options.setdefault(method, [])).append(said)
     return replace(
         experiment,
@@ -231,13 +231,13 @@ def _experiment(
     )
 
 
-def _of_method(option: str) -> tuple[str | None, str]:
+def _of_method(option: str, experiment: Experiment) -> tuple[str | None, str]:
     """The method that an option is for and the bare option: ``lora:train.learning_rate=1e-4``."""
     method, colon, said = option.partition(":")
     if not colon or "=" in method:
         return None, option
     if method != ALL:
-        METHODS.where(method)
+        METHODS.where(experiment.method_of(method))
     return method, said
 
 

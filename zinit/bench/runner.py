@@ -38,7 +38,7 @@ Event = dict[str, Any]
 Figure = Annotated[float, AllowInfNan()] | None  # zinit 0.1 wrote NaN where today null is written
 # What is read of the file of a finished cell, of the plan in it, and of what was measured.
 OF_CELL = {"id": str, "status": str, "cell": dict[str, Any], "by_settings": bool}
-OF_PLAN = {"experiment": str, "method": str}
+OF_PLAN = {"experiment": str, "method": str, "variant": str | None}
 MEASURED = {
     "metrics": dict[str, Any],
     "counts": dict[str, Any] | None,
@@ -279,7 +279,7 @@ def _read_cell(path: Path) -> dict[str, Any]:
     document = read_json(path, DataError, advice)
     with parsing(f"{path} is damaged", DataError, advice, also=(ConfigError,)):
         check_fields(document, OF_CELL, optional=("by_settings",))
-        check_fields(document["cell"], OF_PLAN)
+        check_fields(document["cell"], OF_PLAN, optional=("variant",))
         cell = modern_results(document)
         if cell["status"] == "done":
             check_fields(cell, MEASURED, optional=("rates", "examples"))

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         experiment: its name.
         metric: of which the figures are.
-        method: registered name.
+        method: registered name or variant.
         vary: the settings that the experiment goes through, at this row's values.
         values: the metric by seed.
         columns: the further figures that the experiment shows, by name and seed.
@@ -114,7 +114,7 @@ def summarise(benchmark: Benchmark, output: Path, reference: str = REFERENCE) ->
     rows = _empty_rows(benchmark)
     measured: dict[str, list[dict[str, Any]]] = {}
     for cell in final_cells(benchmark, output):
-        key = _key(cell.experiment, cell.method, cell.vary)
+        key = _key(cell.experiment, cell.name, cell.vary)
         if cell.id in finished and _enter(rows[key], cell.seed, finished[cell.id]):
             measured.setdefault(key, []).append(finished[cell.id])
     for key, cells in measured.items():
@@ -134,15 +134,15 @@ def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
     for experiment in benchmark.experiments:
         trials = experiment.trials()
         for cell in experiment.cells():
-            key = _key(experiment.name, cell.method, cell.vary)
+            key = _key(experiment.name, cell.name, cell.vary)
             row = Row(
                 experiment=experiment.name,
                 metric=experiment.metric,
-                method=cell.method,
+                method=cell.name,
                 vary=cell.vary,
                 dataset=dataset_of(cell),
                 columns={name: {} for name in experiment.columns},
-                trials=len(trials.get(choice_key(cell.method, cell.vary), ())),
+                trials=len(trials.get(choice_key(cell.name, cell.vary), ())),
             )
             rows.setdefault(key, row).missing.append(cell.seed)
     return rows
@@ -226,8 +226,10 @@ def curves(benchmark: Benchmark, output: Path) -> dict[tuple[str, str, str], lis
     found: dict[tuple[str, str, str], list[list[list[float]]]] = {}
     for cell in read_cells(output):
         if cell["id"] in planned and cell["status"] == "done" and cell["cell"]["experiment"] in still:
+            planned_as = cell["cell"]
+            row = planned_as.get("variant") or planned_as["method"]
             for name, points in cell["curves"].items():
-                found.setdefault((cell["cell"]["experiment"], name, cell["cell"]["method"]), []).append(points)
+                found.setdefault((planned_as["experiment"], name, row), []).append(points)
     return found
 
 

@@ -7,6 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from zinit.serve.requests import Piece, TokenLogprob
@@ -104,10 +105,12 @@ class ChatShape(Shape):
         return {"content": content, "refusal": None}
 
 
+@dataclass(kw_only=True)
 class CompletionShape(Shape):
     """Of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    lengths: dict[int, int] = field(default_factory=dict)  # characters of the tokens so far, by answer
 
     def _choice(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return self._text(piece, piece.answer, logprobs)
@@ -122,6 +125,12 @@ class CompletionShape(Shape):
                 "tokens": [each.token for each in found],
                 "token_logprobs": [each.logprob for each in found],
                 "top_logprobs": [dict(each.top) for each in found],
-                "text_offset": [],
+                "text_offset": self._offsets(piece.index, found),
             }
         return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason}
+
+    def _offsets(self, index: int, found: Sequence[TokenLogprob]) -> list[int]:
+        """Where each token begins in the answer."""
+        ends = list(accumulate((len(each.token) for each in found), initial=self.lengths.get(index, 0)))
+        self.lengths[index] = ends[-1]
+        return ends[:-1]
