@@ -37,7 +37,6 @@ PAGE = README.parent / "docs" / "real-weights.md"
 TABLES = "<!-- tables: python -m benchmarks.real --page -->"
 END = "<!-- end of the tables -->"
 WEIGHTS = "model.safetensors"
-SIZES = {"wnut17": (400, 200, 400), "sign_digits": (8, 4, 12), "alpaca": (64, 32, 48), "squad": (8,)}
 COLUMNS = (
     *(
         "method",
@@ -113,15 +112,14 @@ def places_of(models: Path, data: Path) -> dict[str, str]:
 
 
 def make_parts(data: Path, parts: Path) -> None:
-    """Training, validation and test parts of the data, made once."""
-    if parts.is_dir():
-        return
-    with tempfile.TemporaryDirectory(dir=parts.parent) as folder:
-        made = Path(folder) / "parts"
-        for name, sizes in SIZES.items():
-            (made / name).mkdir(parents=True)
-            MAKERS[name](data / name, made / name, sizes)
-        made.rename(parts)
+    """Training, validation and test parts of the data, each made once."""
+    parts.mkdir(exist_ok=True)
+    for name, (source, make, sizes) in PARTS.items():
+        if not (parts / name).is_dir():
+            with tempfile.TemporaryDirectory(dir=parts) as folder:
+                make(data / source, Path(folder), sizes)
+                shutil.copytree(folder, parts / f".{name}", dirs_exist_ok=True)
+            (parts / f".{name}").rename(parts / name)
 
 
 def sentences(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
@@ -136,8 +134,8 @@ def sentences(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
 
 
 def pictures(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
-    """So many of each class."""
-    for folder in sorted((source / "Dataset").iterdir()):
+    """So many of each class, which are folders."""
+    for folder in sorted(source.iterdir()):
         for name, part in zip(("train", "val", "test"), drawn(sorted(folder.iterdir()), sizes), strict=True):
             (target / name / folder.name).mkdir(parents=True)
             for picture in part:
@@ -159,11 +157,22 @@ def paragraphs(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
     (target / "paragraphs.txt").write_text("\n\n".join(part) + "\n", "utf-8")
 
 
-MAKERS: dict[str, Callable[[Path, Path, tuple[int, ...]], None]] = {
-    "wnut17": sentences,
-    "sign_digits": pictures,
-    "alpaca": instructions,
-    "squad": paragraphs,
+def questions(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
+    """So many of XQuAD's English articles with their questions, in SQuAD's form."""
+    document = json.loads((source / "xquad.en.json").read_text("utf-8"))
+    for name, part in zip(("train", "validation", "test"), drawn(document["data"], sizes), strict=True):
+        (target / f"{name}.json").write_text(json.dumps({**document, "data": part}, ensure_ascii=False), "utf-8")
+
+
+# The parts, by name: the folder of --data that they are from, what makes them, and how large they are.
+PARTS: dict[str, tuple[str, Callable[[Path, Path, tuple[int, ...]], None], tuple[int, ...]]] = {
+    "wnut17": ("wnut17", sentences, (400, 200, 400)),
+    "sign_digits": ("sign_digits/Dataset", pictures, (8, 4, 12)),
+    "mnist": ("mnist_pngs/train", pictures, (8, 4, 12)),
+    "caltech101": ("caltech101/101_ObjectCategories", pictures, (4, 2, 2)),
+    "alpaca": ("alpaca", instructions, (64, 32, 48)),
+    "squad": ("squad", paragraphs, (8,)),
+    "questions": ("squad", questions, (16, 6, 10)),
 }
 
 
