@@ -65,6 +65,7 @@ class Lever(NamedTuple):
 LEVERS: dict[str, Lever] = {
     "as it is": Lever(),
     "gates x1": Lever(options=("train.rates.gates=1",)),
+    "gates x10": Lever(options=("train.rates.gates=10",)),
     "gates x30": Lever(options=("train.rates.gates=30",)),
     "gates x100": Lever(options=("train.rates.gates=100",)),
     "gates without tanh": Lever(options=("prefix.gate=identity",)),
@@ -98,30 +99,35 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", action="append", default=[], help="name of an experiment; repeatable")
+    parser.add_argument("--lever", action="append", default=[], help="what to change; repeatable; without it all")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    places = places_of(options.models, options.data)
+    kept = [e for e in make_benchmark(config_file=str(PLAN)).experiments if e.name in (options.only or [e.name])]
+    places = places_of(options.models, options.data, kept)
     found: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
-    for experiment in make_benchmark(config_file=str(PLAN)).experiments:
-        if experiment.name in (options.only or [experiment.name]):
-            measure(experiment, places, options.steps, found)
+    for experiment in kept:
+        measure(experiment, places, options.steps, options.lever, found)
     write_page(found)
 
 
-def measure(experiment: Experiment, places: dict[str, str], steps: int, found: dict[str, Any]) -> None:
+def measure(
+    experiment: Experiment, places: dict[str, str], steps: int, levers: Sequence[str], found: dict[str, Any]
+) -> None:
     """Everything that ``found`` does not hold yet of a host; runs of another length are made anew.
 
     Args:
         experiment: of benchmarks/real.toml.
         places: see `zinit.bench.cells.Cell.at`.
         steps: of a short run.
+        levers: of `LEVERS`; none are all of them, and `STARTS` too.
         found: by experiment; completed here, and written.
     """
     host = Host(experiment, places, steps)
     own = found.setdefault(experiment.name, {"steps": steps, "starts": {}, "levers": {}})
     if own["steps"] != steps:
         own |= {"steps": steps, "levers": {}}
-    for kind, names, look in (("starts", STARTS, host.start), ("levers", LEVERS, host.lever)):
+    starts = () if levers else STARTS
+    for kind, names, look in (("starts", starts, host.start), ("levers", levers or LEVERS, host.lever)):
         for name in names:
             if name not in own[kind]:
                 own[kind][name] = look(name)
@@ -176,6 +182,8 @@ class Host:
         """A short run with one thing changed."""
         lever = LEVERS[name]
         run = self.run(lever.method, lever.options)
+        with run.built.adapted.disabled():
+            before = forgetting(run)
         if lever.start:
             start_at_words(run, lever.start)
         watch = Watch(run)
@@ -185,7 +193,7 @@ class Host:
         run_steps(stepper, batches, [watch], start=0)
         found = watch.summary()
         loss, _ = held_out_loss(run.task, run.config.train, run.accelerator)
-        return {"loss": loss, "forgetting": forgetting(run), **found}
+        return {"loss": loss, "forgetting": forgetting(run) - before, **found}
 
 
 def of_trials(experiment: Experiment) -> list[str]:

@@ -29,7 +29,7 @@ from benchmarks.real import OUTPUT as CELLS
 from benchmarks.real import PAGE, PLAN, places_of
 from zinit.bench.cells import Cell
 from zinit.bench.intervals import DRAWS, FEWEST
-from zinit.bench.plan import make_benchmark
+from zinit.bench.plan import Benchmark, make_benchmark
 from zinit.bench.runner import final_cells
 from zinit.runs.train import Run, build
 from zinit.train.batches import load_batches
@@ -43,7 +43,10 @@ from zinit.train.strategy import place
 OUTPUT = RESULTS / "forgetting.json"
 TABLE, END = "<!-- forgetting: python -m benchmarks.forgetting -->", "<!-- end of forgetting -->"
 LORA = "lora"
-METHODS = ("zero-init", "zero-init-tuned", "bias-tuning", "random-gate", LORA, "lora-all", "full")
+METHODS = (
+    *("zero-init", "query-gate", "zero-init-tuned", "query-gate-tuned", "bias-tuning", "random-gate"),
+    *(LORA, "lora-all", "full"),
+)
 EXAMPLES, MEASURED = 96, 8  # of the training part; times a run
 Curve = list[tuple[float, float]]  # (training loss, forgetting), before the first step first
 Found = dict[str, dict[str, dict[str, Curve]]]  # by experiment, method, seed
@@ -61,29 +64,30 @@ def main() -> None:
     if not options.page:
         if options.models is None or options.data is None:
             parser.error("name the folders: --models DIR --data DIR")
-        places = places_of(options.models, options.data)
-        follow_all(found, places, options.only, options.method or list(METHODS))
+        benchmark = make_benchmark(config_file=str(PLAN))
+        kept = [e for e in benchmark.experiments if e.name in (options.only or [e.name])]
+        places = places_of(options.models, options.data, kept)
+        follow_all(found, places, replace(benchmark, experiments=tuple(kept)), options.method or list(METHODS))
     write_page(found)
 
 
-def follow_all(found: Found, places: dict[str, str], only: list[str], methods: list[str]) -> None:
+def follow_all(found: Found, places: dict[str, str], benchmark: Benchmark, methods: list[str]) -> None:
     """Follows every run that ``found`` does not hold yet, seeds outermost.
 
     Args:
         found: completed here, and written.
         places: see `zinit.bench.cells.Cell.at`.
-        only: names of experiments; empty is all.
+        benchmark: the experiments to look at.
         methods: to follow.
     """
-    benchmark = make_benchmark(config_file=str(PLAN))
     trials = {experiment.name: of_trials(experiment) for experiment in benchmark.experiments}
     for cell in final_cells(benchmark, CELLS):
-        own = found.setdefault(cell.experiment, {}).setdefault(cell.name, {})
-        if cell.experiment not in (only or [cell.experiment]) or cell.name not in methods or str(cell.seed) in own:
+        if cell.name not in methods or str(cell.seed) in found.get(cell.experiment, {}).get(cell.name, {}):
             continue
+        own = found.setdefault(cell.experiment, {}).setdefault(cell.name, {})
         own[str(cell.seed)] = follow(replace(cell, options=(*cell.options, *trials[cell.experiment])), places)
         print(cell.experiment, cell.name, cell.seed, own[str(cell.seed)][-1], flush=True)
-        OUTPUT.write_text(json.dumps({name: runs for name, runs in found.items() if any(runs.values())}, indent=1))
+        OUTPUT.write_text(json.dumps(found, indent=1))
 
 
 def follow(cell: Cell, places: dict[str, str]) -> Curve:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.real --models DIR --data DIR [--only "MiniLM: named entities"] [--budget MINUTES]
 
-``--models`` holds minilm_l6, dinov2_small and gemma3_270m, ``--data`` wnut17, sign_digits, alpaca and squad;
-docs/real-weights.md says where both are from.
+``--models`` holds minilm_l6, dinov2_small, gemma3_270m and qwen_coder, ``--data`` wnut17, sign_digits, alpaca, squad,
+mnist_pngs and caltech101, or what the experiments of ``--only`` need; docs/real-weights.md says where both are from.
 Finished cells are in ``benchmarks/results/real/cells``: the same command goes on from there.
 ``--page`` writes the tables into docs/real-weights.md, and a short one into the README, from what is finished, without
 models and data.
@@ -53,8 +53,12 @@ COLUMNS = (
     *("seeds", "samples"),
 )
 DIFFERENCES = ("method", "minus zero-init", "loss minus zero-init", "trainable", "seeds")
-FAMILY = ("zero-init", "zero-init-tuned")  # whose best member is compared with the others a second time
-SHORT = ("method", "mean", "minus zero-init", "loss", "loss minus zero-init", "forgetting", "trainable", "seeds")
+# Members of the family, the best of which is compared with the others a second time.
+FAMILY = ("zero-init", "query-gate", "hyper-prompts", "zero-init-tuned", "query-gate-tuned")
+SHORT = (
+    *("method", "mean", "minus zero-init", "loss", "loss minus zero-init", "forgetting", "rate", "trainable", "seeds"),
+    "samples",
+)
 
 
 def main() -> None:
@@ -75,13 +79,14 @@ def main() -> None:
         parser.error("name the folders: --models DIR --data DIR")
     kept = [narrowed(e, options.method) for e in benchmark.experiments if e.name in (options.only or [e.name])]
     note_models(options.models)
+    places = places_of(options.models, options.data, kept)
     runner = Runner(
         replace(benchmark, experiments=tuple(kept)),
         OUTPUT,
         jobs=options.jobs,
         budget=None if options.budget is None else 60 * options.budget,
         on_event=report,
-        places=places_of(options.models, options.data),
+        places=places,
     )
     runner.run()
     write_page(benchmark)
@@ -104,22 +109,28 @@ def report(event: Event) -> None:
 # --- the data: parts that are the same on every machine ---
 
 
-def places_of(models: Path, data: Path) -> dict[str, str]:
+def places_of(models: Path, data: Path, experiments: Sequence[Experiment]) -> dict[str, str]:
     """Where everything is on this machine, the parts of the data made; see `zinit.bench.cells.Cell.at`."""
     parts = Path(tempfile.gettempdir()) / "zinit-real-parts"
-    make_parts(data, parts)
+    said = " ".join(text for e in experiments for text in (str(e.data), *e.options, *e.select.options))
+    make_parts(data, parts, [name for name in PARTS if f"{{parts}}/{name}" in said])
     return {"models": str(models.absolute()), "parts": str(parts), "data": str(data.absolute())}
 
 
-def make_parts(data: Path, parts: Path) -> None:
-    """Training, validation and test parts of the data, each made once."""
+def make_parts(data: Path, parts: Path, names: Sequence[str]) -> None:
+    """Training, validation and test parts of these data, each made once."""
     parts.mkdir(exist_ok=True)
-    for name, (source, make, sizes) in PARTS.items():
-        if not (parts / name).is_dir():
-            with tempfile.TemporaryDirectory(dir=parts) as folder:
-                make(data / source, Path(folder), sizes)
-                shutil.copytree(folder, parts / f".{name}", dirs_exist_ok=True)
-            (parts / f".{name}").rename(parts / name)
+    for name in names:
+        source, make, sizes = PARTS[name]
+        if (parts / name).is_dir():
+            continue
+        if not (data / source).is_dir():
+            raise SystemExit(f"{data / source} is not there: docs/real-weights.md says where {source} is from.")
+        with tempfile.TemporaryDirectory(dir=parts) as folder:
+            made = Path(folder) / name
+            made.mkdir()
+            make(data / source, made, sizes)
+            made.rename(parts / name)
 
 
 def sentences(source: Path, target: Path, sizes: tuple[int, ...]) -> None:
@@ -207,9 +218,11 @@ def write_page(benchmark: Benchmark) -> None:
         whole += [*title, as_markdown(own, COLUMNS) if ran else "Nothing of it has run yet."]
         whole += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
         short += [*title, as_markdown(ran, SHORT)] if ran else []
-        if best := best_member(experiment):
+        members = {name: best for name, best in tried(experiment).items() if name in {row.method for row in ran}}
+        best = max(members, key=lambda name: members[name], default=REFERENCE)
+        if best != REFERENCE:
             whole += [
-                f"Differences from {best}, the better one of {' and '.join(FAMILY)} on the validation part:",
+                f"Differences from {best}, the best on the validation part of {', '.join(members)}:",
                 as_markdown(differences(benchmark, experiment, best), DIFFERENCES, reference=best),
             ]
     for page, parts in ((PAGE, whole), (README, short)):
@@ -218,14 +231,15 @@ def write_page(benchmark: Benchmark) -> None:
         page.write_text("\n\n".join([before, *parts, after]), "utf-8")
 
 
-def best_member(experiment: Experiment) -> str | None:
-    """The one of `FAMILY` with the best trial; None where that is zero-init itself, or not known yet."""
+def tried(experiment: Experiment) -> dict[str, float]:
+    """The best score on the validation part by member of `FAMILY`; of those that have all of their trials."""
     finished = {cell["id"]: cell for cell in read_cells(OUTPUT)}
-    found = {name: [cell for cell in experiment.selection_cells() if cell.name == name] for name in FAMILY}
-    if not all(cells and all(cell.id in finished for cell in cells) for cells in found.values()):
-        return None
-    best = max(FAMILY, key=lambda name: max(score(experiment, finished[cell.id]) for cell in found[name]))
-    return None if best == REFERENCE else best
+    cells = {name: [cell for cell in experiment.selection_cells() if cell.name == name] for name in FAMILY}
+    return {
+        name: max(score(experiment, finished[cell.id]) for cell in own)
+        for name, own in cells.items()
+        if own and all(cell.id in finished for cell in own)
+    }
 
 
 def differences(benchmark: Benchmark, experiment: Experiment, reference: str) -> list[Row]:

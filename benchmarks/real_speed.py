@@ -278,6 +278,7 @@ def compare(model: Path, records: list[dict[str, str]], litgpt: Path | None) -> 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "records.json"
         data.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+        (model / "model.safetensors").read_bytes()  # the first way would read them from the disk, the others not
         living, first = {}, {}
         for way in ways:
             living[way] = Living(way, model, data, rounds, litgpt)

@@ -24,7 +24,7 @@ def load(folder: Path, name: str) -> Any:
     """Qwen 2.5 with an adapter of 10 prompts in all layers but two, LitGPT's defaults.
 
     LitGPT keeps the keys and values of the prompts of its first forward while it trains, which is that of a
-    validation: prompts get no gradient then (its issue 1287). They are forgotten before every forward here.
+    validation: prompts get no gradient then (its issue 1287). They are forgotten before every forward of training here.
 
     Args:
         folder: of a model of transformers.
@@ -32,8 +32,8 @@ def load(folder: Path, name: str) -> Any:
     """
 
     def forget(*_: Any) -> None:
-        for block in model.transformer.h:
-            block.attn.adapter_kv_cache = None
+        if model.training:
+            forget_prompts(model)
 
     config, weights = Config.from_name(name), {}
     model = GPT(config)
@@ -42,6 +42,12 @@ def load(folder: Path, name: str) -> Any:
     mark_only_adapter_as_trainable(model)
     model.register_forward_pre_hook(forget)
     return model
+
+
+def forget_prompts(model: Any) -> None:
+    """What is kept of the prompts is made anew by the next forward."""
+    for block in model.transformer.h:
+        block.attn.adapter_kv_cache = None
 
 
 class Telling:
@@ -95,6 +101,7 @@ def train(
 
 def answering(model: Any, tokenizer: Any, tokens: int) -> Callable[[list[str]], Any]:
     """Answers one prompt after another: LitGPT's ``generate`` takes one."""
+    forget_prompts(model)  # as the last step of training left them
 
     @torch.no_grad()
     def answer(prompts: list[str]) -> Any:

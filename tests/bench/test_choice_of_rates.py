@@ -9,6 +9,7 @@ import pytest
 
 from tests.bench.test_summary import benchmark, finish
 from zinit.bench.cells import rate_options
+from zinit.bench.plan import make_benchmark
 from zinit.bench.runner import Runner, choose, read_cells
 from zinit.bench.summary import summarise, table
 from zinit.errors import ConfigError
@@ -143,3 +144,35 @@ def test_a_variant_is_a_row_of_its_own_with_settings_on_top_of_its_methods(tmp_p
         benchmark(tmp_path, said.replace("variants = ", "# "))
     with pytest.raises(ConfigError, match="variants names 'lora', which is taken"):
         benchmark(tmp_path, said.replace('{ "lora-2" = "lora" }', '{ "lora-2" = "lora", lora = "full" }'))
+
+
+def test_a_variant_can_be_named_where_other_experiments_lack_it(tmp_path: Path) -> None:
+    two = PLAN + PLAN[PLAN.index("[[experiment]]") :].replace('"chosen"', '"other"').replace(
+        "[experiment.method_options]", 'variants = { "lora/2" = "lora" }\n[experiment.method_options]'
+    )
+    (tmp_path / "plan.toml").write_text(two)
+
+    def made(*methods: str, options: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+        found = make_benchmark(config_file=str(tmp_path / "plan.toml"), methods=methods, options=options)
+        for experiment in found.experiments:
+            assert ("method.rank=2" in experiment.method_options.get("lora/2", ())) == ("lora/2" in experiment.variants)
+            assert all("/" not in cell.id for cell in experiment.cells())
+        return {experiment.name: experiment.methods for experiment in found.experiments}
+
+    rank = ("lora/2:method.rank=2",)
+    assert made("lora/2", options=rank) == {"other": ("lora/2",)}
+    assert made("lora", "lora/2", options=rank) == {"chosen": ("lora",), "other": ("lora", "lora/2")}
+    with pytest.raises(ConfigError, match="no method named 'lora-3'"):
+        made("lora-3", options=rank)
+    with pytest.raises(ConfigError, match="no method named 'lora-3'"):
+        made("lora", options=("lora-3:method.rank=3",))
+
+
+def test_the_trials_of_an_earlier_grid_count(tmp_path: Path) -> None:
+    before = benchmark(tmp_path, PLAN.replace("own = [1, 4]", "own = [1, 16]"))
+    plan = benchmark(tmp_path, PLAN)
+    for trials in [*before.experiments[0].trials().values(), *plan.experiments[0].trials().values()]:
+        for cell, _ in trials:
+            finish(tmp_path, cell, loss=1.0)
+    rows = summarise(plan, tmp_path)
+    assert {row.method: row.trials for row in rows} == {"zero-init": 6, "lora": 6, "head-only": 2}

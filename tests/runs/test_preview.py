@@ -11,7 +11,9 @@ import pytest
 from tests.tiny import save_records, save_tiny_llama
 from zinit import demo
 from zinit.errors import BackboneError, ConfigError, DataError
+from zinit.runs import preview
 from zinit.runs import train as runs
+from zinit.runs.command import command_of
 from zinit.runs.config import RunConfig
 from zinit.runs.presets import Preset
 from zinit.runs.preview import Preview, overruled, settle
@@ -179,6 +181,89 @@ def test_a_warmup_that_covers_the_run_is_scaled(options: list[str], warmup: floa
     assert isinstance(preset, Preset)
     assert config.train.warmup_epochs == pytest.approx(warmup)
     assert len(preset.notes) == (warmup < 1 and "0" in f"{warmup}")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "warmup_steps", "warmup_epochs", "notes"),
+    [
+        ([], 5000, 500, None, 0),
+        (["train.steps=501"], 501, 500, None, 0),
+        (["train.steps=100"], 100, 10, None, 1),
+        (["train.epochs=2"], None, None, 0.2, 2),
+        (["train.epochs=2", "train.warmup_epochs=1"], None, None, 1, 1),
+        (["train.epochs=2", "train.steps=9", "train.warmup_steps=1"], 9, 1, None, 0),
+    ],
+)
+def test_a_preset_in_steps_is_scaled_too(
+    options: list[str], steps: int | None, warmup_steps: int | None, warmup_epochs: float | None, notes: int
+) -> None:
+    config, preset = resolve(
+        backbone="llama", preset="math/metamathqa-llama-3b", model="some", data="some", options=options
+    )
+    train = config.train
+    assert (train.steps, train.warmup_steps, train.warmup_epochs) == (steps, warmup_steps, pytest.approx(warmup_epochs))
+    assert len(preset.notes) == notes
+
+
+# --- without a preset -------------------------------------------------------------------------------------------------
+
+
+def test_tokens_there_is_no_room_for_are_not_asked_for(data: str, tmp_path: Path) -> None:
+    small = str(save_tiny_llama(tmp_path / "model", layers=1, max_position_embeddings=100))
+    config, notes = settle(*resolve(backbone="llama", model=small, data=data))
+    assert (config.options.max_length, notes) == (
+        100,
+        ["task.max_length=100, which the model has room for (usually 512)"],
+    )
+    with pytest.raises(ConfigError, match=r"task.max_length is 101, but the model has room for 100"):
+        settle(*resolve(backbone="llama", model=small, data=data, options=["task.max_length=101"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "gates"),
+    [
+        ([], 3e-2, 1),
+        (["train.learning_rate=1e-3"], 1e-3, 1),
+        (["train.rates.gates=7"], 9e-3 * 64 / 256, 7),
+        (["method=random-gate"], 3e-2, 1),
+        (["method=lora"], 3e-4, 1),
+    ],
+)
+def test_rates_are_those_that_were_good_on_models_of_this_size(
+    options: list[str], rate: float, gates: float, model: str, data: str, tmp_path: Path
+) -> None:
+    config, preset = resolve(backbone="llama", model=model, data=data, options=options)
+    run = runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None)
+    assert run.config.train.learning_rate == pytest.approx(rate)
+    assert run.config.train.rates.factor("main", "gates") == gates
+    assert len(run.scaled) == (rate == 3e-2)
+    plain = runs.build(config, tmp_path, preset=None, resume=False, on_event=lambda _: None)
+    assert plain.config == config, "as a run that goes on, or is made in Python, said it"
+
+
+def test_a_large_model_trains_at_the_methods_own_rate(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "SMALL", 1000)
+    config, preset = resolve(backbone="llama", model=model, data=data)
+    run = runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None)
+    assert (run.config, run.scaled) == (config, [])
+
+
+def test_what_was_chosen_is_recorded_and_its_command_says_it(model: str, data: str, tmp_path: Path) -> None:
+    options = ["train.steps=2", "train.batch_size=2", "train.warmup_steps=0", "method=zero-init-tuned"]
+    config, preset = resolve(backbone="llama", model=model, data=data, options=options)
+    said: list[Event] = []
+    runs.train_run(config, tmp_path / "run", preset=preset, on_event=said.append)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    [note] = record["scaled"]
+    assert note.startswith("train.learning_rate=0.03, train.rates.tuning=0.01: what was good on a language model")
+    assert f"chosen for this model: {note}" in [event.text for event in said if isinstance(event, Notice)]
+    assert record["preset"] is None
+    assert record["rates"]["tuning"]["rate"] == pytest.approx(3e-4)
+    command = command_of(RunConfig.from_dict(record["config"]), None)
+    assert command is not None
+    assert "train.learning_rate=0.03" in command
 
 
 def test_a_users_own_warmup_is_refused() -> None:

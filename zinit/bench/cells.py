@@ -27,6 +27,7 @@ from zinit.validation import Name, PositiveFloat, Seed, Words
 ALL = "all"  # in the place of a method's name: of every method
 MAIN = "main"  # the only group of parameters, see `zinit.tasks.base`
 OWN = "own"  # in the place of a role: every one but the head
+SELECTION = " (selection)"  # behind the experiment's name, in the cells that settings are chosen by
 START = "warm_start={runs}/"  # the option of a run that goes on from another of the benchmark; its name follows
 RATES = ("learning_rate", "train.learning_rate")  # a setting that is one method's, unless all are named
 
@@ -70,8 +71,8 @@ class Cell:
     def id(self) -> str:
         """A readable name that differs when anything differs."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
-        name = "".join(letter if letter.isalnum() else "-" for letter in self.experiment)[:40]
-        return f"{name}.{self.name}.seed{self.seed}.{digest}"
+        row = _as_file(self.variant) if self.variant else self.method
+        return f"{_as_file(self.experiment)}.{row}.seed{self.seed}.{digest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -132,6 +133,10 @@ class Cell:
     def command(self) -> str:
         """What a user would type to repeat this cell."""
         return shlex.join(["zinit", "train", *self.arguments()])
+
+
+def _as_file(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)[:40]
 
 
 def _toml(value: Any) -> str:
@@ -272,6 +277,10 @@ class Experiment(JsonConfig):
                 f"experiment's, select = {{ like = NAME }}."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without variants as it was before there were any: a search that was begun then goes on."""
+        return {name: value for name, value in super().to_dict().items() if name != "variants" or value}
+
     def method_of(self, name: str) -> str:
         """The method that a row's name stands for."""
         return self.variants.get(name, name)
@@ -327,7 +336,7 @@ class Experiment(JsonConfig):
         start = replace(cell, options=(*cell.options, *varied)).resolve().train if factors else TrainConfig()
         said = (*varied, *rate_options(start, factors))
         options = (*cell.options, *self.select.options, *said)
-        return replace(cell, experiment=f"{self.name} (selection)", options=options), said
+        return replace(cell, experiment=f"{self.name}{SELECTION}", options=options), said
 
     def _cell(self, name: str, seed: int, values: dict[str, Any]) -> Cell:
         method = self.method_of(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Annotated, Any
@@ -165,7 +165,8 @@ def make_benchmark(
     document = read_config_file(path) if path else _product(backbones, tasks)
     try:
         file = BenchmarkFile.from_dict(document)
-        experiments = [_experiment(entry, file, overrides, options) for entry in file.experiment]
+        made = [_experiment(entry, file, overrides, options) for entry in file.experiment]
+        experiments = [experiment for experiment in made if experiment is not None]
         _check_names(experiments)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
@@ -202,8 +203,16 @@ def _product(backbones: list[str], tasks: list[str]) -> dict[str, Any]:
 
 def _experiment(
     entry: dict[str, Any], file: BenchmarkFile, overrides: dict[str, Any], options: list[str]
-) -> Experiment:
-    """An experiment with the defaults of its file, of its task and of the demo filled in."""
+) -> Experiment | None:
+    """An experiment with the defaults of its file, of its task and of the demo filled in.
+
+    None where only methods are asked for that are variants of other experiments.
+    """
+    elsewhere = {name for other in file.experiment for name in _variants(other)} - {*_variants(entry)}
+    if methods := overrides.get("methods"):
+        overrides = {**overrides, "methods": [name for name in methods if name not in elsewhere]}
+        if not overrides["methods"]:
+            return None
     own = {name: value for name, value in entry.items() if value or name not in ("methods", "seeds")}
     shared = {"methods": file.methods, "seeds": file.seeds}
     try:
@@ -217,7 +226,9 @@ def _experiment(
     own_options = {method: list(said) for method, said in experiment.method_options.items()}
     shared_options: list[str] = []
     for option in options:
-        method, said = _of_method(option, experiment)
+        method, said = _of_method(option, experiment, elsewhere)
+        if method in elsewhere:
+            continue
         (shared_options if method is None else own_options.setdefault(method, [])).append(said)
     return replace(
         experiment,
@@ -231,12 +242,17 @@ def _experiment(
     )
 
 
-def _of_method(option: str, experiment: Experiment) -> tuple[str | None, str]:
+def _variants(entry: dict[str, Any]) -> dict[str, Any]:
+    """The variants of a table that is not checked yet."""
+    return found if isinstance(found := entry.get("variants", {}), dict) else {}
+
+
+def _of_method(option: str, experiment: Experiment, elsewhere: Set[str]) -> tuple[str | None, str]:
     """The method that an option is for and the bare option: ``lora:train.learning_rate=1e-4``."""
     method, colon, said = option.partition(":")
     if not colon or "=" in method:
         return None, option
-    if method != ALL:
+    if method != ALL and method not in elsewhere:
         METHODS.where(experiment.method_of(method))
     return method, said
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zinit.bench.cells import Cell, Experiment, choice_key
+from zinit.bench.cells import SELECTION, Cell, Experiment, choice_key
 from zinit.bench.intervals import Examples, interval
 from zinit.bench.plan import REFERENCE, Benchmark
 from zinit.bench.runner import final_cells, read_cells
@@ -44,7 +45,7 @@ class Row:
         loss_difference: mean of (this - zero-init) over the seeds that both have.
         loss_difference_std: its standard deviation.
         loss_interval: its 95 % interval.
-        trials: runs that its settings were chosen by; 0 where none were.
+        trials: runs that its settings were chosen by, those of an earlier grid too; 0 where none were.
         examples: {"f1": {seed: (x, y) of each held-out example}} of the metric and the loss.
         forgetting: mean over the seeds of how much the loss on texts that the base knew has risen ("known_loss"), or
             features have moved ("drift"); None where it was not measured.
@@ -112,6 +113,9 @@ def summarise(benchmark: Benchmark, output: Path, reference: str = REFERENCE) ->
     """
     finished = {cell["id"]: cell for cell in read_cells(output)}
     rows = _empty_rows(benchmark)
+    for key, count in _tried(finished.values()).items():
+        if key in rows and rows[key].trials:
+            rows[key].trials = max(rows[key].trials, count)
     measured: dict[str, list[dict[str, Any]]] = {}
     for cell in final_cells(benchmark, output):
         key = _key(cell.experiment, cell.name, cell.vary)
@@ -146,6 +150,19 @@ def _empty_rows(benchmark: Benchmark) -> dict[str, Row]:
             )
             rows.setdefault(key, row).missing.append(cell.seed)
     return rows
+
+
+def _tried(cells: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How many finished runs each row's settings were chosen by."""
+    plans = [cell["cell"] for cell in cells if cell["cell"]["experiment"].endswith(SELECTION)]
+    return Counter(
+        _key(plan["experiment"].removesuffix(SELECTION), _row_of(plan), plan.get("vary", {})) for plan in plans
+    )
+
+
+def _row_of(plan: dict[str, Any]) -> str:
+    """The name of the row of a cell that was read."""
+    return plan.get("variant") or plan["method"]
 
 
 def _enter(row: Row, seed: int, cell: dict[str, Any]) -> bool:
@@ -226,10 +243,9 @@ def curves(benchmark: Benchmark, output: Path) -> dict[tuple[str, str, str], lis
     found: dict[tuple[str, str, str], list[list[list[float]]]] = {}
     for cell in read_cells(output):
         if cell["id"] in planned and cell["status"] == "done" and cell["cell"]["experiment"] in still:
-            planned_as = cell["cell"]
-            row = planned_as.get("variant") or planned_as["method"]
             for name, points in cell["curves"].items():
-                found.setdefault((planned_as["experiment"], name, row), []).append(points)
+                key = (cell["cell"]["experiment"], name, _row_of(cell["cell"]))
+                found.setdefault(key, []).append(points)
     return found
 
 

@@ -21,7 +21,7 @@ def command_of(config: RunConfig, preset: str | None) -> str | None:
         preset: its full name.
     """
     arguments: dict[str, Any] = {"backbone": config.backbone, "task": config.task}
-    if preset is not None:
+    if preset:
         arguments["preset"] = preset
     arguments |= {name: getattr(config, name) for name in ("model", "data") if getattr(config, name) is not None}
     arguments["seed"] = config.seed

@@ -16,11 +16,16 @@ PRESETS = resources.files("zinit.runs") / "presets"
 OF_PRESETS = ("description", "model_layers")  # what a preset says of itself; the rest are settings
 
 
+# Settings that are chosen for the model and its size where nothing gives them.
+PICKED = frozenset({"task.max_length", "train.learning_rate", "train.rates"})
+
+
 class Preset(str):
-    """A preset's full name, and what a run takes from it.
+    """A preset's full name, and what a run takes from it; "" where a run has none.
 
     Attributes:
-        untouched: its settings ("prefix.layers") for which neither file nor arguments nor options have a value.
+        untouched: its settings ("prefix.layers") for which neither file nor arguments nor options have a value; without
+            a preset, those of `PICKED` for which nothing has.
         model_layers: how many layers the model has that it was made for; None: it fits any.
         notes: what was scaled because the run is smaller than the preset's, in words.
     """

@@ -2,7 +2,7 @@
 
 Presets are made for one model and one length of training. On a smaller model, or in a shorter try, what would be
 refused is scaled: as large a part of the layers, the tokens there is room for, as large a part of the run for warm-up.
-What the user gave is never changed.
+Without a preset the tokens and the rates are chosen for the model. What the user gave is never changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from zinit.backbones import BACKBONES
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError
 from zinit.methods import METHODS
+from zinit.methods.rates import ZERO_INIT, shares_rates
 from zinit.models.loading import load_on_meta
 from zinit.models.room import check_positions, positions
 from zinit.runs.build import demo_model
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
     from zinit.methods.base import Method
     from zinit.tasks.base import Task
 
+# Found on models of 22 and 270 million numbers, see docs/recipes.md; above SMALL it is the method's own rate.
+LARGEST, SMALL = 3e-2, 1_000_000_000
+FOUND = {
+    "a language model": {"source": 0.1, "tuning": 0.01},
+    "an encoder": {"gates": 10.0, "source": 0.1, "tuning": 0.1, "head": 0.3},
+}
 OF_GATES = ("gate", "gate_per", "gate_init")  # play no part where there is no gate
 OWN_LOADERS = "zinit.models."  # how their addresses begin; what the loader of another package makes is not known before
 
@@ -74,7 +81,7 @@ def settle(config: RunConfig, preset: str | None) -> tuple[RunConfig, list[str]]
         preset: as `zinit.runs.settings.resolve` returned it; a plain name leaves the settings as they are.
 
     Returns:
-        The settings, and what was scaled, in words.
+        The settings, and what was scaled or chosen, in words.
 
     Raises:
         BackboneError, ConfigError: if the model lacks the layers, towers or positions that are asked for.
@@ -111,8 +118,33 @@ def fit_to_model(config: RunConfig, preset: Preset, preview: Preview) -> tuple[R
     room, longest = positions(preview.model), getattr(config.options, "max_length", 0)
     if "task.max_length" in preset.untouched and room is not None and longest > room:
         config = replace(config, options=replace(config.options, max_length=room))
-        notes.append(f"task.max_length={room}, which the model has room for (the preset: {longest})")
+        of = f"the preset: {longest}" if preset else f"usually {longest}"
+        notes.append(f"task.max_length={room}, which the model has room for ({of})")
     return config, notes
+
+
+def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainConfig, list[str]]:
+    """The rates that were found for models of this kind and size, where neither a preset nor the user gives any.
+
+    Args:
+        config: the run's settings.
+        preset: as `zinit.runs.settings.resolve` returned it.
+        task: on its model.
+
+    Returns:
+        The loop's settings, and what was chosen, in words.
+    """
+    own = METHODS.fact(config.method, "default_rates")
+    free = isinstance(preset, Preset) and not preset and {"train.learning_rate", "train.rates"} <= preset.untouched
+    kind = "a language model" if task.generates else "an encoder" if "head" in rates_by_role(task, config.train) else ""
+    small = sum(parameter.numel() for parameter in task.model.parameters()) < SMALL
+    if not (free and kind and small and shares_rates(own, ZERO_INIT)):
+        return config.train, []
+    trained = {role: rate for role, rate in FOUND[kind].items() if role in rates_by_role(task, config.train)}
+    rates = replace(config.train.rates, **trained)
+    said = [f"train.learning_rate={LARGEST}", *(f"train.rates.{role}={rate:g}" for role, rate in trained.items())]
+    note = f"{', '.join(said)}: what was good on {kind} of under a billion numbers (docs/recipes.md)"
+    return replace(config.train, learning_rate=LARGEST, rates=rates), [note]
 
 
 def fit_warmup(train: TrainConfig, preset: str | None, task: Task, seed: int) -> tuple[TrainConfig, list[str]]:

@@ -72,7 +72,7 @@ class Record:
         demo: whether the model is the embedded one.
         seed: of everything random.
         preset: its full name.
-        scaled: what of the preset was scaled to a smaller model or a shorter run, in words.
+        scaled: what of the preset was scaled to a smaller model or a shorter run, or chosen for the model without one.
         method: registered name.
         prefix: the prefix's settings, for methods that have one.
         labels: class names, for tasks that have classes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from zinit.backbones import BACKBONES
 from zinit.errors import ConfigError
@@ -15,7 +15,7 @@ from zinit.methods.rates import shares_rates
 from zinit.registry import did_you_mean
 from zinit.runs.config import DEFAULT_METHOD, PARTS, RunConfig, merge, read_tables
 from zinit.runs.options import named_method, run_overrides
-from zinit.runs.presets import OF_PRESETS, Preset, preset_names, read_config_file, read_preset
+from zinit.runs.presets import OF_PRESETS, PICKED, Preset, preset_names, read_config_file, read_preset
 from zinit.tasks import TASKS
 from zinit.validation import shown, split_at_commas
 
@@ -37,7 +37,7 @@ def resolve(
     seed: int | None = None,
     warm_start: str | None = None,
     options: Iterable[str] = (),
-) -> tuple[RunConfig, str | None]:
+) -> tuple[RunConfig, Preset]:
     """The settings of a run: preset, then config file, then the arguments, then the options.
 
     Without a model the embedded demo is trained, with the preset of the method's demo on the backbone, or else the
@@ -57,7 +57,7 @@ def resolve(
         options: ``section.key=value``; the section may be left out where the key is unique.
 
     Returns:
-        The settings, and the preset's full name: a `Preset`, which knows what of it is in the settings.
+        The settings, and the preset's full name, "" without one: a `Preset`, which knows what of it is in the settings.
 
     Raises:
         ConfigError: naming the setting that is unknown or wrong.
@@ -79,19 +79,23 @@ def resolve(
     for source in (from_file, _given(said), {"task": {"name": task}}, _of_encoder(encoder), overrides):
         merge(given, source)
     _check_parts(overrides, named or DEFAULT_METHOD)
-    preset = None if preset is None else _known_preset(preset, values, given)
+    known = _known_preset(preset, values, given)
     merge(values, given)
     if values.get("model") is not None and values.get("data") is None:
         raise ConfigError("say what to train on: --data FILE_OR_HUB_ID (the embedded data is for the embedded model).")
-    return RunConfig.from_dict(_with_absolute_paths(values)), preset
+    return RunConfig.from_dict(_with_absolute_paths(values)), known
 
 
-def _known_preset(name: str, values: dict[str, Any], given: dict[str, Any]) -> Preset:
-    """A preset that knows what of its values will be in the settings; a warm-up that is too long is scaled in them."""
-    preset = Preset(name)
+def _known_preset(name: str | None, values: dict[str, Any], given: dict[str, Any]) -> Preset:
+    """A preset that knows what of its values will be in the settings; they are scaled to a shorter run."""
+    preset = Preset(name or "")
+    if name is None:
+        said = {".".join(path.split(".")[:2]) for path in _paths(given)}
+        preset.untouched = PICKED - said
+        return preset
     preset.untouched = frozenset(_paths(values) - _paths(given))
     preset.model_layers = read_preset(name).get("model_layers")
-    preset.notes = _shorten_warmup(values, given, preset)
+    preset.notes = _shorten(values.get("train", {}), given.get("train", {}))
     return preset
 
 
@@ -253,21 +257,35 @@ def _paths(values: dict[str, Any]) -> set[str]:
     return (values.keys() - tables) | {f"{name}.{path}" for name, table in tables.items() for path in _paths(table)}
 
 
-def _shorten_warmup(values: dict[str, Any], given: dict[str, Any], preset: Preset) -> tuple[str, ...]:
-    """Scales a preset's warm-up, in its values, where the user's ``train.epochs`` are not more than it.
+def _shorten(train: dict[str, Any], given: dict[str, Any]) -> tuple[str, ...]:
+    """Fits a preset's ``[train]`` to a shorter run: epochs replace its steps, and its warm-up stays as large a part.
 
     Returns:
-        What was scaled, in words. Where the user gave steps, `zinit.runs.preview.fit_warmup` does it.
+        What was scaled, in words. Where the user gave steps and the preset's warm-up is in epochs,
+        `zinit.runs.preview.fit_warmup` does it.
     """
-    epochs, steps = (given.get("train", {}).get(name) for name in ("epochs", "steps"))
-    if "train.warmup_epochs" not in preset.untouched or not isinstance(epochs, int | float) or steps is not None:
-        return ()
-    train = values["train"]
-    warmup, of = train["warmup_epochs"], train["epochs"]
-    if not 0 < epochs <= warmup:
-        return ()
-    train["warmup_epochs"] = warmup * epochs / of
-    return (f"train.warmup_epochs={train['warmup_epochs']:g} of {epochs:g} (the preset: {warmup:g} of {of:g})",)
+    epochs, steps = given.get("epochs"), given.get("steps")
+    own_warmup = not {"warmup_epochs", "warmup_steps"} & given.keys()
+    if _is_number(epochs) and steps is None and (of := train.pop("steps", None)):
+        warmup = train.pop("warmup_steps", None)
+        notes = [f"train.epochs={epochs:g} in the place of the preset's {of} steps"]
+        if own_warmup and warmup:
+            train["warmup_epochs"] = epochs * warmup / of
+            notes.append(f"train.warmup_epochs={train['warmup_epochs']:g} (the preset: {warmup} of {of} steps)")
+        return tuple(notes)
+    warmup, of = train.get("warmup_steps"), train.get("steps")
+    if own_warmup and warmup and of and isinstance(steps, int) and 0 < steps <= warmup:
+        train["warmup_steps"] = steps * warmup // of
+        return (f"train.warmup_steps={train['warmup_steps']} of {steps} (the preset: {warmup} of {of})",)
+    warmup, of = train.get("warmup_epochs"), train.get("epochs")
+    if own_warmup and warmup and of and _is_number(epochs) and steps is None and 0 < epochs <= warmup:
+        train["warmup_epochs"] = warmup * epochs / of
+        return (f"train.warmup_epochs={train['warmup_epochs']:g} of {epochs:g} (the preset: {warmup:g} of {of:g})",)
+    return ()
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

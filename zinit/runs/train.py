@@ -33,7 +33,7 @@ from zinit.runs.directory import (
 from zinit.runs.evaluate import controlled, evaluate
 from zinit.runs.identity import PLACES, flat_settings, identity_of
 from zinit.runs.images import check_encoder, encode_images
-from zinit.runs.preview import fit_warmup, picked, settle
+from zinit.runs.preview import fit_rates, fit_warmup, picked, settle
 from zinit.runs.record import EXAMPLES, RECORD, RESULTS, Record, Results, versions
 from zinit.runs.start import WarmStart, check_has_start, check_same_start
 from zinit.runs.tracking import Tracked, begin, settings_of
@@ -67,7 +67,7 @@ class Run:
         on_event: gets every event.
         log: writes events to ``log.jsonl`` and passes them on.
         identity: what a resumed run must have in common with the one that saved.
-        scaled: what of its preset was scaled, in words.
+        scaled: what of its preset was scaled, or chosen for its model without one, in words.
         start: the weights it starts from; None are fresh ones.
     """
 
@@ -147,9 +147,10 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     config, notes = settle(config, preset)
     built = build_model(config, accelerator.device, load_to=loading_device(accelerator, offload=config.offload))
     task = build_task(config, built, examples=examples)
-    fitted, more = fit_warmup(config.train, preset, task, config.seed)
-    for note in (notes := [*notes, *more]):
-        on_event(Notice(f"the preset is scaled to this run: {note}"))
+    rated, chosen = fit_rates(config, preset, task)
+    fitted, more = fit_warmup(rated, preset, task, config.seed)
+    for note in (notes := [*notes, *chosen, *more]):
+        on_event(Notice(f"{'the preset is scaled to this run' if preset else 'chosen for this model'}: {note}"))
     return Run(
         config=dataclasses.replace(config, train=fitted),
         output=output,
@@ -225,7 +226,7 @@ def make_record(run: Run, preset: str | None) -> Record:
         data=", ".join([config.data] if isinstance(config.data, str) else config.data or ["embedded demo"]),
         demo=config.model is None,
         seed=config.seed,
-        preset=preset,
+        preset=preset or None,
         scaled=run.scaled,
         method=config.method,
         prefix=None if task.handle is None else task.handle.config.to_dict(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -21,3 +24,18 @@ class Drift:
         features = features.detach().double().cpu()
         self.base = features if self.base is None else self.base
         return max(0.0, 1 - F.cosine_similarity(features, self.base, dim=-1).mean().item())  # rounding goes below
+
+    @torch.no_grad()
+    def of_tokens(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """{"drift": of the last hidden states of some texts}; {} without one.
+
+        Args:
+            model: an encoder, in evaluation mode.
+            batches: its inputs, one text each: padding would round otherwise.
+        """
+        device = next(model.parameters()).device
+        found = [
+            model(**{name: tensor.to(device) for name, tensor in batch.items()}).last_hidden_state[0]
+            for batch in batches
+        ]
+        return {"drift": self.measure(torch.cat(found))} if found else {}

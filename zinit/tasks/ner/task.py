@@ -121,20 +121,11 @@ class TokenClassification(Task):
         """Remembers the frozen model's features, if they are asked for."""
         self._measure_drift()
 
-    @torch.no_grad()
     def _measure_drift(self) -> dict[str, float]:
         """How far the words' features of the first held-out windows are from the frozen model's."""
-        chosen = range(min(self.config.drift, len(self.held_out_windows)))
-        if not chosen:
-            return {}
         self.eval()
-        device = next(self.model.parameters()).device
-        found = []
-        for index in chosen:  # one at a time: padding would round otherwise
-            batch = pad(self.tokenizer, [self.held_out_windows[index].ids])
-            hidden = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).last_hidden_state
-            found.append(hidden[0])
-        return {"drift": self._drift.measure(torch.cat(found))}
+        chosen = self.held_out_windows[: self.config.drift]
+        return self._drift.of_tokens(self.model, (pad(self.tokenizer, [window.ids]) for window in chosen))
 
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:

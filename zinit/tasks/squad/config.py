@@ -34,6 +34,7 @@ class SquadConfig(JsonConfig):
         version: "1.1" has no unanswerable questions and always answers; "2.0" has; "auto" is 2.0 if the data has any.
         on_bad: what to do with a question whose answer is not where the data says, or whose id another question
             has too: "error" or "skip" (which is counted).
+        drift: held-out windows to measure by how much their features moved; 0 measures nothing.
         held_out_data: a source of the held-out questions; for an evaluation alone they may have no answers (a blind
             test set), and are answered then. Without it they are the ``dev*`` file of a data folder that has one, else
             those about a tenth of the contexts.
@@ -47,4 +48,5 @@ class SquadConfig(JsonConfig):
     null_threshold: Number = 0.0
     version: Version = "auto"
     on_bad: OnBad = "error"
+    drift: NonNegativeInt = 0
     held_out_data: str | None = None

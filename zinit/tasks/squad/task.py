@@ -19,6 +19,7 @@ from zinit.distributed import map_over_ranks, most_over_processes
 from zinit.errors import ConfigError, DataError
 from zinit.metrics import METRICS
 from zinit.models.room import check_lengths
+from zinit.tasks._drift import Drift
 from zinit.tasks._encoder import check_encoder, head_logits, make_head, pad, paper_figure, takes_token_types
 from zinit.tasks.base import Batch, DataInputs, Evaluation, Stream, Task, TaskInputs
 from zinit.tasks.squad.config import SquadConfig
@@ -65,6 +66,7 @@ class Squad(Task):
         self.unanswerable = _has_unanswerable(config, [*self.train_questions, *self.held_out_questions])
         self.predictions: dict[str, str] = {}
         self.null_odds: dict[str, float] = {}
+        self._drift = Drift()
 
     @classmethod
     def read_data(
@@ -118,6 +120,16 @@ class Squad(Task):
         starts = F.cross_entropy(scores[..., 0], batch["starts"], reduction="sum")
         return (starts + F.cross_entropy(scores[..., 1], batch["ends"], reduction="sum")) / 2
 
+    def prepare(self) -> None:
+        """Remembers the frozen model's features, if they are asked for."""
+        self._measure_drift()
+
+    def _measure_drift(self) -> dict[str, float]:
+        """How far the tokens' features of the first held-out windows are from the frozen model's."""
+        self.eval()
+        chosen = self.held_out_windows[: self.config.drift]
+        return self._drift.of_tokens(self.model, (self._pad([window]) for window in chosen))
+
     @torch.no_grad()
     def evaluate(self, accelerator: Accelerator, *, limit: int | None = None) -> Evaluation:
         """Exact match and F1 of the answers, in percent, as the official script of the data's version gives them.
@@ -153,6 +165,7 @@ class Squad(Task):
             for question, text in zip(questions[:8], given, strict=False)
         ]
         counts = {"questions": len(questions), "unanswerable": sum(not texts for texts in references)}
+        metrics |= self._measure_drift()
         return Evaluation(metrics=metrics, counts={**counts, "refused": sum(refused)}, samples=samples)
 
     @torch.no_grad()
