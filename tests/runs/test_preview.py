@@ -19,6 +19,7 @@ from zinit.runs.presets import Preset
 from zinit.runs.preview import Preview, overruled, settle
 from zinit.runs.settings import resolve
 from zinit.train.events import Event, Notice, Stage
+from zinit.train.plan import rates_by_role
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,7 @@ def test_tokens_there_is_no_room_for_are_not_asked_for(data: str, tmp_path: Path
         (["train.learning_rate=1e-3"], 1e-3, 1),
         (["train.rates.gates=7"], 9e-3 * 64 / 256, 7),
         (["method=random-gate"], 3e-2, 1),
+        (["method=query-gate"], 3e-2, 0.1),
         (["method=lora"], 3e-4, 1),
     ],
 )
@@ -239,6 +241,16 @@ def test_rates_are_those_that_were_good_on_models_of_this_size(
     assert len(run.scaled) == (rate == 3e-2)
     plain = runs.build(config, tmp_path, preset=None, resume=False, on_event=lambda _: None)
     assert plain.config == config, "as a run that goes on, or is made in Python, said it"
+
+
+def test_an_encoders_gates_and_head_have_rates_of_their_own(tmp_path: Path) -> None:
+    rows = [{"tokens": ["Ada", "sleeps", f"{number}"], "ner_tags": ["B-PER", "O", "O"]} for number in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    given: dict[str, Any] = {"task": "ner", "model": str(demo.roberta_path()), "data": str(tmp_path / "data.json")}
+    config, preset = resolve(backbone="roberta", options=["task.max_length=32", "task.stride=8"], **given)
+    run = runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None)
+    rates = {role: own["rate"] for role, own in rates_by_role(run.task, run.config.train).items()}
+    assert rates == {"gates": pytest.approx(0.3), "prompts": pytest.approx(0.03), "head": pytest.approx(0.009)}
 
 
 def test_a_large_model_trains_at_the_methods_own_rate(

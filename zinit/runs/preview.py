@@ -140,7 +140,10 @@ def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainC
     small = sum(parameter.numel() for parameter in task.model.parameters()) < SMALL
     if not (free and kind and small and shares_rates(own, ZERO_INIT)):
         return config.train, []
-    trained = {role: rate for role, rate in FOUND[kind].items() if role in rates_by_role(task, config.train)}
+    found = FOUND[kind]
+    if task.generates and any(part.gate == "query" for part in config.adapter().parts.values()):
+        found = {"gates": 0.1, **found}  # as fast as prompts they end above the loss before training
+    trained = {role: rate for role, rate in found.items() if role in rates_by_role(task, config.train)}
     rates = replace(config.train.rates, **trained)
     said = [f"train.learning_rate={LARGEST}", *(f"train.rates.{role}={rate:g}" for role, rate in trained.items())]
     note = f"{', '.join(said)}: what was good on {kind} of under a billion numbers (docs/recipes.md)"
