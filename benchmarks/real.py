@@ -55,6 +55,7 @@ COLUMNS = (
 DIFFERENCES = ("method", "minus zero-init", "loss minus zero-init", "trainable", "seeds")
 # Members of the family, the best of which is compared with the others a second time.
 FAMILY = ("zero-init", "query-gate", "hyper-prompts", "zero-init-tuned", "query-gate-tuned")
+HOST_UNTOUCHED = FAMILY[:3]  # and so is the best of those that leave the host as it is
 SHORT = (
     *("method", "mean", "minus zero-init", "loss", "loss minus zero-init", "forgetting", "rate", "trainable", "seeds"),
     "samples",
@@ -218,13 +219,15 @@ def write_page(benchmark: Benchmark) -> None:
         whole += [*title, as_markdown(own, COLUMNS) if ran else "Nothing of it has run yet."]
         whole += [f"* {row.method}: not possible here: {row.problem}" for row in own if row.problem]
         short += [*title, as_markdown(ran, SHORT)] if ran else []
-        members = {name: best for name, best in tried(experiment).items() if name in {row.method for row in ran}}
-        best = max(members, key=lambda name: members[name], default=REFERENCE)
-        if best != REFERENCE:
-            whole += [
-                f"Differences from {best}, the best on the validation part of {', '.join(members)}:",
-                as_markdown(differences(benchmark, experiment, best), DIFFERENCES, reference=best),
-            ]
+        scores = {name: best for name, best in tried(experiment).items() if name in {row.method for row in ran}}
+        for members in (FAMILY, HOST_UNTOUCHED):
+            there = [name for name in members if name in scores]
+            best = max(there, key=lambda name: scores[name], default=REFERENCE)
+            if best != REFERENCE and f"Differences from {best}," not in "".join(whole[whole.index(title[0]) :]):
+                whole += [
+                    f"Differences from {best}, the best on the validation part of {', '.join(there)}:",
+                    as_markdown(differences(benchmark, experiment, best), DIFFERENCES, reference=best),
+                ]
     for page, parts in ((PAGE, whole), (README, short)):
         text = page.read_text("utf-8")
         before, after = text[: text.index(TABLES) + len(TABLES)], text[text.index(END) :]
