@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.tasks.talks import tokenizer
@@ -36,3 +38,21 @@ def test_pieces_are_the_answer_as_far_as_it_is_certain(
     assert answer.ended == any(end in text for end in ends)
     if len(expected) > 5:
         assert len(shown) > len(expected) // 2, "it is shown while it comes"
+
+
+class Slices(str):
+    """A text that counts how often parts of it are made."""
+
+    made = 0
+
+    def __getitem__(self, key: Any) -> str:
+        self.made += 1
+        return super().__getitem__(key)
+
+
+def test_a_long_end_costs_no_more_than_the_text_is_long() -> None:
+    speaker, end = tokenizer("bytes"), Slices("ab" * 10_000)
+    answer = AnswerText(speaker, [end])
+    shown = "".join(answer.add(token) for token in speaker("ababx", add_special_tokens=False)["input_ids"])
+    assert shown == "ababx"
+    assert end.made < 50

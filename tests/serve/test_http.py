@@ -179,6 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p: Input should be greater than 0"),
     ({"n": 65}, "65 answers are more than the 64 allowed"),
     ({"stop": ["a", ""]}, "an empty text cannot end an answer"),
+    ({"stop": ["a", "b" * 501]}, "a text that ends an answer has at most 500 characters; one has 501"),
     ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
     ({"extra_body": {"beams": 2}}, "beams: Extra inputs are not permitted"),
     ({"messages": []}, "messages: List should have at least 1 item"),
@@ -194,6 +195,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_supported_is_refused(client: openai.OpenAI, given: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         chat(client, **given)
+
+
+def test_the_longest_text_that_ends_an_answer_is_taken(client: openai.OpenAI) -> None:
+    assert chat(client, stop="b" * 500).choices[0].message.content == chat(client).choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, stop="b" * 501)
+    assert refused.value.param == "stop"
 
 
 def test_what_means_nothing_is_taken(client: openai.OpenAI) -> None:

@@ -64,7 +64,8 @@ class AnswerText:
     def _safe(self) -> int:
         """How many characters are shown: no start of an end, no white space that may be the last."""
         text = self._visible(self._text)
-        held = max((n for end in self.ends for n in range(len(end)) if text.endswith(end[:n])), default=0)
+        starts = ((end, n) for end in self.ends for n in range(min(len(end), len(text) + 1)))
+        held = max((n for end, n in starts if text.endswith(end[:n])), default=0)
         text = text[: len(text) - held]
         return len(text.rstrip() if self.strip else text)
 

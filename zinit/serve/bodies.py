@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zinit.serve.requests import Refused, Sampling, Turn
 
-MOST_STOPS = 16
+MOST_STOPS, LONGEST_STOP = 16, 500  # texts, and characters of each: all are compared at every token
 Text = Annotated[str, Field(max_length=2_000_000)]
 NEUTRAL = {  # settings that are not supported, and the values that mean nothing
     "presence_penalty": (0, None),
@@ -98,6 +98,11 @@ class Asking(Body):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if not all(stops):
             raise Refused("an empty text cannot end an answer.", parameter="stop")
+        if (length := max(map(len, stops), default=0)) > LONGEST_STOP:
+            raise Refused(
+                f"a text that ends an answer has at most {LONGEST_STOP} characters; one has {length}.",
+                parameter="stop",
+            )
         default = Sampling()
         return Sampling(
             max_tokens=min(default.max_tokens, most) if asked is None else asked,
