@@ -54,6 +54,8 @@ def bad_images(folder: Path) -> dict[str, Path]:
     (folder / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     Image.new("1", (12_000, 12_000)).save(folder / "large.png")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    Image.new("1", (1, 50_000)).save(folder / "strip.png")
+    Image.new("1", (153, 3)).save(folder / "flat.png")
     return {
         "truncated": folder / "truncated.jpg",
         "no image": folder / "text.png",
@@ -61,6 +63,8 @@ def bad_images(folder: Path) -> dict[str, Path]:
         "git lfs pull": folder / "pointer.png",
         "12000 x 12000 pixels": folder / "large.png",
         "too many pixels": folder / "bomb.png",
+        "1 x 50000 pixels: one side is more than 50 times as long": folder / "strip.png",
+        "153 x 3 pixels": folder / "flat.png",
         "there is no image": folder / "missing.png",
     }
 
@@ -71,6 +75,12 @@ def test_a_bad_image_is_named(tmp_path: Path) -> None:
             images.read_image(path)
         assert expected in str(caught.value)
         assert str(path) in str(caught.value)
+
+
+def test_a_narrow_image_is_taken_up_to_a_limit(tmp_path: Path) -> None:
+    Image.new("RGB", (100, 2)).save(tmp_path / "narrow.png")
+    assert images.read_image(tmp_path / "narrow.png").size == (100, 2)
+    images.check_image(tmp_path / "narrow.png")
 
 
 @pytest.mark.parametrize("format", images.FORMATS)

@@ -114,7 +114,13 @@ def test_frames_are_equally_spaced(tmp_path: Path) -> None:
     moving = read_frames(tmp_path / "moving.webp", 4)
     assert all(np.array_equal(np.asarray(one), np.asarray(two)) for one, two in zip(moving, found, strict=True))
     (tmp_path / "empty").mkdir()
-    for bad, message in ((tmp_path / "gone", "there is no video"), (tmp_path / "empty", "holds no frames")):
+    strip = Image.new("RGB", (2, 200))
+    strip.save(tmp_path / "strip.gif", save_all=True, append_images=[strip])
+    for bad, message in (
+        (tmp_path / "gone", "there is no video"),
+        (tmp_path / "empty", "holds no frames"),
+        (tmp_path / "strip.gif", "2 x 200 pixels: one side is more than 50 times"),
+    ):
         with pytest.raises(DataError, match=message):
             read_frames(bad, 2)
 

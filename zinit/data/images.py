@@ -40,6 +40,7 @@ FORMATS = (
     "PPM",
 )  # a reader of EPS would run a program
 MAX_PIXELS = 100_000_000  # of one image; more is taken for a decompression bomb
+MAX_RATIO = 50  # of its sides; a processor that scales the shorter one up makes a bomb of a longer strip
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a whole file of these formats ends with
 TAIL = 64  # bytes: behind the end there may be a few more
 THUMBNAIL, THUMBNAIL_START = 96, "data:image/jpeg;base64,"  # pixels a side, and how a page holds it
@@ -74,7 +75,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         max_pixels: more than this is refused before anything is decoded.
 
     Raises:
-        DataError: naming the file, if it is missing, no image, truncated, or too large.
+        DataError: naming the file, if it is missing, no image, truncated, too large, or a strip (see `MAX_RATIO`).
     """
     return read_with_orientation(source, max_pixels=max_pixels)[0]
 
@@ -96,7 +97,7 @@ def check_image(source: Path | Encoded, *, max_pixels: int = MAX_PIXELS) -> None
         max_pixels: more than this is refused.
 
     Raises:
-        DataError: naming the file, if it is missing, no image, cut off, or too large.
+        DataError: naming the file, if it is missing, no image, cut off, too large, or a strip (see `MAX_RATIO`).
     """
     with _opened(source, max_pixels) as image:
         end = ENDS.get(image.format or "")
@@ -123,13 +124,32 @@ def _opened(source: Path | Encoded, max_pixels: int) -> Iterator[Image.Image]:
     with parsing(f"{source} is damaged or truncated", DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warning of bombs: our limit decides
         with _open(source) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(
-                    f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
-                    f"Scale it down, or leave it out."
-                )
+            check_size(source, *image.size, max_pixels=max_pixels)
             yield image
+
+
+def check_size(source: Path | Encoded, width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Whether an image of this size can be worked with.
+
+    Args:
+        source: for the message.
+        width: in pixels.
+        height: in pixels.
+        max_pixels: that are allowed.
+
+    Raises:
+        DataError: if it is too large, or a strip.
+    """
+    if width * height > max_pixels:
+        raise DataError(
+            f"{source} would unpack to {width} x {height} pixels, more than the {max_pixels:,} allowed. "
+            f"Scale it down, or leave it out."
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise DataError(
+            f"{source} would unpack to {width} x {height} pixels: one side is more than {MAX_RATIO} times as long as "
+            f"the other. Cut it, or leave it out."
+        )
 
 
 def _open(source: Path | Encoded) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features, load_feature_encoder
-from zinit.data.images import MAX_PIXELS, SUFFIXES, read_image
+from zinit.data.images import SUFFIXES, check_size, read_image
 from zinit.encoders.base import TowerEncoder
 from zinit.encoders.senses import named
 from zinit.errors import ConfigError, DataError, install_extra
@@ -100,8 +100,7 @@ def _animated(path: Path, count: int) -> list[Image.Image]:
         parsing(f"{path} is no animated image that can be read", DataError),
         Image.open(path, formats=formats) as image,
     ):
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{path} has frames of {image.width} x {image.height} pixels. Scale it down.")
+        check_size(path, *image.size)
         for place in spaced(getattr(image, "n_frames", 1), count):
             image.seek(place)
             found.append(image.convert("RGB"))
@@ -123,6 +122,7 @@ def _decoded(path: Path, count: int) -> list[Image.Image]:
     with library.open(str(path)) as video:
         for number, frame in enumerate(video.decode(video=0)):
             if number in wanted:
+                check_size(path, frame.width, frame.height)
                 found[number] = frame.to_image()
     return [found[number] for number in wanted]
 
