@@ -16,6 +16,7 @@ from PIL import Image
 import zinit
 from tests.contract.test_generation import counted_projections, nothing_is_kept
 from tests.serve.world import Asked, ask, folders, limits, models
+from zinit.data.images import Encoded
 from zinit.errors import CheckpointError, ConfigError
 from zinit.serve.engine import Engine
 from zinit.serve.requests import Refused, Sampling, Turn
@@ -102,6 +103,27 @@ def test_images_reach_the_adapter_that_sees(engine: Engine) -> None:
             found = handle.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         assert tuple(found[0, len(prompt) :].tolist()) == tokens
     assert len(set(answers)) == 3
+
+
+def test_images_are_decoded_when_they_are_seen_and_not_kept(engine: Engine) -> None:
+    with Gate(engine):
+        asked = ask(engine, "eyes", "What is it?", images=[png((250, 0, 0))], n=2)
+        rows = list(engine._waiting)
+        assert [isinstance(image, Encoded) for row in rows for image in row.images] == [True, True]
+    asked.wait()
+    assert [(row.images, row.context is None, row.group) for row in rows] == [((), False, "eyes")] * 2
+
+
+def test_an_image_that_is_damaged_within_ends_its_request_alone(engine: Engine) -> None:
+    (expected,) = ask(engine, "eyes", "What is it?", images=[png((250, 0, 0))]).wait()
+    damaged = bytearray(png((250, 0, 0)))
+    damaged[damaged.index(b"IDAT") + 6] ^= 255
+    with Gate(engine):
+        bad = ask(engine, "eyes", "What is it?", images=[bytes(damaged)], n=2)
+        good = ask(engine, "eyes", "What is it?", images=[png((250, 0, 0))])
+    assert bad.failure.status == 400
+    assert "image 1 is damaged or truncated" in bad.failure.message
+    assert good.wait()[0].answer == expected.answer
 
 
 def talk(text: str) -> Any:
@@ -300,6 +322,10 @@ def test_what_cannot_be_taken_is_refused(engine: Engine) -> None:
     small = Engine(engine._models, limits(pixels=100))
     with pytest.raises(Refused, match="would unpack to 11 x 11 pixels"):
         ask(small, "eyes", "x", images=[png((0, 0, 0), 11)])
+    strip = io.BytesIO()
+    Image.new("RGB", (1, 5000)).save(strip, "PNG")
+    with pytest.raises(Refused, match="1 x 5000 pixels: one side is more than 50 times as long"):
+        ask(engine, "eyes", "x", images=[strip.getvalue()])
     with pytest.raises(Refused, match="trained without a place for a system text"):
         engine.chat("anna", [Turn(role="system", text="s"), Turn(role="user", text="u")], Sampling(), print)
     for roles in (("assistant",), ("user", "user"), ("user", "assistant"), ("user", "system", "user"), ()):
@@ -307,13 +333,16 @@ def test_what_cannot_be_taken_is_refused(engine: Engine) -> None:
             engine.chat("talk", [Turn(role=role, text="x") for role in roles], Sampling(), print)
 
 
-def test_the_queue_and_the_time_are_limited() -> None:
-    engine = Engine(models("anna"), limits(batch=1, queue=2, seconds=0.2)).start()
+def test_the_queue_and_the_time_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(models("anna", "eyes"), limits(batch=1, queue=2, seconds=0.2)).start()
     with Gate(engine):
         late = [ask(engine, "anna", "a") for _ in range(2)]
         with pytest.raises(Refused, match=r"2 answers are waiting already. Try again later") as refused:
             ask(engine, "anna", "a")
         assert refused.value.status == 429
+        monkeypatch.setattr("zinit.serve.engine.check_image", lambda *_, **__: pytest.fail("images are looked at"))
+        with pytest.raises(Refused, match="2 answers are waiting already"):
+            ask(engine, "eyes", "a", images=[png((0, 0, 0))])
         threading.Event().wait(0.3)
     assert {one.failure.status for one in late} == {429}
     with Gate(engine):

@@ -18,8 +18,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from PIL.Image import Image
+
 from zinit.data.conversations import Conversation, Round
-from zinit.data.images import Encoded, ImageSource, read_image
+from zinit.data.images import Encoded, ImageSource, check_image, read_image
 from zinit.errors import ConfigError, DataError
 from zinit.models.decoding import Chooser
 from zinit.models.generation import conversational
@@ -87,14 +89,16 @@ class Engine:
     def ask(self, model: str, talk: Conversation, sampling: Sampling, deliver: Deliver) -> Ticket:
         """Asks for answers to the last question of a conversation; see `Service.chat`."""
         served = self._models.get(model)
-        images = self._read_images(served, talk.images)
+        self._check_room()  # nothing is looked at for nothing
+        self._check_images(served, talk.images)
         with self._tokenizing, _told():
             prompt = served.format.prompt(talk)
-        return self._submit(served, [prompt], sampling, deliver, images=images)
+        return self._submit(served, [prompt], sampling, deliver, images=talk.images)
 
     def complete(self, model: str, prompts: Sequence[str], sampling: Sampling, deliver: Deliver) -> Ticket:
         """See `Service.complete`."""
         served = self._models.get(model)
+        self._check_room()
         for prompt in prompts:
             _check_text(prompt)
         with self._tokenizing:
@@ -118,13 +122,16 @@ class Engine:
 
     # --- taking a request ---
 
-    def _read_images(self, served: Served, given: Sequence[ImageSource]) -> list[Any]:
+    def _check_images(self, served: Served, given: Sequence[ImageSource]) -> None:
+        """What can be said of images before they are decoded, which is when the adapter sees them: they take memory."""
         if given and served.blind:
             raise Refused(f"the model {served.name!r} takes no images: {served.blind}.", parameter="messages")
         if len(given) > self.limits.images:
             raise Refused(f"{len(given)} images are more than the {self.limits.images} allowed.", parameter="messages")
         try:
-            return [read_image(image, max_pixels=self.limits.pixels) for image in given]
+            for image in given:
+                if not isinstance(image, Image):
+                    check_image(image, max_pixels=self.limits.pixels)
         except DataError as error:
             raise Refused(str(error), parameter="messages") from error
 
@@ -135,7 +142,7 @@ class Engine:
         sampling: Sampling,
         deliver: Deliver,
         *,
-        images: Sequence[Any] = (),
+        images: Sequence[ImageSource] = (),
         strip: bool = True,
     ) -> Ticket:
         count = len(prompts) * sampling.n
@@ -190,12 +197,13 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise Refused(STOPPING.message, status=STOPPING.status)
-            if len(self._waiting) + len(rows) > self.limits.queue:
-                raise Refused(
-                    f"{len(self._waiting)} answers are waiting already. Try again later.", status=429, code="queue_full"
-                )
+            self._check_room(len(rows))
             self._waiting.extend(rows)
             self._wake.notify()
+
+    def _check_room(self, count: int = 1) -> None:
+        if (waiting := len(self._waiting)) + count > self.limits.queue:
+            raise Refused(f"{waiting} answers are waiting already. Try again later.", status=429, code="queue_full")
 
     def _call(self, function: Callable[[], None]) -> None:
         """Runs something between two tokens, while no scope is open, and waits for it."""
@@ -269,16 +277,29 @@ class Engine:
             self._try(rows, lambda key=key, rows=rows: self._take_in(key, rows))
 
     def _take_in(self, key: str, rows: list[Row]) -> None:
-        seen: dict[int, Any] = {}  # by ticket: answers to one request see the same
-        for row in rows:
-            if row.images:
-                if id(row.ticket) not in seen:
-                    seen[id(row.ticket)] = row.served.see(row.images)
-                row.context = seen[id(row.ticket)]
+        self._see(rows)
+        rows = [row for row in rows if not row.gone]
+        if not rows:
+            return
         self._keep(rows)
         if key not in self._groups:
             self._groups[key] = Group(self._models.base, key)
         self._groups[key].add(rows)
+
+    def _see(self, rows: list[Row]) -> None:
+        """Decodes the images of rows for their adapter, and lets go of them."""
+        seen: dict[int, Any] = {}  # by ticket: answers to one request see the same
+        for row in rows:
+            if not row.images or row.gone:
+                continue
+            if id(row.ticket) not in seen:
+                try:
+                    images = [read_image(image, max_pixels=self.limits.pixels) for image in row.images]
+                except DataError as error:
+                    row.fail(Failed(message=str(error), status=400))
+                    continue
+                seen[id(row.ticket)] = row.served.see(images)
+            row.context, row.images = seen[id(row.ticket)], ()
 
     def _keep(self, rows: list[Row]) -> None:
         """Opens a scope in which each adapter's keys and values are computed once, whatever batches it is in."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zinit.adapter.state import state_of
+from zinit.data.images import ImageSource
 from zinit.models.decoding import Batch, Chooser, choose
 from zinit.prefix import Context
 from zinit.serve.answer import AnswerText
@@ -38,7 +39,7 @@ class Row:
         max_tokens: longest.
         logprobs: see `zinit.serve.requests.Sampling`.
         deadline: by `time.monotonic`.
-        images: that the adapter is to see.
+        images: that the adapter is to see; not decoded, and none once it has seen them.
         context: what it makes of them.
         pending: log probabilities that were not delivered yet.
     """
@@ -54,14 +55,15 @@ class Row:
     max_tokens: int
     logprobs: int | None
     deadline: float
-    images: Sequence[Any] = ()
+    images: Sequence[ImageSource] = ()
     context: Context | None = None
     pending: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def group(self) -> str:
         """Which answers it is generated with."""
-        return ROUTE if self.served.routable and not self.images else self.served.name
+        sees = self.images or self.context is not None
+        return ROUTE if self.served.routable and not sees else self.served.name
 
     @property
     def gone(self) -> bool:
