@@ -89,7 +89,7 @@ def test_settings_of_generate_count(settings: dict[str, Any]) -> None:
     batch, chooser, answer = Batch(model), Chooser(model, config, PROMPTS[0], 0), list[int]()
     logits = batch.start(PROMPTS[:1])
     while len(answer) < len(expected):
-        answer += choose(logits, [chooser], [answer])
+        answer += choose(logits, [chooser], [answer])[0]
         logits = batch.step(answer[-1:])
     assert answer == expected
 

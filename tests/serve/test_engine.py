@@ -18,6 +18,7 @@ from tests.contract.test_generation import counted_projections, nothing_is_kept
 from tests.serve.world import Asked, ask, folders, limits, models
 from zinit.data.images import Encoded
 from zinit.errors import CheckpointError, ConfigError
+from zinit.models.decoding import Chooser
 from zinit.serve.engine import Engine
 from zinit.serve.requests import Refused, Sampling, Turn
 from zinit.serve.served import Models
@@ -371,6 +372,44 @@ def test_a_model_that_gives_no_numbers_ends_its_request_alone(
         with torch.no_grad():
             for gate, value in zip(gates, before, strict=True):
                 gate.copy_(value)
+
+
+def test_infinite_numbers_are_none(engine: Engine) -> None:
+    head: Any = engine._models.base.lm_head
+    hook = head.register_forward_hook(lambda *given: torch.full_like(given[-1], float("inf")))
+    try:
+        failure = ask(engine, "anna", TEXTS[0], temperature=1.0).failure
+    finally:
+        hook.remove()
+    assert failure.message == "the model computes no numbers for this prompt."
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 9e-5])
+def test_a_temperature_near_zero_takes_the_likeliest_token(
+    engine: Engine, expected: dict[tuple[str, str], str], temperature: float
+) -> None:
+    with Gate(engine):
+        cold, other = ask(engine, "anna", TEXTS[0], temperature=temperature), ask(engine, "bert", TEXTS[0])
+    assert cold.wait()[0].answer == expected["anna", TEXTS[0]]
+    assert other.wait()[0].answer == expected["bert", TEXTS[0]]
+
+
+def test_a_token_that_cannot_be_chosen_ends_its_request_alone(
+    engine: Engine, expected: dict[tuple[str, str], str]
+) -> None:
+    """In its first batch, and after some tokens."""
+    for after in (0, 3):
+
+        def failing(scores: torch.Tensor, answer: list[int], after: int = after) -> int:
+            if len(answer) >= after:
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            return int(scores.argmax())
+
+        with Gate(engine):
+            bad, good = ask(engine, "anna", TEXTS[0], temperature=1.0), ask(engine, "bert", TEXTS[0])
+            engine._waiting[0].chooser.__class__ = type("Failing", (Chooser,), {"__call__": staticmethod(failing)})
+        assert bad.failure.message == "the server has a fault; its log says more."
+        assert good.wait()[0].answer == expected["bert", TEXTS[0]]
 
 
 def test_a_fault_ends_the_requests_that_it_is_of(

@@ -74,6 +74,10 @@ def test_settings_that_cannot_be_used_are_one_message(model: Any, entry: dict[st
         answer()
 
 
+def test_a_temperature_that_logits_cannot_be_divided_by_takes_the_likeliest_token(model: Any) -> None:
+    assert answer(temperature=1e-40) == answer(temperature=9e-5) == answer()
+
+
 def test_an_answer_ends_where_the_positions_do(model: Any) -> None:
     passes: list[None] = []
     model.register_forward_hook(lambda *_: passes.append(None))

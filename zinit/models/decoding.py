@@ -192,13 +192,19 @@ class Chooser:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser], answers: Sequence[Sequence[int]]) -> list[int]:
-    """The next token of each row; see `Chooser`."""
+def choose(
+    logits: Tensor, choosers: Sequence[Chooser], answers: Sequence[Sequence[int]]
+) -> tuple[list[int], dict[int, Exception]]:
+    """The next token of each row, see `Chooser`; and {row: error} of those whose token cannot be chosen."""
     tokens = logits.argmax(-1).tolist()
+    errors: dict[int, Exception] = {}
     for row, chooser in enumerate(choosers):
         if not chooser.greedy:
-            tokens[row] = chooser(logits[row], answers[row])
-    return tokens
+            try:
+                tokens[row] = chooser(logits[row], answers[row])
+            except Exception as error:
+                errors[row] = error
+    return tokens, errors
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ SHAPES = (
 )
 SAMPLING = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits")
 SAID_OTHERWISE = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k")
+COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and the likeliest token is certain
 NO_SETTINGS = ("bos_token_id", "pad_token_id", "use_cache", "transformers_version")  # shape no answer
 
 
@@ -53,13 +54,27 @@ def greedy(*, max_new_tokens: int, eos_token_id: int | list[int], stop_strings: 
     )
 
 
+def sampled(*, max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """What a user says of an answer, as `conversational` takes it.
+
+    Args:
+        max_new_tokens: longest answer.
+        temperature: below `COLDEST` the likeliest token is taken.
+        top_p: nucleus sampling.
+    """
+    if temperature < COLDEST:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    how = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, **how}
+
+
 def conversational(model: Any, *, eos_token_id: int, **said: Any) -> tuple[GenerationConfig, dict[str, Any], list[str]]:
     """The model's own configuration, as far as one answer to one prompt can follow it.
 
     Args:
         model: of transformers.
         eos_token_id: the tokenizer's; ends an answer beside the model's own ones, and pads.
-        said: what the user says, such as ``max_new_tokens``; goes before the model's.
+        said: what the user says, see `sampled`; goes before the model's.
 
     Returns:
         The configuration, the model's entries that it uses, and the names of those that it does not.

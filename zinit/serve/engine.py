@@ -24,9 +24,9 @@ from zinit.data.conversations import Conversation, Round
 from zinit.data.images import Encoded, ImageSource, check_image, read_image
 from zinit.errors import ConfigError, DataError
 from zinit.models.decoding import Chooser
-from zinit.models.generation import conversational
+from zinit.models.generation import conversational, sampled
 from zinit.serve.answer import AnswerText
-from zinit.serve.groups import Group, Row
+from zinit.serve.groups import FAULT, Group, Row
 from zinit.serve.requests import Deliver, Failed, Limits, ModelInfo, Refused, Sampling, Ticket, Turn
 from zinit.serve.served import Models, Served
 
@@ -185,11 +185,8 @@ class Engine:
             raise Refused(
                 f"the prompt has {len(prompt)} tokens; there is room for {most}.", code="context_length_exceeded"
             )
-        said: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0}
-        if room is not None:
-            said["max_new_tokens"] = min(sampling.max_tokens, room - len(prompt))
-        if sampling.temperature > 0:
-            said |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        length = sampling.max_tokens if room is None else min(sampling.max_tokens, room - len(prompt))
+        said = sampled(max_new_tokens=length, temperature=sampling.temperature, top_p=sampling.top_p)
         config, _, _ = conversational(self._models.base, eos_token_id=self._models.tokenizer.eos_token_id, **said)
         return config
 
@@ -320,9 +317,9 @@ class Engine:
         except Exception:
             log.exception("answers failed")
             failed = list(rows)
-            self._fail(lambda row: row in failed, Failed(message="the server has a fault; its log says more."))
+            self._fail(lambda row: row in failed, FAULT)
             for row in failed:
-                row.fail(Failed(message="the server has a fault; its log says more."))
+                row.fail(FAULT)
 
     def _fail(self, which: Callable[[Row], bool], event: Failed) -> None:
         with self._wake:

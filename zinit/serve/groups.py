@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ from zinit.serve.answer import AnswerText
 from zinit.serve.requests import Deliver, Failed, Piece, Reason, Ticket, TokenLogprob
 from zinit.serve.served import Served
 
+log = logging.getLogger("zinit.serve")
+FAULT = Failed(message="the server has a fault; its log says more.")
 ROUTE = ""  # names the group whose rows a route tells apart; others are named after their adapter
 
 
@@ -175,11 +178,14 @@ class Group:
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
         """Chooses a token for each row; the numbers of those that go on."""
-        if (broken := logits.isnan().any(-1)).any():
+        if (broken := (logits.isnan() | logits.isposinf()).any(-1)).any():
             logits = logits.nan_to_num()  # those rows end here; the others know nothing of it
-        tokens = choose(logits, [row.chooser for row in rows], [row.text.tokens for row in rows])
+        tokens, errors = choose(logits, [row.chooser for row in rows], [row.text.tokens for row in rows])
         for number in broken.nonzero().flatten().tolist():
             rows[number].fail(Failed(message="the model computes no numbers for this prompt."))
+        for number, error in errors.items():
+            log.error("a token cannot be chosen", exc_info=error)
+            rows[number].fail(FAULT)
         return [n for n, row in enumerate(rows) if not row.gone and not row.take(tokens[n], logits[n])]
 
     def _keep(self, numbers: list[int]) -> None:

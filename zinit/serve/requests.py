@@ -63,7 +63,7 @@ class Sampling:
 
     Args:
         max_tokens: longest answer; it may end earlier, where the model has no room left.
-        temperature: 0 takes the likeliest token.
+        temperature: 0, and what is below 0.0001, takes the likeliest token.
         top_p: nucleus sampling.
         seed: of what is drawn; None is another one each time.
         stop: texts that end an answer and are no part of it.

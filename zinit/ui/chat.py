@@ -86,16 +86,14 @@ class ChatSession:
         self.experts = Experts([run_expert(each, device=device) for each in words])
         self.expert_tokens = getattr(config.options, "expert_tokens", EXPERT_TOKENS)
         self.format: ChatFormat = self.task.chat_format(self.tokenizer, config.options)
-        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        self.generation = self._generation(sampling)
+        self.generation = self._generation(max_new_tokens, temperature, top_p)
         torch.manual_seed(seed)
 
-    def _generation(self, sampling: dict[str, Any]) -> Any:
+    def _generation(self, max_new_tokens: int, temperature: float, top_p: float) -> Any:
         """The model's own configuration under what the user says; which of its entries count is printed."""
-        from zinit.models.generation import conversational, describe_own
+        from zinit.models.generation import conversational, describe_own, sampled
 
+        sampling = sampled(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         config, self.used, ignored = conversational(self.model, eos_token_id=self.tokenizer.eos_token_id, **sampling)
         if text := describe_own(self.used, ignored):
             say(f"({text})", error=True)
