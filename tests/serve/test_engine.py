@@ -354,6 +354,67 @@ def test_the_queue_and_the_time_are_limited(monkeypatch: pytest.MonkeyPatch) -> 
         ask(engine, "anna", "a")
 
 
+def test_who_left_the_queue_takes_no_room() -> None:
+    engine = Engine(models("anna"), limits(batch=1, queue=2)).start()
+    try:
+        with Gate(engine):
+            for _ in range(3):
+                left = [ask(engine, "anna", "a") for _ in range(2)]
+                for one in left:
+                    assert one.ticket is not None
+                    one.ticket.cancel()
+            stayed = ask(engine, "anna", "a")
+        assert stayed.wait()
+    finally:
+        engine.stop()
+
+
+def test_the_queue_is_looked_through_while_no_answer_ends() -> None:
+    engine = Engine(models("anna"), limits(batch=0, seconds=0.3)).start()
+    try:
+        left, late = ask(engine, "anna", "a", n=3), ask(engine, "anna", "a")
+        assert left.ticket is not None
+        left.ticket.cancel()
+        assert any(engine.gauges()["waiting"] <= 1 or threading.Event().wait(0.01) for _ in range(500))
+        assert late.over.wait(10)
+        assert late.failure.status == 429
+    finally:
+        engine.stop()
+
+
+def test_an_adapter_taken_away_before_a_request_is_in_the_queue_fails_it_alone(
+    engine: Engine, expected: dict[tuple[str, str], str]
+) -> None:
+    engine.load("brief", str(folders()["anna"]))
+    served, bad = engine._models.get("brief"), Asked()
+    engine.unload("brief")
+    with Gate(engine):
+        good = ask(engine, "bert", TEXTS[0])
+        engine._submit(served, [served.format.prompt(talk("x"))], Sampling(max_tokens=4), bad.deliver)
+    assert (bad.failure.status, bad.failure.message) == (404, "the model 'brief' was taken away.")
+    assert good.wait()[0].answer == expected["bert", TEXTS[0]]
+
+
+def test_answers_of_the_base_go_on_when_it_cannot_be_taken_away(
+    engine: Engine, expected: dict[tuple[str, str], str]
+) -> None:
+    with Gate(engine):
+        asked, errors = ask(engine, "base", TEXTS[0]), list[Exception]()
+
+        def unload() -> None:
+            try:
+                engine.unload("base")
+            except Refused as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=unload)
+        thread.start()
+        assert any(engine._calls or threading.Event().wait(0.01) for _ in range(500))
+    thread.join(60)
+    assert asked.wait()[0].answer == expected["base", TEXTS[0]]
+    assert len(errors) == 1
+
+
 def test_a_model_that_gives_no_numbers_ends_its_request_alone(
     engine: Engine, expected: dict[tuple[str, str], str]
 ) -> None:

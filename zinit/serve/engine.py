@@ -113,9 +113,8 @@ class Engine:
         """See `Service.unload`. Answers of the adapter that are not at their end fail."""
 
         def remove() -> None:
-            served = self._models.get(name)
-            gone = Failed(message=f"the model {name!r} was taken away.", status=404)
-            self._fail(lambda row: row.served is served, gone)
+            served = self._models.removable(name)
+            self._fail(lambda row: row.served is served, _taken_away(served))
             self._models.remove(name)
 
         self._call(remove)
@@ -199,7 +198,10 @@ class Engine:
             self._wake.notify()
 
     def _check_room(self, count: int = 1) -> None:
-        if (waiting := len(self._waiting)) + count > self.limits.queue:
+        with self._wake:
+            self._waiting = deque(row for row in self._waiting if not row.gone)
+            waiting = len(self._waiting)
+        if waiting + count > self.limits.queue:
             raise Refused(f"{waiting} answers are waiting already. Try again later.", status=429, code="queue_full")
 
     def _call(self, function: Callable[[], None]) -> None:
@@ -253,7 +255,7 @@ class Engine:
         free = self.limits.batch - sum(len(group.rows) for group in self._groups.values())
         fresh: dict[str, list[Row]] = {}
         longest = count = 0
-        now = time.monotonic()
+        self._drop_waiting()
         while free > 0:
             with self._wake:
                 if not self._waiting:
@@ -263,15 +265,23 @@ class Engine:
                 if count and widest * (count + 1) > self.limits.prefill_tokens:
                     break
                 self._waiting.popleft()
+            if self._models.by_name.get(row.served.name) is not row.served:  # since the request looked it up
+                row.fail(_taken_away(row.served))
             if row.gone:
-                continue
-            if now > row.deadline:
-                row.fail(Failed(message="the request waited for longer than a request may take.", status=429))
                 continue
             longest, count, free = widest, count + 1, free - 1
             fresh.setdefault(row.group, []).append(row)
         for key, rows in fresh.items():
             self._try(rows, lambda key=key, rows=rows: self._take_in(key, rows))
+
+    def _drop_waiting(self) -> None:
+        """Those whom nobody waits for any more leave, and those that have waited for too long fail."""
+        now = time.monotonic()
+        with self._wake:
+            late = [row for row in self._waiting if now > row.deadline]
+            self._waiting = deque(row for row in self._waiting if now <= row.deadline and not row.gone)
+        for row in late:
+            row.fail(Failed(message="the request waited for longer than a request may take.", status=429))
 
     def _take_in(self, key: str, rows: list[Row]) -> None:
         self._see(rows)
@@ -327,6 +337,10 @@ class Engine:
             self._waiting = deque(row for row in self._waiting if not which(row))
         for row in [*waiting, *(row for group in self._groups.values() for row in group.drop(which))]:
             row.fail(event)
+
+
+def _taken_away(served: Served) -> Failed:
+    return Failed(message=f"the model {served.name!r} was taken away.", status=404)
 
 
 def _guarded(deliver: Deliver, ticket: Ticket) -> Deliver:

@@ -207,12 +207,20 @@ class Models:
         Raises:
             Refused: if there is none.
         """
-        if name == BASE:
-            raise Refused("the base cannot be taken away.")
-        handle = self.get(name).handle
+        handle = self.removable(name).handle
         assert handle is not None
         del self.by_name[name]
         handle.detach()
+
+    def removable(self, name: str) -> Served:
+        """What `remove` would take off.
+
+        Raises:
+            Refused: if there is none.
+        """
+        if name == BASE:
+            raise Refused("the base cannot be taken away.")
+        return self.get(name)
 
     def get(self, name: str) -> Served:
         """What goes by a name in requests.
