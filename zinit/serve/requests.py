@@ -213,7 +213,7 @@ class Service(Protocol):
         ...
 
     def unload(self, name: str) -> None:
-        """Takes an adapter away; its answers come to an end first.
+        """Takes an adapter away; those of its answers that are not at their end fail.
 
         Raises:
             Refused: if there is none.
