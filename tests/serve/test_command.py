@@ -15,10 +15,13 @@ from typing import Any
 import openai
 import pytest
 
+from tests.serve.test_http import call
 from tests.serve.world import folders
 from zinit.errors import CheckpointError, ConfigError
 from zinit.serve import command
 from zinit.serve.command import address, bound, check_address, is_loopback, name_sources, read_keys, serve
+from zinit.serve.http import make_app
+from zinit.serve.source import Source
 
 
 def test_models_are_named_after_their_folders() -> None:
@@ -28,11 +31,13 @@ def test_models_are_named_after_their_folders() -> None:
         name_sources(["x/a", "y/a"])
 
 
-def test_keys_are_lines_of_a_file(tmp_path: Path) -> None:
+def test_keys_are_lines_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("abcdefghijklmnop\n\n  0123456789abcdef0  \n")
     assert read_keys(str(file)) == {"abcdefghijklmnop", "0123456789abcdef0"}
     assert read_keys(None) == frozenset()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_keys("~/keys") == read_keys(str(file))
     for text in ("", "short", "abcdefghijklmnop\nshort", "ähnlichwieeinschlüssel"):
         file.write_text(text)
         with pytest.raises(ConfigError, match="expected a key of 16 or more ASCII characters on each line"):
@@ -86,6 +91,31 @@ def test_what_lies_beside_the_base_is_said_or_refused(
             ConfigError, match=r"generation_config\.json cannot be used: .*Correct the file, or remove it"
         ):
             serve([str(folders()["anna"])], port=0, model=str(beside))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_the_address_that_is_printed_answers(host: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    statuses: list[int] = []
+
+    def listen(engine: Any, listener: Any, *, keys: frozenset[str], hosts: frozenset[str]) -> None:
+        printed = capsys.readouterr().err.rpartition("http://")[2].strip()
+        for asked in (printed, "localhost:1", "evil.example:1"):
+            statuses.append(call(make_app(engine, keys=keys, hosts=hosts), "GET", "/health", host=asked)[0])
+
+    monkeypatch.setattr(command, "listen", listen)
+    monkeypatch.setattr("zinit.serve.engine.Engine.start", lambda self: self)
+    serve([str(folders()["anna"])], host=host, port=0)
+    assert statuses == [200, 200, 421]
+
+
+def test_a_source_of_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no shell has written it out: in requests, and in deployment files."""
+    home = folders()["anna"].parent
+    monkeypatch.setenv("HOME", str(home))
+    source = Source.read("~/anna")
+    assert source.run is not None
+    assert source.where == str(home / "anna")
+    assert Source.read("./gone").where == "./gone"
 
 
 class Handler(logging.Handler):

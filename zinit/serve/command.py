@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from zinit.errors import ConfigError, install_extra, printable
+from zinit.files import local_path
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 SHORTEST_KEY = 16
@@ -59,7 +60,7 @@ def serve(
         for note in filter(None, notes):
             print(f"({printable(note)})", file=sys.stderr)
         print(f"serving {', '.join(models.by_name)} on {address(listener)}", file=sys.stderr)
-        listen(engine, listener, keys=keys, hosts=LOOPBACK_NAMES if is_loopback(host) else frozenset())
+        listen(engine, listener, keys=keys, hosts=own_names(listener) if is_loopback(host) else frozenset())
 
 
 def serve_page(run_dir: str, **sampling: Any) -> None:
@@ -128,6 +129,11 @@ def address(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def own_names(listener: socket.socket) -> frozenset[str]:
+    """The names of this machine that requests may be sent to: its usual ones, and what `address` says."""
+    return LOOPBACK_NAMES | {address(listener).removeprefix("http://").rpartition(":")[0]}
+
+
 def listen(
     engine: Any, listener: socket.socket, *, keys: frozenset[str], hosts: frozenset[str], page: Any = None
 ) -> None:
@@ -181,7 +187,7 @@ def read_keys(file: str | None) -> frozenset[str]:
     if file is None:
         return frozenset()
     try:
-        lines = Path(file).read_text(encoding="utf-8").split()
+        lines = local_path(file).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-key-file {file} cannot be read: {error}.") from error
     if not lines or min(map(len, lines)) < SHORTEST_KEY or not all(line.isascii() for line in lines):

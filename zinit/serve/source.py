@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Source:
             CheckpointError: if nothing of a run was saved yet, or a checkpoint is not all of its adapter.
             ConfigError: if it has no prefix, or generates no text.
         """
+        where = os.path.expanduser(where)  # that of a request or a deployment file went through no shell
         if not is_file(split_checkpoint(where)[0] / RECORD):
             return cls(where=where, saved=None)
         saved = SavedRun.read(where)
