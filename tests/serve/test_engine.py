@@ -257,6 +257,35 @@ def test_adapters_come_and_go_while_others_answer(engine: Engine, expected: dict
         engine.load("an/na", str(folders()["anna"]))
 
 
+@pytest.mark.parametrize("slow", ["zinit.adapter.file._download", "zinit.serve.served.Models._encoder"])
+def test_answers_go_on_while_an_adapter_is_loaded(
+    engine: Engine, expected: dict[tuple[str, str], str], slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, end = threading.Event(), threading.Event()
+    result = folders()["tuned"] if slow.endswith("_download") else None
+
+    def wait(*_: Any) -> Any:
+        loading.set()
+        end.wait(30)
+        return result
+
+    monkeypatch.setattr(slow, wait)
+    thread = threading.Thread(target=engine.load, args=("late", "me/hub" if result else str(folders()["bert"])))
+    thread.start()
+    assert loading.wait(30)
+    asked = ask(engine, "anna", TEXTS[0])
+    answered = asked.over.wait(10)
+    end.set()
+    thread.join(60)
+    assert answered
+    assert asked.wait()[0].answer == expected["anna", TEXTS[0]]
+    assert (
+        ask(engine, "late", TEXTS[0]).wait()[0].answer
+        == ask(engine, "tuned" if result else "bert", TEXTS[0]).wait()[0].answer
+    )
+    engine.unload("late")
+
+
 def test_prompts_are_projected_once_for_all_requests(expected: dict[tuple[str, str], str]) -> None:
     """Whatever batches an adapter is in, and until adapters come or go."""
     served = models("anna", "bert", "tuned")

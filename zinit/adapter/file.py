@@ -96,9 +96,7 @@ class AdapterFile:
         Raises:
             CheckpointError: if files are missing or damaged.
         """
-        folder = local_path(source)
-        if not is_folder(folder):
-            folder = _download(str(source), revision)
+        folder = fetch(source, revision=revision)
         for name in (DESCRIPTION, TENSORS):
             if not is_file(folder / name):
                 raise CheckpointError(f"{folder} holds no {name}. Expected a folder that zinit saved an adapter to.")
@@ -203,6 +201,16 @@ def _read_tensors(path: Path, data: bytes, sha256: str) -> dict[str, Tensor]:
         tensors = load(data)
     check_plain(tensors, path)
     return tensors
+
+
+def fetch(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of an adapter; that of a Hub repository is downloaded if there is no such folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    folder = local_path(source)
+    return folder if is_folder(folder) else _download(str(source), revision)
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -107,7 +107,8 @@ class Engine:
 
     def load(self, name: str, source: str) -> None:
         """See `Service.load`."""
-        self._call(lambda: self._models.add(name, source))
+        prepared = self._models.prepare(name, source)  # in the thread of the request: the others are answered meanwhile
+        self._call(lambda: self._models.attach(prepared))
 
     def unload(self, name: str) -> None:
         """See `Service.unload`. Answers of the adapter that are not at their end fail."""

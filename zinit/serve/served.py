@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 
 from zinit.adapter.attach import load
 from zinit.adapter.encoding import Encoder, encode
-from zinit.adapter.file import AdapterFile
+from zinit.adapter.file import AdapterFile, fetch
 from zinit.adapter.handle import Handle
 from zinit.errors import CheckpointError, ConfigError
 from zinit.models.decoding import Chooser, check_batches
@@ -83,6 +84,21 @@ class Served:
         return source(features.to(next(source.parameters()).device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An adapter that is not on the base yet.
+
+    Attributes:
+        name: in requests.
+        source: a folder of this machine.
+        encoder: of its run, loaded.
+    """
+
+    name: str
+    source: Source
+    encoder: Encoder | None
+
+
 class Models:
     """One base and the adapters on it.
 
@@ -116,6 +132,7 @@ class Models:
         self.uses = self._check_generation()
         self.template = ConversationConfig(template=template)
         self._encoders: dict[Any, Encoder | None] = {}
+        self._loading = threading.Lock()  # of encoders
         self._numbers = itertools.count()
         task, form = self._format(first)
         self.by_name = {BASE: Served(name=BASE, handle=None, task=task, format=form, blind="it is the base")}
@@ -167,7 +184,6 @@ class Models:
         options = self.template if source.run is None else source.run.options
         return task, task.chat_format(self.tokenizer, options)
 
-    @apart
     def add(self, name: str, where: str) -> None:
         """Loads an adapter under a name.
 
@@ -175,15 +191,33 @@ class Models:
             ConfigError: if the name is taken or cannot be used.
             CheckpointError: if it is of another base.
         """
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"a model's name is letters, digits, '.', '_' and '-', at most 100; got {name[:100]!r}. Name it: "
-                f"NAME=FOLDER."
-            )
-        if name in self.by_name:
-            raise ConfigError(f"there is a model named {name!r} already. Give another name: NAME=FOLDER.")
+        self.attach(self.prepare(name, where))
+
+    @apart
+    def prepare(self, name: str, where: str) -> Prepared:
+        """What takes long of `add`, and leaves the base alone: answers may be generated meanwhile.
+
+        Raises:
+            ConfigError: if the name is taken or cannot be used.
+            CheckpointError: if there is no such adapter.
+        """
+        self._check_name(name)
         source = Source.read(where)
-        encoder = self._encoder(source)
+        if source.saved is None:
+            source = replace(source, where=str(fetch(source.where)))
+        with self._loading:
+            return Prepared(name=name, source=source, encoder=self._encoder(source))
+
+    @apart
+    def attach(self, prepared: Prepared) -> None:
+        """The rest of `add`, while no scope of an adapter is open.
+
+        Raises:
+            ConfigError: if the name was taken since.
+            CheckpointError: if the adapter is of another base.
+        """
+        name, source, encoder = prepared.name, prepared.source, prepared.encoder
+        self._check_name(name)
         with source.adapter(self.base, encoder) as folder:
             handle = load(self.base, folder, name=f"served{next(self._numbers)}", encoder=encoder)
         try:
@@ -200,6 +234,15 @@ class Models:
         except Exception:
             handle.detach()
             raise
+
+    def _check_name(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"a model's name is letters, digits, '.', '_' and '-', at most 100; got {name[:100]!r}. Name it: "
+                f"NAME=FOLDER."
+            )
+        if name in self.by_name:
+            raise ConfigError(f"there is a model named {name!r} already. Give another name: NAME=FOLDER.")
 
     def remove(self, name: str) -> None:
         """Takes an adapter off.
