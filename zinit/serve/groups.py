@@ -178,7 +178,7 @@ class Group:
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
         """Chooses a token for each row; the numbers of those that go on."""
-        if (broken := (logits.isnan() | logits.isposinf()).any(-1)).any():
+        if (broken := ~logits.amax(-1).isfinite()).any():
             logits = logits.nan_to_num()  # those rows end here; the others know nothing of it
         tokens, errors = choose(logits, [row.chooser for row in rows], [row.text.tokens for row in rows])
         for number in broken.nonzero().flatten().tolist():
