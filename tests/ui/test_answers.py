@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.serve.world import folders
 from zinit.errors import ConfigError, DataError
+from zinit.runs.record import RECORD, Record
+from zinit.runs.settings import resolve
+from zinit.serve.groups import Group
 from zinit.ui import answers
 from zinit.ui.answers import Asking, answer_file
 from zinit.ui.chat import ChatSession
@@ -99,3 +104,78 @@ def test_records_that_ask_nothing_are_named(record: Any, message: str, tmp_path:
     with pytest.raises(DataError, match=message):
         answer_file(greedy(), str(tmp_path / "q.json"), str(tmp_path / "a.jsonl"))
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.fixture
+def seeing(tmp_path: Path) -> Path:
+    """A run whose adapter takes images."""
+    found = folders()
+    folder = Path(shutil.copytree(found["eyes"], tmp_path / "seeing"))
+    config, _ = resolve(
+        backbone="llama",
+        task="conversation",
+        method="v1-multimodal",
+        model=str(found["model"]),
+        encoder=str(found["eyes"].parent / "encoder"),
+        data=["none"],
+        options=["prefix.layers=2", "prefix.length=3", "task.template=chat65b"],
+    )
+    record = Record(config=config.to_dict(), backbone="llama", task="conversation", model=str(found["model"]), seed=0)
+    (folder / RECORD).write_text(json.dumps(vars(record)))
+    return folder
+
+
+def shown(folder: Path, *images: str) -> str:
+    """A file of questions about an image each, and of one about none."""
+    asked = [*({"prompt": "<image>What is it?", "image": image} for image in images), {"prompt": "What is it?"}]
+    (folder / "shown.json").write_text(json.dumps(asked))
+    return str(folder / "shown.json")
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["adapted", "frozen"])
+def test_images_are_taken_as_training_takes_them(base: bool, seeing: Path, tmp_path: Path) -> None:
+    """Of 20 million pixels and more; the base, which does not see them, answers all the same."""
+    Image.new("1", (5000, 4400)).save(tmp_path / "large.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "cut.png")
+    before, data, after = (tmp_path / "cut.png").read_bytes().partition(b"IDAT")
+    (tmp_path / "cut.png").write_bytes(before + data + bytes(4) + after[4:])  # its header and its end are whole
+    asking = Asking(run_dir=str(seeing), temperature=0, max_new_tokens=6, base=base)
+    answer_file(asking, shown(tmp_path, "large.png", "cut.png"), str(tmp_path / "a.jsonl"))
+    large, cut, plain = lines(tmp_path / "a.jsonl")
+    assert "answer" in large, large
+    assert not base or large["answer"] == plain["answer"]
+    assert "cut.png" in cut["error"]
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["adapted", "frozen"])
+def test_a_language_only_run_answers_no_question_about_an_image(base: bool, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    answer_file(greedy(base=base), shown(tmp_path, "red.png"), str(tmp_path / "a.jsonl"))
+    line, plain = lines(tmp_path / "a.jsonl")
+    assert "answer" in plain
+    assert "takes no images" in line["error"]
+    assert ("language-only" in line["error"]) == base
+
+
+def test_a_fault_of_the_engine_is_no_answer(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered before stays, and the same command goes on."""
+    answer_file(greedy(), data, str(tmp_path / "whole.jsonl"), batch=2)
+    add, calls = Group.add, list[int]()
+
+    def fault(group: Group, rows: Any) -> None:
+        calls.append(len(rows))
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        add(group, rows)
+
+    monkeypatch.setattr(Group, "add", fault)
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(RuntimeError, match=r"record .* got no answer: the server has a fault"):
+        answer_file(greedy(), data, str(output), batch=2)
+    assert not output.exists()
+    kept = lines(tmp_path / "a.jsonl.part" / answers.ANSWERS)
+    assert kept
+    assert all("fault" not in line.get("error", "") for line in kept)
+    monkeypatch.setattr(Group, "add", add)
+    answer_file(greedy(), data, str(output), batch=2)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

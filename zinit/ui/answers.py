@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from zinit.adapter.file import DESCRIPTION, AdapterFile
-from zinit.config import to_json
+from zinit.config import AdapterConfig, to_json
 from zinit.data.conversations import Conversation, read_questions
-from zinit.data.images import content_digest
+from zinit.data.images import MAX_PIXELS, content_digest, read_image
 from zinit.errors import ConfigError, DataError
 from zinit.files import claim, is_file, local_path, write_atomically
 from zinit.runs.directory import TRAINED, SavedRun
@@ -32,6 +32,7 @@ from zinit.ui.console import QUIET_SECONDS, print_json, say
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 NO_LIMIT = 10**9
+INTERNAL = 500  # statuses from here on are faults of the engine, and not of a record
 Line = dict[str, Any]
 
 
@@ -185,13 +186,15 @@ def _answers(
     models = Models(asking.run_dir)
     if not asking.base:
         models.add("run", asking.run_dir)
-    limits = Limits(batch=batch, queue=NO_LIMIT, new_tokens=NO_LIMIT, seconds=float(NO_LIMIT), images=NO_LIMIT)
+    most: dict[str, Any] = {"queue": NO_LIMIT, "new_tokens": NO_LIMIT, "seconds": float(NO_LIMIT), "images": NO_LIMIT}
+    limits = Limits(batch=batch, pixels=MAX_PIXELS, **most)  # the user's own files: as training reads them
+    blind = _why_blind(run) if asking.base else ""
     engine = Engine(models, limits).start()
     try:
         name = BASE if asking.base else "run"
         waiting: list[_Asked] = []
         for number, talk in enumerate(itertools.islice(talks, done, None), start=done):
-            waiting.append(_Asked(engine, name, number, talk, asking))
+            waiting.append(_Asked(engine, name, number, talk, asking, blind))
             while len(waiting) >= 4 * batch:
                 yield waiting.pop(0).line()
         for asked in waiting:
@@ -206,6 +209,31 @@ def _is_batched(run: SavedRun) -> bool:
         return False
     encoder = AdapterFile.read(run.folder).encoder or {}
     return encoder.get("modality", "image") == "image"
+
+
+def _why_blind(run: SavedRun) -> str:
+    """Why the adapter of a batched run takes no images here; empty if it does."""
+    if getattr(run.config.options, "experts", ()):
+        return "the run was made with what experts say about images, and they are not asked here."
+    if AdapterConfig.of(AdapterFile.read(run.folder).config).context is None:
+        return "the run is language-only: its adapter takes no images."
+    return ""
+
+
+def _unseen(talk: Conversation, blind: str) -> Conversation:
+    """For the base, which images do not reach; those that the adapter would be refused are refused here too.
+
+    Raises:
+        Refused: with the reason.
+    """
+    if talk.images and blind:
+        raise Refused(blind)
+    try:
+        for image in talk.images:
+            read_image(image)
+    except DataError as error:
+        raise Refused(str(error)) from error
+    return replace(talk, images=())
 
 
 def _one_by_one(asking: Asking, talks: Sequence[Conversation], *, done: int) -> Generator[Line, None, None]:
@@ -225,11 +253,21 @@ def _one_by_one(asking: Asking, talks: Sequence[Conversation], *, done: int) -> 
 
 
 class _Asked:
-    """One record that is being answered."""
+    """One record that is being answered.
 
-    def __init__(self, engine: Engine, model: str, number: int, talk: Conversation, asking: Asking) -> None:
+    Args:
+        engine: answers.
+        model: its name there.
+        number: of the record.
+        talk: what it asks.
+        asking: how.
+        blind: why the run takes no images, see `_why_blind`; looked at for the base alone.
+    """
+
+    def __init__(self, engine: Engine, model: str, number: int, talk: Conversation, asking: Asking, blind: str) -> None:
         self.number, self.question, self.over = number, talk.rounds[-1].asked, threading.Event()
         self.found: Line = {}
+        self.fault = ""
         how = Sampling(
             max_tokens=asking.max_new_tokens,
             temperature=asking.temperature,
@@ -237,12 +275,15 @@ class _Asked:
             seed=asking.seed + number,
         )
         try:
-            engine.ask(model, talk, how, self._take)
+            engine.ask(model, _unseen(talk, blind) if asking.base else talk, how, self._take)
         except Refused as error:
+            if error.status >= INTERNAL:
+                raise RuntimeError(str(error)) from error
             self._end({"error": str(error)})
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Failed):
+            self.fault = event.message if event.status >= INTERNAL else ""
             self._end({"error": event.message})
         elif event.reason is not None:
             self._end({"answer": event.answer, "finish_reason": event.reason, "tokens": len(event.tokens)})
@@ -252,6 +293,12 @@ class _Asked:
         self.over.set()
 
     def line(self) -> Line:
-        """What came of it."""
+        """What came of it.
+
+        Raises:
+            RuntimeError: if the engine has a fault: this is no answer, and another time there may be one.
+        """
         self.over.wait()
+        if self.fault:
+            raise RuntimeError(f"record {self.number + 1} got no answer: {self.fault}")
         return {"index": self.number, "question": self.question, **self.found}
