@@ -15,6 +15,8 @@ from tests.tasks.science_qa import save
 from tests.tiny import records, save_tiny_llama
 from tests.tiny import zinit as zinit_process
 from zinit.files import OWNER
+from zinit.ui.options import SEEDS
+from zinit.validation import Seed, SettingType
 
 
 @pytest.fixture
@@ -278,6 +280,31 @@ def test_inspect_ls_and_convert(refused, finished: Path, model: Path, tmp_path: 
     refused("convert", tmp_path / "nowhere", target, *arguments, says=["nowhere"], output=target)
     refused("convert", finished, target, "--from", "zinit", "--to", "pef", "--model", model, says=["'pef'", "peft"],
             output=target)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 99999999999999999999])
+def test_seeds_that_are_none(seed: int, refused, finished: Path, tmp_path: Path) -> None:
+    new = ("--output", tmp_path / "out")
+    for command in (
+        ("generate", finished, "--prompt", "x"),
+        ("chat", finished),
+        ("chat", finished, "--web"),
+        ("train", "--backbone", "llama", *new),
+        ("bench", "--backbone", "llama", "--method", "zero-init", *new),
+        ("tune", "--backbone", "llama", *new),
+    ):
+        says = ["seed", "of at least 0 (and below 2**63)", f"{seed}"]
+        refused(*command, "--seed", seed, says=says, output=tmp_path / "out")
+
+
+def test_the_largest_seed_is_one(zinit: Zinit, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text('[{"prompt": "x"}, {"prompt": "y"}]')
+    asked = ("--seed", SEEDS - 1, "--max-new-tokens", 2)
+    assert zinit("generate", finished, "--prompt", "x", *asked).code == 0
+    done = zinit("generate", finished, "--data", tmp_path / "q.json", "--output", tmp_path / "a.jsonl", *asked)
+    assert done.code == 0, done.err
+    assert SettingType.of(Seed).accepts(SEEDS - 1)
+    assert not SettingType.of(Seed).accepts(SEEDS)
 
 
 @pytest.mark.integration

@@ -29,6 +29,7 @@ from zinit.serve.served import Models
 from zinit.train.checkpoint import MANIFEST
 from zinit.ui.chat import ChatSession
 from zinit.ui.console import QUIET_SECONDS, print_json, say
+from zinit.ui.options import SEEDS
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 NO_LIMIT = 10**9
@@ -61,6 +62,10 @@ class Asking:
     system: str = ""
     index: str | None = None
     retrieval: tuple[str, ...] | None = None
+
+    def seed_of(self, number: int) -> int:
+        """The seed of the answer to a record, of those that there are."""
+        return (self.seed + number) % SEEDS
 
 
 def answer_file(
@@ -244,7 +249,7 @@ def _one_by_one(asking: Asking, talks: Sequence[Conversation], *, done: int) -> 
     for number, talk in enumerate(itertools.islice(talks, done, None), start=done):
         line: Line = {"index": number, "question": talk.rounds[-1].asked}
         try:
-            answer, tokens = session.reply(talk, seed=asking.seed + number)
+            answer, tokens = session.reply(talk, seed=asking.seed_of(number))
         except (ConfigError, DataError) as error:
             yield {**line, "error": str(error)}
             continue
@@ -272,7 +277,7 @@ class _Asked:
             max_tokens=asking.max_new_tokens,
             temperature=asking.temperature,
             top_p=asking.top_p,
-            seed=asking.seed + number,
+            seed=asking.seed_of(number),
         )
         try:
             engine.ask(model, _unseen(talk, blind) if asking.base else talk, how, self._take)

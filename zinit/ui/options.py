@@ -8,6 +8,16 @@ import typer
 
 from zinit.errors import ConfigError
 
+SEEDS = 2**63  # how many there are, see `zinit.validation.Seed`
+
+
+def _check_seed(value: int) -> int:
+    """As the setting is checked, in its words: torch takes no seed beyond these."""
+    from zinit.validation import Seed, SettingType
+
+    return SettingType.of(Seed).check("--seed", value)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RunDirectory = Annotated[str, typer.Argument(help="The folder of a run, or of a checkpoint in it.", metavar="RUN_DIR")]
 Options = Annotated[
@@ -18,6 +28,7 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy. The paper's: 0.1.
 TopP = Annotated[float, typer.Option(help="Nucleus sampling. The paper's: 0.75.", min=0.0, max=1.0)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Frozen = Annotated[bool, typer.Option("--frozen", help="Without the adapter, for comparison.")]
+SamplingSeed = Annotated[int, typer.Option(help="Of the sampling.", callback=_check_seed)]
 System = Annotated[str, typer.Option(help="What the assistant is told before all else.")]
 Experts = Annotated[str | None, typer.Option(help="What writes about images: ocr,caption:RUN; see 'zinit ls experts'.")]
 Images = Annotated[

@@ -34,7 +34,7 @@ def tune(
     ] = None,
     metric: Annotated[str, typer.Option(help="What is compared, as metrics.json names it.")] = "loss",
     trials: Annotated[int, typer.Option(help="How many in all, those of before included.", min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Of the trials and of the search.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the trials and of the search.")] = 0,
     output: Annotated[str, typer.Option(help="A new folder, or one of this search, to go on.")] = "runs/tune",
     jobs: Annotated[
         int | None, typer.Option(help="Runs side by side. Default: one per GPU, or per core (at most 8).", min=1)
