@@ -6,12 +6,13 @@ The command line prints these without a traceback and exits with status 2; any o
 import re
 
 # C0 but line break and tab, DEL, and C1: a terminal takes them for commands (to move, to paint, to answer as if typed).
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# And half surrogate pairs: Python holds bytes that are no text by them, and no stream takes them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text of unknown origin for a terminal or a log: control characters are written out in hexadecimal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """A text of unknown origin for a terminal or a log: what neither is to be sent is written out in hexadecimal."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1] if found[0] > "\xff" else f"\\x{ord(found[0]):02x}", text)
 
 
 class ZinitError(Exception):

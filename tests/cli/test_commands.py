@@ -259,3 +259,15 @@ def test_the_set_of_options_is_frozen() -> None:
         for name, command in typer.main.get_command(app).commands.items()
     }
     assert found == OPTIONS, "a new setting goes into the config tree (-o), not into a new flag"
+
+
+def test_a_line_that_is_no_text_is_told_and_the_chat_goes_on(
+    zinit: Zinit, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"first\n\xff\xfe\n/image \xff.png\nlast\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    done = zinit("chat", finished, "--temperature", 0, "--max-new-tokens", 4)
+    assert done.code == 0, done.err
+    assert done.out.count("the prompt is not valid UTF-8 text. Say /new for a new one.") == 1
+    assert "but was given \\udcff.png" in done.out
+    assert not done.out.splitlines()[-1].startswith("(")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_every_control_character_is_written_out() -> None:
     assert [c for c in shown if c in "\t\n"] == ["\t", "\n"]
     assert "\\x1b" in shown
     assert shown.endswith("".join(map(chr, range(0xA0, 0x110))))
+
+
+def test_bytes_that_are_no_text_are_written_out() -> None:
+    name = os.fsdecode(b"a\xff\xc3\xa9")
+    assert printable(name) == "a\\udcff\xe9"
+    printable(name).encode()
 
 
 def test_nothing_on_the_terminal_is_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -161,6 +162,8 @@ class ChatSession:
         shown = [self._read(image) for image in images]
         self._encode([Round(question="?")])  # what the run cannot be told is said now
         interactive = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):  # one line that is no text ends no conversation, see `_check_texts`
+            sys.stdin.reconfigure(errors="surrogateescape")
         if interactive:
             print("Ask something. /new starts over, /image FILE shows an image, /quit ends.")
         while True:
