@@ -165,6 +165,14 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
         load_feature_encoder(tower("vit"))(torch.randn(1, 3, 8, 8), 5)
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"7", b"[" * 10**5], ids=["torn", "no text", "a number", "deep"])
+def test_an_encoder_whose_settings_are_damaged_is_refused(content: bytes, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "encoder")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(BackboneError, match=r"cannot be loaded|config\.json"):
+        load_feature_encoder(folder)
+
+
 class Mine(EncoderLibrary):
     """Somebody's own library, which claims names that begin with "mine-"."""
 

@@ -121,6 +121,13 @@ def test_no_folder_of_this_machine_is_named_on_the_hub(hub: Path) -> None:
     assert "base_model: some/model" in (hub / "me" / "named" / "README.md").read_text()
 
 
+def test_a_card_that_is_no_text_is_one_message(run: Path, hub: Path) -> None:
+    (run / "README.md").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"README\.md is not UTF-8 text: .* Save it as UTF-8, or remove it"):
+        push(str(run), "me/mine")
+    assert not hub.exists()
+
+
 def test_what_the_hub_refuses_is_one_message(run: Path, hub: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the Hub did not take mine: .*USER/NAME"):
         push(str(run), "mine")

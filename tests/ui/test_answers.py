@@ -106,6 +106,19 @@ def test_records_that_ask_nothing_are_named(record: Any, message: str, tmp_path:
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", [answers.SETTINGS, answers.ANSWERS])
+@pytest.mark.parametrize("content", [b"{\n", b"\xff\n", b"7\n"])
+def test_damage_to_what_was_begun_is_told(name: str, content: bytes, data: str, tmp_path: Path) -> None:
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(greedy(), data, str(tmp_path / "a.jsonl"), progress=stop)
+    (tmp_path / "a.jsonl.part" / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} is damaged: .* Remove the folder, or name another --output"):
+        answer_file(greedy(), data, str(tmp_path / "a.jsonl"))
+
+
 @pytest.fixture
 def seeing(tmp_path: Path) -> Path:
     """A run whose adapter takes images."""

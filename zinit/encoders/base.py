@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,15 @@ from zinit.errors import ConfigError
 from zinit.models.identity import difference, identify
 
 Prepare = Callable[[Sequence[Any]], Tensor]
+
+
+def described(source: str | Path) -> dict[str, Any]:
+    """What a folder's ``config.json`` says; nothing where it cannot be read: who loads the model says what is wrong."""
+    try:
+        found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class TowerEncoder(Encoder):

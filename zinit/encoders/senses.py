@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
+from zinit.encoders.base import described
 from zinit.errors import BackboneError
 from zinit.models.loading import model_source, quiet, reason
 
@@ -26,10 +26,7 @@ def named(source: str | Path, library: str) -> str:
 
 def config_kind(source: str) -> str:
     """The model type that a folder's ``config.json`` names; empty for anything else."""
-    try:
-        return str(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return str(described(source).get("model_type", ""))
 
 
 def load_tower(source: str, kinds: Kinds, sense: str, revision: str | None) -> nn.Module:

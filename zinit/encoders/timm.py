@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zinit.adapter.encoding import Encoder, EncoderLibrary, Features
-from zinit.encoders.base import ImageEncoder, Prepare
+from zinit.encoders.base import ImageEncoder, Prepare, described
 from zinit.errors import ConfigError
 from zinit.models.timm import load_timm
 
@@ -49,9 +48,8 @@ class TimmEncoders(EncoderLibrary):
         """A folder in timm's format, a Hub id of timm's, or a name of one of its models."""
         import timm
 
-        config = Path(source) / "config.json"
-        if config.is_file():
-            return "architecture" in json.loads(config.read_text(encoding="utf-8"))
+        if (Path(source) / "config.json").is_file():
+            return "architecture" in described(source)
         return source.startswith(("timm/", "hf-hub:")) or (
             "/" not in source and timm.is_model(source.partition(":")[0])
         )

@@ -7,8 +7,8 @@ from typing import Any
 
 from zinit.adapter.file import DESCRIPTION, AdapterFile
 from zinit.adapter.hub import CARD, card_of, upload
-from zinit.errors import ConfigError
-from zinit.files import write_atomically
+from zinit.errors import CheckpointError, ConfigError
+from zinit.files import parsing, write_atomically
 from zinit.runs.command import command_of
 from zinit.runs.config import RunConfig
 from zinit.runs.directory import TRAINED, read_finished_run
@@ -58,14 +58,15 @@ def push(directory: str, repository: str, *, private: bool | None = None) -> str
 
     Raises:
         ConfigError: if its method has no adapter.
-        CheckpointError: if there is no finished run, or the Hub refuses.
+        CheckpointError: if there is no finished run, its card is no text, or the Hub refuses.
     """
     read_finished_run(directory)
     if not (Path(directory) / DESCRIPTION).is_file():
         raise ConfigError(f"the run in {directory} has no adapter to push: its method keeps none.")
     file = AdapterFile.read(directory)
     own = Path(directory) / CARD
-    card = own.read_text(encoding="utf-8") if own.is_file() else model_card(directory)
+    with parsing(f"{own} is not UTF-8 text", CheckpointError, "Save it as UTF-8, or remove it."):
+        card = own.read_text(encoding="utf-8") if own.is_file() else model_card(directory)
     return upload(file, repository, card=card, more=[Path(directory) / TRAINED], private=private)
 
 

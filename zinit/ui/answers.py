@@ -20,7 +20,7 @@ from zinit.config import AdapterConfig, to_json
 from zinit.data.conversations import Conversation, read_questions
 from zinit.data.images import MAX_PIXELS, content_digest, read_image
 from zinit.errors import ConfigError, DataError
-from zinit.files import claim, is_file, local_path, write_atomically
+from zinit.files import claim, is_file, local_path, parsing, write_atomically
 from zinit.runs.directory import TRAINED, SavedRun
 from zinit.runs.images import open_retrieval
 from zinit.serve.engine import Engine
@@ -87,7 +87,7 @@ def answer_file(
 
     Raises:
         ConfigError: if the output exists, or was begun with other settings or data.
-        DataError: if a record asks nothing.
+        DataError: if a record asks nothing, or what was begun is damaged.
     """
     path, run = local_path(output), SavedRun.read(asking.run_dir)
     if path.exists():
@@ -168,7 +168,9 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[Line]:
         write_atomically(folder / SETTINGS, to_json(settings).encode())
         (folder / ANSWERS).write_bytes(b"")
         return []
-    before = json.loads((folder / SETTINGS).read_bytes())
+    advice = "Remove the folder, or name another --output."
+    with parsing(f"{folder / SETTINGS} is damaged", DataError, advice):
+        before = dict(json.loads((folder / SETTINGS).read_bytes()))
     if other := [name for name, value in settings.items() if before.get(name) != value and name != "run_dir"]:
         raise ConfigError(
             f"{folder} was begun with another {', '.join(other)}. Give the same, remove the folder, or name another "
@@ -178,7 +180,8 @@ def _begun(folder: Path, settings: dict[str, Any]) -> list[Line]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         write_atomically(folder / ANSWERS, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    with parsing(f"{folder / ANSWERS} is damaged", DataError, advice):
+        return [dict(json.loads(line)) for line in whole.splitlines()]
 
 
 def _answers(
