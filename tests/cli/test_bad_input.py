@@ -282,6 +282,12 @@ def test_inspect_ls_and_convert(refused, finished: Path, model: Path, tmp_path: 
             output=target)  # fmt: skip
 
 
+@pytest.mark.parametrize(("batch", "length"), [(10**10, 10**10), (10**30, 1)])
+def test_a_step_larger_than_any_tensor(batch: int, length: int, refused) -> None:
+    says = [f"on {batch} x {length} tokens cannot be estimated"]
+    refused("inspect", "llama", "--train", "--batch", batch, "--length", length, says=says)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63, 99999999999999999999])
 def test_seeds_that_are_none(seed: int, refused, finished: Path, tmp_path: Path) -> None:
     new = ("--output", tmp_path / "out")

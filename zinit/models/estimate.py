@@ -100,21 +100,22 @@ def estimate_step(model: nn.Module, trained: list[nn.Parameter], *, batch: int, 
         rates: of the machine that it will run on.
 
     Raises:
-        ConfigError: if the model takes neither tokens nor images alone.
+        ConfigError: if the model takes neither tokens nor images alone, or not as many.
     """
     model.train()
-    inputs = _inputs(model, batch, length)
     count = _Count(rates)
     count.add(tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
     weights = count.live
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     try:
+        inputs = _inputs(model, batch, length)  # which may pass what a tensor can hold
         with watch_operations(count.operation):
             _loss(model, inputs).backward()
             optimizer.step()
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"a training step of {type(model).__name__} cannot be estimated: {first_line(error)}"
+            f"a training step of {type(model).__name__} on {batch} x {length} tokens cannot be estimated: "
+            f"{first_line(error)}"
         ) from error
     own = sum(parameter.nbytes for parameter in trained)
     return Estimate(
