@@ -33,6 +33,7 @@ from zinit.ui.options import (
     System,
     Temperature,
     TopP,
+    check_page_sampling,
     check_retrieval,
 )
 from zinit.ui.tune import tune
@@ -300,7 +301,9 @@ def chat(
         of_the_terminal = {"--image": image, "--experts": experts, "--frozen": frozen, "--index": index, "-o": option}
         if given := [flag for flag, value in of_the_terminal.items() if value]:
             raise ConfigError(f"{', '.join(given)} is for the terminal: the page of --web has its own. Leave it out.")
-        serve_page(run_dir, system=system, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed)
+        how = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "seed": seed}
+        check_page_sampling(how)
+        serve_page(run_dir, system=system, **how)
         return
     from zinit.ui.chat import ChatSession
 

@@ -95,6 +95,26 @@ def test_the_page_takes_no_options_of_the_terminal(monkeypatch: pytest.MonkeyPat
         chat(str(folders()["anna"]), image=["x.png"], frozen=True, web=True)
 
 
+def test_the_page_starts_with_what_its_server_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zinit.cli import chat
+
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("zinit.cli.serve_page", lambda _, **sampling: shown.append(sampling))
+    run = str(folders()["anna"])
+    for wrong, says in (
+        ({"temperature": 3.0}, "--temperature is 3.0, and .* takes a value that is less than or equal to 2"),
+        ({"temperature": float("nan")}, "--temperature is nan, and .* takes a value that is a finite number"),
+        ({"top_p": 0.0}, "--top-p is 0.0, and .* takes a value that is greater than 0"),
+        ({"seed": -1}, "--seed is -1, and .* takes a value that is greater than or equal to 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0, and .* takes a value that is greater than or equal to 1"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            chat(run, web=True, **wrong)  # pyright: ignore[reportArgumentType]
+    assert not shown
+    chat(run, web=True, temperature=2.0, top_p=1.0, seed=2**63 - 1)
+    assert shown == [{"system": "", "temperature": 2.0, "top_p": 1.0, "max_tokens": 256, "seed": 2**63 - 1}]
+
+
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_a_browser_shows_both_answers(app: Any, engine: Engine, tmp_path: Path) -> None:

@@ -46,6 +46,32 @@ RetrievalOptions = Annotated[
 ]
 
 
+def check_page_sampling(sampling: dict[str, Any]) -> None:
+    """What the page of --web starts with is within what its server takes: every message would be refused otherwise.
+
+    Args:
+        sampling: by the names of the server's API.
+
+    Raises:
+        ConfigError: naming the first option that is not.
+    """
+    from pydantic import ValidationError
+
+    from zinit.serve.bodies import Asking
+
+    try:
+        Asking(model="any", **sampling)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        name = str(found["loc"][0])
+        option = {"max_tokens": "max-new-tokens"}.get(name, name.replace("_", "-"))
+        expected = found["msg"].removeprefix("Input should be ")
+        raise ConfigError(
+            f"--{option} is {sampling[name]}, and the page of --web takes a value that is {expected}. Give such a one, "
+            f"or leave it out."
+        ) from None
+
+
 def check_retrieval(index: str | None, options: list[str] | None) -> dict[str, Any]:
     """Options of retrieval as functions take them; refused without an index."""
     if options and index is None:
