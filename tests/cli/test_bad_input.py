@@ -237,6 +237,16 @@ def test_folder_that_is_no_finished_run(command: str, refused, finished: Path, t
     refused(command, tmp_path, *more, says=["run.json is damaged"])
 
 
+def test_a_checkpoint_where_a_run_is_expected(refused, zinit: Zinit, finished: Path, tmp_path: Path) -> None:
+    assert "checkpoint" not in zinit("push", "--help").out
+    inside = next((finished / "resume").glob("step-*"))
+    says = [f"{inside} is a checkpoint", f"Name its run: {finished}"]
+    refused("push", inside, "me/x", says=says)
+    refused("train", "--resume", "--output", inside, says=says)
+    output = tmp_path / "out"
+    refused("train", "--backbone", "llama", "--from", inside, "--output", output, says=says, output=output)
+
+
 def test_damaged_adapter(refused, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -27,7 +27,7 @@ from zinit.files import (
 )
 from zinit.methods import METHODS
 from zinit.runs.config import RunConfig
-from zinit.runs.record import RECORD, Record, check_run, split_checkpoint
+from zinit.runs.record import RECORD, Record, check_no_checkpoint, check_run, split_checkpoint
 from zinit.train.checkpoint import latest, load_weights, resume_command, tidy, trainable
 from zinit.train.events import Event, Listener, Notice
 from zinit.train.strategy import gather_full, shard_like
@@ -43,8 +43,9 @@ def read_run(directory: str | Path) -> tuple[RunConfig, Record]:
     """The settings of a run, and its record.
 
     Raises:
-        CheckpointError: if the folder holds no run.
+        CheckpointError: if the folder holds no run, or is a checkpoint in one.
     """
+    check_no_checkpoint(directory)
     check_run(directory)
     path = Path(directory) / RECORD
     advice = "Restore it, or start a new run in another folder."

@@ -29,6 +29,17 @@ def split_checkpoint(directory: str | Path) -> tuple[Path, Path | None]:
     return (path.parent.parent, path) if inside else (path, None)
 
 
+def check_no_checkpoint(directory: str | Path) -> None:
+    """A path names no checkpoint of a run, where only a run will do.
+
+    Raises:
+        CheckpointError: if it does, naming the run.
+    """
+    folder, checkpoint = split_checkpoint(directory)
+    if checkpoint is not None and is_file(folder / RECORD):
+        raise CheckpointError(f"{checkpoint} is a checkpoint, and here a whole run is expected. Name its run: {folder}")
+
+
 def check_run(directory: str | Path) -> None:
     """A folder holds a run, or is a checkpoint of one. Without torch: what is wrong with a path is said at once.
 

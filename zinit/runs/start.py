@@ -17,7 +17,7 @@ from zinit.files import is_file, is_folder, local_path
 from zinit.methods import METHODS
 from zinit.methods.base import Method
 from zinit.runs.directory import TRAINED, load_trained, read_finished_run
-from zinit.runs.record import RECORD
+from zinit.runs.record import RECORD, check_no_checkpoint
 from zinit.train.strategy import shard_like
 from zinit.validation import shown
 
@@ -97,6 +97,7 @@ class WarmStart:
 
 def _check_run(folder: Path, task: Task, method: Method) -> None:
     """A folder of a run holds a finished one, of the same classes, with weights of the kind that the method trains."""
+    check_no_checkpoint(folder)
     if not is_folder(folder) or not is_file(folder / RECORD):
         return
     _, record = read_finished_run(folder)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zinit.errors import ConfigError
-from zinit.ui.options import Json, Options, RunDirectory
+from zinit.ui.options import Json, Options
 
 
 def inspect(
@@ -129,7 +129,7 @@ def convert(
 
 
 def push(
-    run_dir: RunDirectory,
+    run_dir: Annotated[str, typer.Argument(help="The folder of a finished run.", metavar="RUN_DIR")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the Hub; it is made if need be.")],
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
     as_json: Json = False,
