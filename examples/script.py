@@ -9,7 +9,8 @@
 
     uv run examples/script.py
 
-Elsewhere than in a checkout of zinit, leave out ``tool.uv.sources``.
+No package index has zinit: elsewhere than in this folder, let ``tool.uv.sources`` say where a checkout of it is,
+``path = "/where/zinit/is"`` or ``git = "https://..."``.
 """
 
 from zinit.runs.settings import resolve

@@ -72,6 +72,10 @@ def test_the_script_with_its_dependencies(capsys: pytest.CaptureFixture[str]) ->
         "".join(line.removeprefix("# ").removeprefix("#") for line in block.splitlines(keepends=True))
     )
     assert needs["dependencies"] == ["zinit"]
+    about = text.split('"""')[1]
+    assert "No package index has zinit" in about
+    for key in ("path", "git"):
+        assert f"{key} = " in about, "what to write where the script lies elsewhere"
     assert (EXAMPLES / needs["tool"]["uv"]["sources"]["zinit"]["path"]).resolve() == ROOT
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert needs["requires-python"] == project["requires-python"]
