@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,39 @@ from zinit.bench.summary import Row, table
 from zinit.runs import plots
 
 COLOURS = ("#3987e5", "#e8743b", "#2e9c6a", "#b07cc6", "#c4a000", "#d05a8c", "#6b8e9e", "#8a6d3b", "#5b5bd6", "#999999")
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # with each colour in turn
 ABOUT = (
     'Mean and standard deviation (n - 1) are over the seeds named. "minus zero-init" is the mean and standard '
     'deviation of the differences to zero-init, seed by seed (number of pairs). "base" is the task\'s baseline '
     "without any training of the model."
 )
 Curves = dict[tuple[str, str, str], list[list[list[float]]]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, the same in all figures.
+
+    Args:
+        number: of the method.
+    """
+
+    number: int
+
+    @property
+    def colour(self) -> str:
+        """Another for each of the first methods; then they come again."""
+        return COLOURS[self.number % len(COLOURS)]
+
+    @property
+    def marker(self) -> str:
+        """Another for each round of the colours."""
+        return MARKERS[self.number // len(COLOURS) % len(MARKERS)]
+
+    @property
+    def line(self) -> str:
+        """Likewise."""
+        return LINES[self.number // len(COLOURS) % len(LINES)]
 
 
 def page(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]], curves: Curves) -> str:
@@ -30,14 +58,14 @@ def page(benchmark: Benchmark, rows: list[Row], notes: dict[str, list[str]], cur
         curves: {(experiment, curve, method): [points of a seed, ...]}.
     """
     methods = list(dict.fromkeys(method for e in benchmark.experiments for method in e.methods))
-    colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+    looks = {method: Look(index) for index, method in enumerate(methods)}
     sections = []
     with plots.style():
         for experiment in benchmark.experiments:
             own = [row for row in rows if row.experiment == experiment.name]
             header, lines = table(own)
-            figures = [_against_size(own, colours), *_learning_curves(experiment.name, curves, colours)]
-            figures += [_against_setting(own, name, colours) for name in experiment.vary]
+            figures = [_against_size(own, looks), *_learning_curves(experiment.name, curves, looks)]
+            figures += [_against_setting(own, name, looks) for name in experiment.vary]
             problems = [f"{row.method} was not possible here: {row.problem}" for row in own if row.problem]
             sections.append(
                 {
@@ -69,7 +97,7 @@ def render(benchmark: Benchmark, sections: list[dict[str, Any]], missing: int, *
     )
 
 
-def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] | None:
+def _against_size(rows: list[Row], looks: dict[str, Look]) -> tuple[str, Any] | None:
     """The metric against what was trained; for experiments that vary nothing else."""
     rows = [row for row in rows if row.mean is not None and row.num_trainable and not row.vary]
     if len(rows) < 2:
@@ -84,7 +112,8 @@ def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] |
     axes.set_ylabel(rows[0].metric)
     for row in rows:
         x, y = [row.num_trainable or 0], [row.mean or 0.0]
-        axes.errorbar(x, y, yerr=_deviations([row]), fmt="o", capsize=3, color=colours[row.method], label=row.method)
+        look = looks[row.method]
+        axes.errorbar(x, y, yerr=_deviations([row]), fmt=look.marker, capsize=3, color=look.colour, label=row.method)
     if rows[0].base is not None:
         axes.axhline(rows[0].base, color=plots.INK, lw=0.8, ls=":", label="base")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -92,7 +121,7 @@ def _against_size(rows: list[Row], colours: dict[str, str]) -> tuple[str, Any] |
     return title, plots.svg(figure, f"{rows[0].experiment}: {title}")
 
 
-def _learning_curves(experiment: str, curves: Curves, colours: dict[str, str]) -> list[tuple[str, Any]]:
+def _learning_curves(experiment: str, curves: Curves, looks: dict[str, Look]) -> list[tuple[str, Any]]:
     """Mean over the seeds of every curve that has more than one point."""
     found = []
     for name in dict.fromkeys(curve for e, curve, _ in curves if e == experiment):
@@ -105,8 +134,9 @@ def _learning_curves(experiment: str, curves: Curves, colours: dict[str, str]) -
             steps, mean, low, high = _over_seeds(own[method])
             span = max(1, len(steps) // 30) if name == "train loss" else 1
             smooth = [plots.smooth(values, span) for values in (mean, low, high)]
-            axes.plot(steps, smooth[0], color=colours[method], lw=1.5, label=f"{method} ({len(own[method])})")
-            axes.fill_between(steps, smooth[1], smooth[2], color=colours[method], alpha=0.15, lw=0)
+            look, label = looks[method], f"{method} ({len(own[method])})"
+            axes.plot(steps, smooth[0], color=look.colour, ls=look.line, lw=1.5, label=label)
+            axes.fill_between(steps, smooth[1], smooth[2], color=look.colour, alpha=0.15, lw=0)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         title = f"{name} by step: mean over (n) seeds, band from lowest to highest"
         found.append((title, plots.svg(figure, f"{experiment}: {title}")))
@@ -128,7 +158,7 @@ def _over_seeds(seeds: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray,
     return np.array(common), values.mean(0), values.min(0), values.max(0)
 
 
-def _against_setting(rows: list[Row], setting: str, colours: dict[str, str]) -> tuple[str, Any] | None:
+def _against_setting(rows: list[Row], setting: str, looks: dict[str, Look]) -> tuple[str, Any] | None:
     """The metric against one varied setting, a line per method (and per combination of the other settings)."""
     rows = [row for row in rows if row.mean is not None and setting in row.vary]
     values = [row.vary[setting] for row in rows]
@@ -146,8 +176,9 @@ def _against_setting(rows: list[Row], setting: str, colours: dict[str, str]) -> 
         own.sort(key=lambda row: places[str(row.vary[setting])])
         x, y = [places[str(row.vary[setting])] for row in own], [row.mean or 0.0 for row in own]
         label = f"{method}, {others}" if others else method
-        style = "o-" if numeric else "o"
-        axes.errorbar(x, y, yerr=_deviations(own), fmt=style, capsize=3, lw=1.5, color=colours[method], label=label)
+        look = looks[method]
+        style = f"{look.marker}{look.line}" if numeric else look.marker
+        axes.errorbar(x, y, yerr=_deviations(own), fmt=style, capsize=3, lw=1.5, color=look.colour, label=label)
     if not numeric:
         axes.set_xticks(list(places.values()), list(places), rotation=60, ha="right")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
