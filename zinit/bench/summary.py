@@ -287,7 +287,7 @@ def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
             line.insert(place, _spread(list(row.columns.get(name, {}).values())))
     further = {
         FORGETS: [show(row.forgetting, 4) for row in rows if any(other.forgetting is not None for other in rows)],
-        TRIALS: [str(row.trials) for row in rows if any(other.trials for other in rows)],
+        TRIALS: [str(row.trials) if row.values else "-" for row in rows if any(other.trials for other in rows)],
         PAPER: [show(row.paper) for row in rows if any(other.paper is not None for other in rows)],
     }
     for name, cells in further.items():
