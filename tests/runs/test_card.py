@@ -11,12 +11,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 import zinit
 from tests.serve.world import folders
 from zinit.errors import CheckpointError
-from zinit.runs.card import _model_index, model_card, push
+from zinit.runs.card import EVAL_RESULTS, _model_index, leaderboard_entry, model_card, push
 from zinit.runs.record import RECORD, RESULTS, Record, Results
 from zinit.tasks import TASKS
 
@@ -40,6 +41,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def create_commit(self, repository: str, operations: Any, *, commit_message: str) -> Any:
             for operation in operations:
+                (root / repository / operation.path_in_repo).parent.mkdir(exist_ok=True)
                 with operation.as_file() as file:
                     (root / repository / operation.path_in_repo).write_bytes(file.read())
             return SimpleNamespace(commit_url=f"https://hub/{repository}/commit/1")
@@ -107,6 +109,25 @@ def test_what_is_pushed_is_loaded_with_its_base(run: Path, hub: Path) -> None:
     card = (hub / "me" / "other" / "README.md").read_text()
     assert "library_name: zinit" in card
     assert 'zinit.from_pretrained("me/other")' in card
+
+
+def test_a_figure_on_a_data_set_of_the_hub_goes_to_its_page(run: Path, hub: Path) -> None:
+    def say(**options: Any) -> None:
+        record = json.loads((run / RECORD).read_text())
+        record["config"]["task"] = {"name": "squad", **options}
+        (run / RECORD).write_text(json.dumps(record | {"task": "squad"}))
+
+    metrics = {"base": {"f1": 1.0}, "adapted": {"loss": 1.25, "f1": 81.5}}
+    (run / RESULTS).write_text(json.dumps({"metrics": metrics, "seed": 3, "counts": {"questions": 808, "refused": 0}}))
+    say(held_out_data="rajpurkar/squad_v2:plain:validation")
+    push(str(run), "me/mine")
+    [found] = parse_eval_result_entries(yaml.safe_load((hub / "me" / "mine" / EVAL_RESULTS).read_text()))
+    assert (found.dataset_id, found.task_id, found.value) == ("rajpurkar/squad_v2", "plain", 81.5)
+    assert found.notes is not None
+    assert found.notes.startswith("f1; split validation; 808 questions; seed ")
+    for own in (None, "dev.json", "/secret/dev.json", str(run)):
+        say(held_out_data=own)
+        assert leaderboard_entry(run) is None
 
 
 def test_no_folder_of_this_machine_is_named_on_the_hub(hub: Path) -> None:

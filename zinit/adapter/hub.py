@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ def upload(
     *,
     card: str,
     more: Sequence[Path] = (),
+    texts: Mapping[str, str] | None = None,
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
@@ -35,6 +36,7 @@ def upload(
         repository: "user/name".
         card: text of ``README.md``, where the repository has none; THIS_REPOSITORY in it becomes the repository.
         more: further files; those that are not there are left out.
+        texts: further files by their path in the repository.
         private: whether a new repository is; None is the account's own setting.
         token: of the Hub; default: the one that was logged in with.
 
@@ -58,6 +60,10 @@ def upload(
                 CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path))
                 for path in (*sorted(Path(folder).iterdir()), *more)
                 if path.is_file()
+            ]
+            operations += [
+                CommitOperationAdd(path_in_repo=path, path_or_fileobj=text.encode())
+                for path, text in (texts or {}).items()
             ]
             if not api.file_exists(known, CARD):
                 text = card.replace(PLACEHOLDER, known).encode()

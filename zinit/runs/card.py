@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from zinit.adapter.file import DESCRIPTION, AdapterFile
-from zinit.adapter.hub import CARD, card_of, upload
+from zinit.adapter.hub import CARD, card_of, is_hub_id, upload
+from zinit.data.records import hub_parts
 from zinit.errors import CheckpointError, ConfigError
 from zinit.files import parsing, write_atomically
 from zinit.runs.command import command_of
@@ -14,6 +15,8 @@ from zinit.runs.config import RunConfig
 from zinit.runs.directory import TRAINED, read_finished_run
 from zinit.runs.record import Record, Results
 from zinit.tasks import TASKS
+
+EVAL_RESULTS = ".eval_results/zinit.yaml"  # where the Hub looks for figures on its benchmarks
 
 
 def model_card(directory: str | Path) -> str:
@@ -67,7 +70,33 @@ def push(directory: str, repository: str, *, private: bool | None = None) -> str
     own = Path(directory) / CARD
     with parsing(f"{own} is not UTF-8 text", CheckpointError, "Save it as UTF-8, or remove it."):
         card = own.read_text(encoding="utf-8") if own.is_file() else model_card(directory)
-    return upload(file, repository, card=card, more=[Path(directory) / TRAINED], private=private)
+    figure = leaderboard_entry(directory)
+    texts = {} if figure is None else {EVAL_RESULTS: figure}
+    return upload(file, repository, card=card, more=[Path(directory) / TRAINED], texts=texts, private=private)
+
+
+def leaderboard_entry(directory: str | Path) -> str | None:
+    """The task's own figure as the Hub's page of a benchmark takes it, in YAML.
+
+    None where the held-out part is no data set of the Hub by itself: a part cut off the training data is no benchmark.
+
+    Args:
+        directory: of a finished run.
+    """
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    config, record = read_finished_run(directory)
+    results, source = Results.read(Path(directory)), getattr(config.options, "held_out_data", None)
+    metric = getattr(TASKS.get(config.task), "metric", "")
+    value = results.metrics.get("adapted", {}).get(metric)
+    name, configuration, split = hub_parts(source or "")
+    if not is_hub_id(name) or "/" not in name or not isinstance(value, int | float):
+        return None
+    counts = ", ".join(f"{count} {of}" for of, count in (results.counts or {}).items() if count)
+    notes = f"{metric}; split {split or 'named by none'}; {counts}; seed {record.seed}; {record.method} by zinit"
+    entry = EvalResultEntry(dataset_id=name, task_id=configuration or "default", value=round(value, 6), notes=notes)
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), allow_unicode=True, sort_keys=False)
 
 
 def _name(where: str) -> str:
