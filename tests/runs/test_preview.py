@@ -243,6 +243,11 @@ def test_rates_are_those_that_were_good_on_models_of_this_size(
     assert plain.config == config, "as a run that goes on, or is made in Python, said it"
 
 
+def test_a_seed_may_be_larger_than_numpys(model: str, data: str, tmp_path: Path) -> None:
+    config, preset = resolve(backbone="llama", model=model, data=data, seed=2**63 - 1)
+    assert runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None).config.seed == 2**63 - 1
+
+
 def test_an_encoders_gates_and_head_have_rates_of_their_own(tmp_path: Path) -> None:
     rows = [{"tokens": ["Ada", "sleeps", f"{number}"], "ner_tags": ["B-PER", "O", "O"]} for number in range(20)]
     (tmp_path / "data.json").write_text(json.dumps(rows))

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from zinit.tasks.base import Task
 
 SAME_MODEL = 0.999  # cosine of two samples of the weights
+SEEDS = 2**32 - 2**16  # NumPy takes 32 bits, and every process adds its number
 
 
 @dataclass(kw_only=True)
@@ -139,7 +140,7 @@ def build(config: RunConfig, output: Path, *, preset: str | None, resume: bool, 
     accelerator = make_accelerator(config.train, **settings_of(config.train.tracker, output))
     settings = {name: value for name, value in flat_settings(config).items() if name not in PLACES}
     agreement.check_agreement(accelerator, {"--output": str(output), "--resume": resume, **settings})
-    set_seed(config.seed, device_specific=True)  # for the host's dropout; each process has draws of its own
+    set_seed(config.seed % SEEDS, device_specific=True)  # for the host's dropout; each process has draws of its own
     check_has_start(config)
     check_encoder(config)
     on_event(Stage(f"loading model and data; {describe(accelerator)}"))
