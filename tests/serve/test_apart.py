@@ -43,11 +43,15 @@ def test_ctrl_c_does_not_wait_for_the_work() -> None:
         assert loading.wait(30)
         os.kill(os.getpid(), signal.SIGINT)  # of the process, as a terminal sends it: the main thread sees it
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        load()
-    assert not ended.is_set()
-    end.set()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job has not
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            load()
+        assert not ended.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        end.set()
 
 
 def test_scopes_of_the_caller_hold() -> None:
