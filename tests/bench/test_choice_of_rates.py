@@ -176,3 +176,13 @@ def test_the_trials_of_an_earlier_grid_count(tmp_path: Path) -> None:
             finish(tmp_path, cell, loss=1.0)
     rows = summarise(plan, tmp_path)
     assert {row.method: row.trials for row in rows} == {"zero-init": 6, "lora": 6, "head-only": 2}
+
+
+def test_factors_are_on_the_rate_that_the_first_trial_trains_at(tmp_path: Path) -> None:
+    """On a model of one's own ``zinit train`` would choose rates itself where a cell says none."""
+    said = PLAN.replace('zero-init = ["train.learning_rate=0.25", "train.rates.gates=8", "train.rates.head=0.5"]\n', "")
+    [experiment] = benchmark(tmp_path, said).experiments
+    found = [cell for cell in experiment.selection_cells() if cell.method == "zero-init"]
+    rates = [[o for o in cell.all_options() if o.startswith("train.learning_rate=")] for cell in found]
+    assert all(rates)
+    assert [cell.resolve().train.learning_rate for cell in found] == [0.00225, 0.00225, 0.009, 0.009]

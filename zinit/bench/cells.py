@@ -359,13 +359,16 @@ class Experiment(JsonConfig):
         )
 
     def _default_rates(self, method: str) -> Options:
-        """A method's own learning rates, where the preset's are another's: a cell's name and command hold them."""
+        """A method's own learning rates, where the preset's are another's: a cell's name and command hold them.
+
+        Without a preset too, or ``zinit train`` would choose rates for the model, and factors would be on others.
+        """
         preset: dict[str, Any] = {}
         if self.preset is not None:
             preset = read_preset(self.preset if "/" in self.preset else f"{self.task}/{self.preset}")
         own = METHODS.fact(method, "default_rates")
         of_preset = read_tables(preset)["method"].get("name", DEFAULT_METHOD)
-        if shares_rates(own, METHODS.fact(of_preset, "default_rates")):
+        if self.preset is not None and shares_rates(own, METHODS.fact(of_preset, "default_rates")):
             return ()
         settings = rate_settings(own)
         factors = settings.pop("rates", {})

@@ -15,7 +15,7 @@ from zinit.backbones import BACKBONES
 from zinit.config import AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError
 from zinit.methods import METHODS
-from zinit.methods.rates import ZERO_INIT, shares_rates
+from zinit.methods.rates import ZERO_INIT
 from zinit.models.loading import load_on_meta
 from zinit.models.room import check_positions, positions
 from zinit.runs.build import demo_model
@@ -138,7 +138,7 @@ def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainC
     free = isinstance(preset, Preset) and not preset and {"train.learning_rate", "train.rates"} <= preset.untouched
     kind = "a language model" if task.generates else "an encoder" if "head" in rates_by_role(task, config.train) else ""
     small = sum(parameter.numel() for parameter in task.model.parameters()) < SMALL
-    if not (free and kind and small and shares_rates(own, ZERO_INIT)):
+    if not (free and kind and small and own == ZERO_INIT):
         return config.train, []
     found = FOUND[kind]
     if task.generates and any(part.gate == "query" for part in config.adapter().parts.values()):
