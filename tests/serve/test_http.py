@@ -20,8 +20,7 @@ import openai
 import pytest
 import uvicorn
 
-from tests.serve.test_engine import idle, png
-from tests.serve.world import ask, folders, limits, models
+from tests.serve.world import ask, folders, idle, limits, models, png, talk
 from zinit.serve.engine import Engine
 from zinit.serve.http import make_app
 
@@ -84,8 +83,6 @@ def test_a_chat_is_what_the_engine_answers(client: openai.OpenAI, engine: Engine
     assert found.usage.completion_tokens == len(expected.tokens)
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
     served = engine._models.get(model)
-    from tests.serve.test_engine import talk
-
     assert found.usage.prompt_tokens == len(served.format.prompt(talk("Say red.")))
 
 

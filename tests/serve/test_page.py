@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.serve.test_http import call, listening
-from tests.serve.world import ask, folders, limits, models
+from tests.serve.world import ask, folders, limits, models, png
 from zinit.errors import ConfigError
 from zinit.serve import command
 from zinit.serve.engine import Engine
@@ -119,7 +119,6 @@ def test_the_page_starts_with_what_its_server_takes(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_a_browser_shows_both_answers(app: Any, engine: Engine, tmp_path: Path) -> None:
     browsers = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    from tests.serve.test_engine import png
 
     for colour in itertools.product((0, 250), repeat=3):
         (expected,) = ask(engine, "adapted", "Name it", images=[png(colour)], max_tokens=12).wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from functools import cache
@@ -10,6 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import LlamaForCausalLM
 
 import zinit
@@ -21,6 +23,8 @@ from zinit.serve.engine import Engine
 from zinit.serve.requests import Event, Failed, Limits, Piece, Sampling, Ticket, Turn
 from zinit.serve.served import Models
 
+TEXTS = ("Say red.", "What is the river, and where does the moon go when it is gone?", "Name it", "a")
+ALL = ("anna", "bert", "talk", "tuned", "eyes")
 RUNS = {"anna": "alpaca", "bert": "alpaca", "talk": "conversation"}
 
 
@@ -118,3 +122,43 @@ def ask(engine: Engine, model: str, text: str, *, images: Any = (), raw: bool = 
 
 def limits(**changes: Any) -> Limits:
     return Limits(**{"batch": 8, "queue": 64, **changes})
+
+
+class Gate:
+    """Holds the engine between two tokens, until it is opened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.holds, self.opened = threading.Event(), threading.Event()
+        self.engine = engine
+
+    def __enter__(self) -> Gate:
+        def wait() -> None:
+            self.holds.set()
+            self.opened.wait(60)
+
+        threading.Thread(target=lambda: self.engine._call(wait)).start()
+        assert self.holds.wait(60)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.opened.set()
+
+
+def idle(engine: Engine) -> bool:
+    for _ in range(500):
+        if not engine.gauges()["running"] and not engine.gauges()["waiting"]:
+            return True
+        threading.Event().wait(0.01)
+    return False
+
+
+def png(colour: tuple[int, int, int], side: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def talk(text: str) -> Any:
+    from zinit.data.conversations import Conversation, Round
+
+    return Conversation(rounds=(Round(question=text),))
