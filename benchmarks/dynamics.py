@@ -133,7 +133,12 @@ def measure(
         for name in names:
             if name not in own[kind]:
                 own[kind][name] = look(name)
-                print(experiment.name, name, {key: value for key, value in own[kind][name].items() if key in SHOWN})
+                print(
+                    experiment.name,
+                    name,
+                    {key: value for key, value in own[kind][name].items() if key in SHOWN},
+                    flush=True,
+                )
                 OUTPUT.write_text(json.dumps(found, allow_nan=False, indent=1) + "\n")
 
 

@@ -5,7 +5,7 @@
 The models, data, seeds and chosen rates of ``benchmarks.real``, whose trials must be finished. Every few steps the loss
 on `EXAMPLES` training examples is measured, and how far features have moved (of a language model: how much the loss on
 known texts has risen). A method and LoRA are compared, seed by seed, at the lowest loss that both reached, each where
-it came there first.
+it came there first; by the seeds with which both came below the loss they started at.
 
 Writes ``benchmarks/results/forgetting.json`` after every run, and the tables of docs/real-weights.md; the same command
 goes on from there. ``--page`` writes the tables alone.
@@ -149,6 +149,11 @@ def forgotten_at(curve: Curve, loss: float) -> float:
     raise ValueError(f"the loss {loss} is not reached: {curve}")
 
 
+def learned(curve: Curve) -> bool:
+    """Whether the training loss was ever below its start: where a head starts as regression it need not be."""
+    return min(loss for loss, _ in curve) < curve[0][0]
+
+
 def at_equal_loss(these: Curve, those: Curve) -> tuple[float, float, float]:
     """The lowest loss that both runs reached, and what each has forgotten there."""
     loss = max(min(loss for loss, _ in curve) for curve in (these, those))
@@ -192,11 +197,15 @@ def row(method: str, these: dict[str, Curve], lora: dict[str, Curve]) -> list[st
     """A line of the table."""
     seeds = sorted(these.keys() & lora.keys())
     last = [statistics.mean(these[seed][-1][place] for seed in seeds) for place in (0, 1)]
+    figures = [f"{last[0]:.3f}", f"{last[1]:.4f}"]
+    seeds = [seed for seed in seeds if all(learned(runs[seed]) for runs in (these, lora))]
+    if not seeds:
+        return [method, *figures, "-", "-", "-", "-", "-"]
     equal = [at_equal_loss(these[seed], lora[seed]) for seed in seeds]
     means: list[Any] = [statistics.mean(own) for own in zip(*equal, strict=True)]
     ratio, bounds = share([(own, other) for _, own, other in equal])
     shown = f"{ratio:.2f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
-    figures = [f"{last[0]:.3f}", f"{last[1]:.4f}", f"{means[0]:.3f}", f"{means[1]:.4f}", f"{means[2]:.4f}"]
+    figures += [f"{means[0]:.3f}", f"{means[1]:.4f}", f"{means[2]:.4f}"]
     return [method, *figures, "-" if method == LORA else shown, ", ".join(seeds)]
 
 

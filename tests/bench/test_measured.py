@@ -58,6 +58,13 @@ def test_a_row_pairs_the_seeds_that_both_have() -> None:
     assert forgetting.row("lora", lora, lora)[-2] == "-"
 
 
+def test_seeds_that_never_came_below_the_loss_of_the_start_are_not_compared() -> None:
+    lora = {"0": [(0.03, 0.0), (0.01, 0.4)], "1": [(0.03, 0.0), (0.01, 0.8)]}
+    ours = {"0": [(0.03, 0.0), (0.01, 0.1)], "1": [(0.03, 0.0), (0.05, 0.3)]}
+    assert forgetting.row("zero-init", ours, lora)[1:] == ["0.030", "0.2000", "0.010", "0.1000", "0.4000", "0.25", "0"]
+    assert forgetting.row("zero-init", {"1": ours["1"]}, lora)[1:] == ["0.050", "0.3000", "-", "-", "-", "-", "-"]
+
+
 # --- old against new ---
 
 
