@@ -377,6 +377,17 @@ def test_a_language_only_run_is_shown_no_image_and_told_no_system_text(
     assert "the task 'alpaca' was trained without a place for a system text. Leave --system out." in done.err
 
 
+def test_a_chat_that_has_no_place_for_a_system_text_asks_nothing_first(
+    zinit: Zinit, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    monkeypatch.setattr("zinit.serve.command.listen", lambda *_, **__: pytest.fail("it listens"))
+    for more in ((), ("--web",)):
+        done = zinit("chat", finished, "--system", "Be kind.", *more)
+        assert done.code == 2
+        assert "without a place for a system text" in done.err
+
+
 def test_an_expert_whose_package_is_missing(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     model, data, output = save_tiny_llama(tmp_path / "model"), save(tmp_path / "data"), tmp_path / "run"

@@ -78,12 +78,14 @@ def serve_page(run_dir: str, **sampling: Any) -> None:
     from zinit.serve.page import Page
     from zinit.serve.requests import Limits
     from zinit.serve.served import Models
+    from zinit.tasks.chat import check_system
 
     with bound("127.0.0.1", 0) as listener:
         models = Models(run_dir)
         models.add(ADAPTED, run_dir)
-        engine = Engine(models, Limits(new_tokens=max(Limits.new_tokens, sampling["max_tokens"]))).start()
         served = models.get(ADAPTED)
+        check_system(served.format, sampling.get("system", ""))
+        engine = Engine(models, Limits(new_tokens=max(Limits.new_tokens, sampling["max_tokens"]))).start()
         page = Page(
             title=Path(run_dir).absolute().name,
             about=f"{type(models.base).__name__}, {len(served.gates())} sites with a prefix",

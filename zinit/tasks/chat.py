@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from zinit.data.conversations import Conversation
+from zinit.data.conversations import Conversation, Round
 from zinit.errors import ConfigError
 
 
@@ -60,6 +60,20 @@ class PromptFormat:
         turns = [(each.asked, each.answer) for each in earlier]
         format = self.task.format_conversation(turns, last.asked) if turns else None
         return self.task.encode_prompt(self.tokenizer, format or self.task.format_prompt(last.question, last.input))
+
+
+def check_system(format: ChatFormat, system: str) -> None:
+    """Refuses a system text that there is no place for before a question is asked.
+
+    Args:
+        format: makes the prompts.
+        system: may be empty.
+
+    Raises:
+        ConfigError: if there is no place for it.
+    """
+    if system:
+        format.prompt(Conversation(rounds=(Round(question="?"),), system=system))
 
 
 def cut_at(text: str, ends: Sequence[str]) -> str:
