@@ -24,7 +24,7 @@ from zinit.runs.directory import SavedRun
 from zinit.runs.images import open_retrieval
 from zinit.tasks import TASKS
 from zinit.tasks.base import Task
-from zinit.tasks.chat import ChatFormat, check_system, cut_at
+from zinit.tasks.chat import ChatFormat, cut_at
 from zinit.tasks.experts import Experts, context_lines
 from zinit.tasks.settings import EXPERT_TOKENS
 from zinit.ui.console import say
@@ -87,7 +87,6 @@ class ChatSession:
         self.experts = Experts([run_expert(each, device=device) for each in words])
         self.expert_tokens = getattr(config.options, "expert_tokens", EXPERT_TOKENS)
         self.format: ChatFormat = self.task.chat_format(self.tokenizer, config.options)
-        check_system(self.format, system)
         self.generation = self._generation(max_new_tokens, temperature, top_p)
         torch.manual_seed(seed)
 
