@@ -44,7 +44,8 @@ TABLES = "<!-- tables: python -m benchmarks.dynamics -->"
 MATTERS = 0.1  # of the gates' gradient: from there on prompts learn too
 BATCH = ("train.batch_size=8", "train.micro_batch_size=8")
 THIRD = "prefix.layers={third}"
-OWN, PROJECTED = "prefix.parametrization=key_value", "prefix.parametrization=prompt"
+OWN = ("prefix.parametrization=key_value", "prefix.init_std=0.02")
+PROJECTED = "prefix.parametrization=prompt"
 
 
 class Lever(NamedTuple):
@@ -71,7 +72,9 @@ LEVERS: dict[str, Lever] = {
     "gates without tanh": Lever(options=("prefix.gate=identity",)),
     "gates start at N(0, 1)": Lever("random-gate"),
     "a gate for each query": Lever("query-gate"),
-    "keys and values of their own, N(0, 0.02²)": Lever(options=(OWN, "prefix.init_std=0.02")),
+    "keys and values of their own, N(0, 0.02²)": Lever(options=OWN),
+    "their own, and gates x10": Lever(options=(*OWN, "train.rates.gates=10")),
+    "their own, and a gate for each query": Lever("query-gate", OWN),
     "prompts N(0, 1)": Lever(options=("prefix.init_std=1",)),
     "prompts through the projections, N(0, 0.02²)": Lever(options=(PROJECTED, "prefix.init_std=0.02")),
     "prompts through the projections, N(0, 1)": Lever(options=(PROJECTED, "prefix.init_std=1")),
