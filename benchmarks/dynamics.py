@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -105,43 +105,37 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", action="append", default=[], help="name of an experiment; repeatable")
     parser.add_argument("--lever", action="append", default=[], help="what to change; repeatable; without it all")
+    parser.add_argument("--starts", action="store_true", help="the harm before training alone")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     kept = [e for e in make_benchmark(config_file=str(PLAN)).experiments if e.name in (options.only or [e.name])]
     places = places_of(options.models, options.data, kept)
     found: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
+    starts = STARTS if options.starts or not options.lever else ()
+    levers = options.lever or (() if options.starts else LEVERS)
     for experiment in kept:
-        measure(experiment, places, options.steps, options.lever, found)
+        measure(Host(experiment, places, options.steps), starts, levers, found)
     write_page(found)
 
 
-def measure(
-    experiment: Experiment, places: dict[str, str], steps: int, levers: Sequence[str], found: dict[str, Any]
-) -> None:
+def measure(host: Host, starts: Collection[str], levers: Collection[str], found: dict[str, Any]) -> None:
     """Everything that ``found`` does not hold yet of a host; runs of another length are made anew.
 
     Args:
-        experiment: of benchmarks/real.toml.
-        places: see `zinit.bench.cells.Cell.at`.
-        steps: of a short run.
-        levers: of `LEVERS`; none are all of them, and `STARTS` too.
+        host: and its task.
+        starts: of `STARTS`.
+        levers: of `LEVERS`.
         found: by experiment; completed here, and written.
     """
-    host = Host(experiment, places, steps)
-    own = found.setdefault(experiment.name, {"steps": steps, "starts": {}, "levers": {}})
-    if own["steps"] != steps:
-        own |= {"steps": steps, "levers": {}}
-    starts = () if levers else STARTS
-    for kind, names, look in (("starts", starts, host.start), ("levers", levers or LEVERS, host.lever)):
-        for name in names:
-            if name not in own[kind]:
-                own[kind][name] = look(name)
-                print(
-                    experiment.name,
-                    name,
-                    {key: value for key, value in own[kind][name].items() if key in SHOWN},
-                    flush=True,
-                )
+    name = host.experiment.name
+    own = found.setdefault(name, {"steps": host.steps, "starts": {}, "levers": {}})
+    if own["steps"] != host.steps:
+        own |= {"steps": host.steps, "levers": {}}
+    for kind, names, look in (("starts", starts, host.start), ("levers", levers, host.lever)):
+        for each in names:
+            if each not in own[kind]:
+                own[kind][each] = look(each)
+                print(name, each, {key: own[kind][each][key] for key in SHOWN if key in own[kind][each]}, flush=True)
                 OUTPUT.write_text(json.dumps(found, allow_nan=False, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,33 @@ def test_seeds_that_never_came_below_the_loss_of_the_start_are_not_compared() ->
     ours = {"0": [(0.03, 0.0), (0.01, 0.1)], "1": [(0.03, 0.0), (0.05, 0.3)]}
     assert forgetting.row("zero-init", ours, lora)[1:] == ["0.030", "0.2000", "0.010", "0.1000", "0.4000", "0.25", "0"]
     assert forgetting.row("zero-init", {"1": ours["1"]}, lora)[1:] == ["0.050", "0.3000", "-", "-", "-", "-", "-"]
+
+
+# --- levers ---
+
+
+def test_what_is_measured_of_a_host_is_kept_and_never_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamics, "OUTPUT", tmp_path / "dynamics.json")
+    looked: list[str] = []
+
+    def look(name: str) -> dict[str, float]:
+        looked.append(name)
+        return {"loss": len(looked)}
+
+    experiment = make_benchmark(config_file=str(real.PLAN)).experiments[0]
+    host: Any = SimpleNamespace(experiment=experiment, steps=20, start=look, lever=look)
+    found: dict[str, Any] = {}
+    dynamics.measure(host, ["N(0, 1)"], [], found)
+    dynamics.measure(host, ["N(0, 1)"], ["K = 2", "K = 32"], found)
+    assert looked == ["N(0, 1)", "K = 2", "K = 32"]
+    assert json.loads(dynamics.OUTPUT.read_text()) == found
+    assert found[experiment.name]["levers"] == {"K = 2": {"loss": 2}, "K = 32": {"loss": 3}}
+    host.steps = 9  # a run of another length is another run; the harm before training has none
+    dynamics.measure(host, ["N(0, 1)"], ["K = 2"], found)
+    assert looked[3:] == ["K = 2"]
+    assert found[experiment.name] == {"steps": 9, "starts": {"N(0, 1)": {"loss": 1}}, "levers": {"K = 2": {"loss": 4}}}
 
 
 # --- old against new ---
