@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.bench.test_summary import benchmark, finish
-from zinit.bench.cells import rate_options
+from tests.tiny import save_records, save_tiny_llama
+from zinit.bench.cells import Experiment, rate_options
 from zinit.bench.plan import make_benchmark
 from zinit.bench.runner import Runner, choose, read_cells
 from zinit.bench.summary import summarise, table
 from zinit.errors import ConfigError
+from zinit.runs.preview import settle
+from zinit.runs.settings import resolve
 from zinit.train.config import RatesConfig, TrainConfig
 
 PLAN = """
@@ -186,3 +189,35 @@ def test_factors_are_on_the_rate_that_the_first_trial_trains_at(tmp_path: Path) 
     rates = [[o for o in cell.all_options() if o.startswith("train.learning_rate=")] for cell in found]
     assert all(rates)
     assert [cell.resolve().train.learning_rate for cell in found] == [0.00225, 0.00225, 0.009, 0.009]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("zero-init", (), ("prompt", 1.0)),
+        ("zero-init", ("prefix.init_std=0.5",), ("prompt", 0.5)),
+        ("zero-init", ("prefix.parametrization=key_value",), ("key_value", 1.0)),
+        ("hyper-prompts", (), ("prompt", 1.0)),
+        ("lora", (), ("prompt", 1.0)),
+    ],
+)
+def test_prompts_are_what_a_cell_says_whatever_suits_the_model(
+    method: str, options: tuple[str, ...], expected: tuple[str, float], tmp_path: Path
+) -> None:
+    """On a model of one's own ``zinit train`` would choose what prompts are where a cell says nothing."""
+    model, data = str(save_tiny_llama(tmp_path / "model")), str(save_records(tmp_path / "data.json"))
+    experiment = Experiment(
+        name="own",
+        backbone="llama",
+        task="alpaca",
+        model=model,
+        data=data,
+        methods=(method,),
+        options=options,
+        seeds=(0,),
+    )
+    [cell] = experiment.cells()
+    given = {"backbone": cell.backbone, "task": cell.task, "model": cell.model, "data": cell.data}
+    config, _ = settle(*resolve(**given, options=cell.all_options()))
+    assert (config.prefix.parametrization, config.prefix.init_std) == expected
+    assert not any("parametrization=prompt" in option for option in cell.options), "its name would be another"

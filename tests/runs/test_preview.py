@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import save_records, save_tiny_llama
-from zinit import demo
+from zinit import PrefixConfig, demo
 from zinit.errors import BackboneError, ConfigError, DataError
 from zinit.runs import preview
 from zinit.runs import train as runs
@@ -212,10 +212,8 @@ def test_a_preset_in_steps_is_scaled_too(
 def test_tokens_there_is_no_room_for_are_not_asked_for(data: str, tmp_path: Path) -> None:
     small = str(save_tiny_llama(tmp_path / "model", layers=1, max_position_embeddings=100))
     config, notes = settle(*resolve(backbone="llama", model=small, data=data))
-    assert (config.options.max_length, notes) == (
-        100,
-        ["task.max_length=100, which the model has room for (usually 512)"],
-    )
+    assert config.options.max_length == 100
+    assert "task.max_length=100, which the model has room for (usually 512)" in notes
     with pytest.raises(ConfigError, match=r"task.max_length is 101, but the model has room for 100"):
         settle(*resolve(backbone="llama", model=small, data=data, options=["task.max_length=101"]))
 
@@ -223,11 +221,14 @@ def test_tokens_there_is_no_room_for_are_not_asked_for(data: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "rate", "gates"),
     [
-        ([], 3e-2, 1),
+        ([], 3e-2, 10),
         (["train.learning_rate=1e-3"], 1e-3, 1),
         (["train.rates.gates=7"], 9e-3 * 64 / 256, 7),
-        (["method=random-gate"], 3e-2, 1),
-        (["method=query-gate"], 3e-2, 0.1),
+        (["method=random-gate"], 3e-2, 10),
+        (["method=query-gate"], 3e-2, 1),
+        (["prefix.parametrization=prompt"], 3e-2, 1),
+        (["prefix.parametrization=prompt", "method=random-gate"], 3e-2, 1),
+        (["prefix.parametrization=prompt", "method=query-gate"], 3e-2, 0.1),
         (["method=lora"], 3e-4, 1),
     ],
 )
@@ -238,7 +239,7 @@ def test_rates_are_those_that_were_good_on_models_of_this_size(
     run = runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None)
     assert run.config.train.learning_rate == pytest.approx(rate)
     assert run.config.train.rates.factor("main", "gates") == gates
-    assert len(run.scaled) == (rate == 3e-2)
+    assert len([note for note in run.scaled if note.startswith("train.")]) == (rate == 3e-2)
     plain = runs.build(config, tmp_path, preset=None, resume=False, on_event=lambda _: None)
     assert plain.config == config, "as a run that goes on, or is made in Python, said it"
 
@@ -273,14 +274,73 @@ def test_what_was_chosen_is_recorded_and_its_command_says_it(model: str, data: s
     said: list[Event] = []
     runs.train_run(config, tmp_path / "run", preset=preset, on_event=said.append)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    [note] = record["scaled"]
-    assert note.startswith("train.learning_rate=0.03, train.rates.tuning=0.01: what was good on a language model")
-    assert f"chosen for this model: {note}" in [event.text for event in said if isinstance(event, Notice)]
+    start, note = record["scaled"]
+    assert start.startswith("prefix.parametrization=key_value, prefix.init_std=0.02: what was good on models of texts")
+    assert note.startswith("train.learning_rate=0.03, train.rates.gates=10, train.rates.tuning=0.01: what was good on")
+    notices = [event.text for event in said if isinstance(event, Notice)]
+    assert [f"chosen for this model: {each}" for each in (start, note)] == notices
     assert record["preset"] is None
     assert record["rates"]["tuning"]["rate"] == pytest.approx(3e-4)
     command = command_of(RunConfig.from_dict(record["config"]), None)
     assert command is not None
     assert "train.learning_rate=0.03" in command
+    assert "prefix.parametrization=key_value" in command
+
+
+OWN, PROJECTED = ("key_value", 0.02), ("prompt", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["method=zero-init"], OWN),
+        (["method=query-gate", "prefix.length=3", "prefix.layers=2"], OWN),
+        (["method=zero-init-tuned"], OWN),
+        (["method=prefix-tuning"], OWN),
+        (["prefix.parametrization=prompt"], PROJECTED),
+        (["prefix.init_std=0.5"], ("prompt", 0.5)),
+        (["method=hyper-prompts"], PROJECTED),
+        (["prefix.prompts=deepshare"], PROJECTED),
+        (["method=adaption-prompt-recipe"], PROJECTED),
+        (["method=bias-tuning"], PROJECTED),
+        (["method=excitor"], PROJECTED),
+        (["method=lora"], PROJECTED),
+        (["parts.early.length=2", "parts.early.layers=1"], PROJECTED),
+    ],
+)
+def test_prompts_of_a_small_model_of_texts_are_keys_and_values_of_their_own(
+    options: list[str], expected: tuple[str, float], model: str, data: str
+) -> None:
+    config, notes = settle(*resolve(backbone="llama", model=model, data=data, options=options))
+    assert (config.prefix.parametrization, config.prefix.init_std) == expected
+    assert any(note.startswith("prefix.parametrization") for note in notes) == (expected == OWN)
+
+
+def test_prompts_of_a_large_model_are_projected(model: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "SMALL", 1000)
+    config, _ = settle(*resolve(backbone="llama", model=model, data=data))
+    assert config.prefix == PrefixConfig()
+
+
+@pytest.mark.parametrize(("start", "expected"), [(OWN, OWN), (PROJECTED, PROJECTED)])
+def test_a_run_that_goes_on_from_an_adapter_learns_what_it_learned(
+    start: tuple[str, float], expected: tuple[str, float], model: str, data: str, tmp_path: Path
+) -> None:
+    options = ["train.steps=2", "train.batch_size=2", "train.warmup_steps=0", "task.evaluation_limit=0"]
+    begun = [*options, f"prefix.parametrization={start[0]}", f"prefix.init_std={start[1]}"]
+    config, preset = resolve(backbone="llama", model=model, data=data, options=begun)
+    runs.train_run(config, tmp_path / "first", preset=preset)
+    config, preset = resolve(
+        backbone="llama", model=model, data=data, options=options, warm_start=str(tmp_path / "first")
+    )
+    runs.train_run(config, tmp_path / "second", preset=preset)
+    record = json.loads((tmp_path / "second" / "run.json").read_text())
+    assert (record["config"]["prefix"]["parametrization"], record["config"]["prefix"]["init_std"]) == expected
+
+
+def test_an_encoder_of_images_keeps_projected_prompts(tmp_path: Path) -> None:
+    config, preset = resolve(backbone="clip", model=str(demo.clip_path()), data=str(tmp_path))
+    assert settle(config, preset)[0].prefix.parametrization == "prompt"
 
 
 def test_a_users_own_warmup_is_refused() -> None:

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from zinit.config import HEAD, ROLES, WEIGHTS, JsonConfig
+from zinit.config import HEAD, ROLES, WEIGHTS, JsonConfig, PrefixConfig
 from zinit.errors import ConfigError
 from zinit.methods import METHODS
 from zinit.methods.rates import rate_settings, shares_rates
 from zinit.registry import did_you_mean
-from zinit.runs.config import DEFAULT_METHOD, RunConfig, read_tables
-from zinit.runs.presets import read_preset
+from zinit.runs.config import DEFAULT_METHOD, PARTS, RunConfig, read_tables
+from zinit.runs.presets import PROMPTS, read_preset
 from zinit.runs.settings import resolve
 from zinit.train.config import TrainConfig
 from zinit.validation import Name, PositiveFloat, Seed, Words
@@ -96,7 +96,15 @@ class Cell:
     def all_options(self) -> list[str]:
         """The method, the options and the values of what varies, as options of ``zinit train``."""
         varied = (f"{key}={_toml(value)}" for key, value in self.vary.items())
-        return [f"method={self.method}", *self.options, *varied]
+        return [f"method={self.method}", *self._default_prompts(), *self.options, *varied]
+
+    def _default_prompts(self) -> Options:
+        """Without a preset what prompts are is said, or ``zinit train`` would choose it for the model."""
+        said = {option.partition("=")[0] for option in self.options} | self.vary.keys()
+        parts = PARTS in METHODS.fact(self.method, "defaults") or any(name.startswith(f"{PARTS}.") for name in said)
+        if self.preset is not None or parts or not METHODS.fact(self.method, "takes_parts") or said & PROMPTS:
+            return ()
+        return (f"prefix.parametrization={PrefixConfig.parametrization}",)
 
     def resolve(self) -> RunConfig:
         """The settings of its run.

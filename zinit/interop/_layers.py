@@ -147,7 +147,10 @@ def topmost_layers(
     every, prefixes = list(handle.state.sites.values()), handle.prefixes if part is None else part.prefixes
     sites = [site for site in every if site.name in prefixes]
     if config.parametrization != "prompt":
-        raise cannot(format, f"it learns {LEARNED[config.parametrization]} directly, and the format holds prompts")
+        learned = LEARNED[config.parametrization]
+        raise cannot(
+            format, f"it learns {learned} directly, and the format holds prompts: parametrization='prompt' trains them"
+        )
     if not config.separate_softmax:
         raise cannot(
             format, "its prompts share one softmax with the words, and the format's prompts have a softmax of their own"

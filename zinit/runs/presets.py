@@ -17,7 +17,8 @@ OF_PRESETS = ("description", "model_layers")  # what a preset says of itself; th
 
 
 # Settings that are chosen for the model and its size where nothing gives them.
-PICKED = frozenset({"task.max_length", "train.learning_rate", "train.rates"})
+PROMPTS = frozenset({"prefix.parametrization", "prefix.init_std"})
+PICKED = PROMPTS | {"task.max_length", "train.learning_rate", "train.rates"}
 
 
 class Preset(str):

@@ -2,25 +2,26 @@
 
 Presets are made for one model and one length of training. On a smaller model, or in a shorter try, what would be
 refused is scaled: as large a part of the layers, the tokens there is room for, as large a part of the run for warm-up.
-Without a preset the tokens and the rates are chosen for the model. What the user gave is never changed.
+Without a preset the tokens, what prompts are and the rates are chosen for the model. What the user gave stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from zinit.adapter.file import AdapterFile
 from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
 from zinit.config import AdapterConfig, PrefixConfig
-from zinit.errors import BackboneError
+from zinit.errors import BackboneError, ZinitError
 from zinit.methods import METHODS
 from zinit.methods.rates import ZERO_INIT
 from zinit.models.loading import load_on_meta
 from zinit.models.room import check_positions, positions
 from zinit.runs.build import demo_model
 from zinit.runs.config import PARTS, RunConfig
-from zinit.runs.presets import Preset
+from zinit.runs.presets import PROMPTS, Preset
 from zinit.tasks import TASKS
 from zinit.train.config import TrainConfig
 from zinit.train.plan import Draws, Plan, rates_by_role
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from zinit.methods.base import Method
     from zinit.tasks.base import Task
 
-# Found on models of 22 and 270 million numbers, see docs/recipes.md; above SMALL it is the method's own rate.
+# Found on models of 22 to 500 million numbers, see docs/recipes.md; above SMALL it is the method's own rate.
 LARGEST, SMALL = 3e-2, 1_000_000_000
+STARTS: dict[str, Any] = {"parametrization": "key_value", "init_std": 0.02}  # of models of texts
 FOUND = {
     "a language model": {"source": 0.1, "tuning": 0.01},
     "an encoder": {"gates": 10.0, "source": 0.1, "tuning": 0.1, "head": 0.3},
@@ -93,8 +95,50 @@ def settle(config: RunConfig, preset: str | None) -> tuple[RunConfig, list[str]]
     if isinstance(preset, Preset):
         config, scaled = fit_to_model(config, preset, preview)
         notes += scaled
+    config, chosen = fit_start(config, preset, preview)
     check_settings(config, preview)
-    return config, notes
+    return config, [*notes, *chosen]
+
+
+def fit_start(config: RunConfig, preset: str | None, preview: Preview) -> tuple[RunConfig, list[str]]:
+    """Keys and values of their own, where neither a preset nor the user says what is learned.
+
+    A run that goes on from another's weights has what is learned there.
+
+    Args:
+        config: the run's settings.
+        preset: as `zinit.runs.settings.resolve` returned it.
+        preview: of the run's model.
+
+    Returns:
+        The settings, and what was chosen, in words.
+    """
+    free = isinstance(preset, Preset) and not preset and preset.untouched >= PROMPTS
+    small = sum(parameter.numel() for parameter in preview.model.parameters()) < SMALL
+    if not (free and small and TASKS.get(config.task).reads_texts and _has_plain_prompts(config)):
+        return config, []
+    if config.warm_start is not None and not _learns_keys(config.warm_start):
+        return config, []
+    said = ", ".join(f"prefix.{name}={value}" for name, value in STARTS.items())
+    note = f"{said}: what was good on models of texts of under a billion numbers (docs/recipes.md)"
+    return replace(config, prefix=replace(config.prefix, **STARTS)), [note]
+
+
+def _has_plain_prompts(config: RunConfig) -> bool:
+    """Whether the method learns one table of prompts a layer, and at zero-init's rates: so it was tried."""
+    if config.parts or METHODS.fact(config.method, "default_rates") != ZERO_INIT:
+        return False
+    parts = METHODS.get(config.method)(config.method_options).attached(config.adapter()).parts.values()
+    return bool(parts) and all(part.prompt == part.prompts == "table" for part in parts)
+
+
+def _learns_keys(source: str) -> bool:
+    """Whether an adapter has keys and values of its own; what is wrong with it is said when it is taken."""
+    try:
+        parts = AdapterConfig.of(AdapterFile.read(source).config).parts.values()
+    except ZinitError:
+        return False
+    return any(part.parametrization == STARTS["parametrization"] for part in parts)
 
 
 def fit_to_model(config: RunConfig, preset: Preset, preview: Preview) -> tuple[RunConfig, list[str]]:
@@ -141,13 +185,21 @@ def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainC
     if not (free and kind and small and own == ZERO_INIT):
         return config.train, []
     found = FOUND[kind]
-    if task.generates and any(part.gate == "query" for part in config.adapter().parts.values()):
-        found = {"gates": 0.1, **found}  # as fast as prompts they end above the loss before training
+    if task.generates:
+        found = {"gates": _gates_of_language_models(config.adapter()), **found}
     trained = {role: rate for role, rate in found.items() if role in rates_by_role(task, config.train)}
     rates = replace(config.train.rates, **trained)
     said = [f"train.learning_rate={LARGEST}", *(f"train.rates.{role}={rate:g}" for role, rate in trained.items())]
     note = f"{', '.join(said)}: what was good on {kind} of under a billion numbers (docs/recipes.md)"
     return replace(config.train, learning_rate=LARGEST, rates=rates), [note]
+
+
+def _gates_of_language_models(adapter: AdapterConfig) -> float:
+    """How much faster than prompts gates move; gates by query that are too fast end above the loss before training."""
+    by_query = any(part.gate == "query" for part in adapter.parts.values())
+    if all(part.parametrization == "key_value" for part in adapter.parts.values()):
+        return 1.0 if by_query else 10.0
+    return 0.1 if by_query else 1.0
 
 
 def fit_warmup(train: TrainConfig, preset: str | None, task: Task, seed: int) -> tuple[TrainConfig, list[str]]:

@@ -74,6 +74,7 @@ class Task(nn.Module, ABC):
         lower_is_better: names of figures in `Evaluation.metrics` that are better the lower they are.
         without_direction: names of figures that are no better the higher or the lower they are.
         generates: whether it makes text: what ``zinit chat`` and ``zinit generate`` need.
+        reads_texts: whether its examples are texts, alone or with images: what a small model's prompts start as.
         reads_several: whether ``--data`` may be given several times: the examples are those of all, in order.
         hub_task: what the Hub calls it, for the model card.
     """
@@ -92,6 +93,7 @@ class Task(nn.Module, ABC):
     lower_is_better: tuple[str, ...] = ("loss", "perplexity", "known_loss", "drift")
     without_direction: tuple[str, ...] = ()
     generates = False
+    reads_texts = False
     reads_several = False
     hub_task = "other"
     train_stream: Stream

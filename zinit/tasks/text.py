@@ -94,6 +94,7 @@ class TextTask(Task):
     hub_task = "text-generation"
     metric = "exact_match"
     generates = True
+    reads_texts = True
     reads_several = True
     config: TextConfig
 

@@ -36,6 +36,7 @@ class Joint(Task):
     loader = "zinit.models.loading:load_causal_lm"
     metric = "language_exact_match"
     generates = True
+    reads_texts = True
     reads_several = True
     lower_is_better = (*Task.lower_is_better, ANOTHER)
     config: JointConfig

@@ -42,6 +42,7 @@ class TokenClassification(Task):
     hub_task = "token-classification"
     Config = TokenClassificationConfig
     loader = "zinit.models.loading:load_encoder"
+    reads_texts = True
     baseline = "the frozen model with an untrained head"
     metric = "f1"
     reads_several = True

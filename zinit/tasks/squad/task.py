@@ -45,6 +45,7 @@ class Squad(Task):
     hub_task = "question-answering"
     Config = SquadConfig
     loader = "zinit.models.loading:load_encoder"
+    reads_texts = True
     baseline = "the frozen model with an untrained head"
     metric = "f1"
     reads_several = True
