@@ -305,7 +305,9 @@ def write_page(found: dict[str, Any]) -> None:
     """Puts the tables into the page, behind the line `TABLES`."""
     parts = []
     for name, host in found.items():
-        parts += [f"### {name}", f"Harm before any training:\n\n{_starts(host['starts'])}"]
+        parts.append(f"### {name}")
+        if host["starts"]:
+            parts.append(f"Harm before any training:\n\n{_starts(host['starts'])}")
         parts.append(f"After {host['steps']} steps, one seed:\n\n{_levers(host['levers'])}")
     head = PAGE.read_text("utf-8").partition(TABLES)[0] + TABLES
     PAGE.write_text("\n\n".join([head, *parts]) + "\n", "utf-8")
