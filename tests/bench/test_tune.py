@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.bench.test_bench import FAKE, Page, started
 from tests.cli.conftest import Zinit
+from tests.tiny import save_records, save_tiny_llama
 from zinit.bench import tune
 from zinit.bench.runner import Runner
 from zinit.errors import ZinitError
+from zinit.runs.settings import resolve
+from zinit.runs.train import build
+from zinit.train.loop import ignore
+from zinit.train.plan import rates_by_role
 
 pytestmark = pytest.mark.integration
+
+OWN = ("prefix.parametrization=key_value", "prefix.init_std=0.02")
 
 CONVERSATION = ("tune", "--backbone", "llama", "--task", "conversation", "-o", "train.learning_rate=1", "--jobs", 2)
 
@@ -64,6 +72,44 @@ def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Z
     page.feed((out / "report.html").read_text())
     assert page.captions == ["loss on the validation part by trial"]
     assert "<td>done</td>" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, ["train.learning_rate=0.03", "train.rates.gates=10", *OWN]),
+        ({"method": "zero-init-tuned"}, ["train.rates.tuning=0.01", *OWN]),
+        ({"options": ["train.learning_rate=1"]}, ["train.learning_rate=1", *OWN]),
+        ({"options": ["prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),
+        ({"options": ["zero-init:prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),
+        ({"method": "lora"}, []),
+    ],
+)
+def test_on_a_model_of_ones_own_a_search_begins_where_training_does(
+    given: dict[str, Any], options: list[str], tmp_path: Path
+) -> None:
+    model, data = str(save_tiny_llama(tmp_path / "model")), str(save_records(tmp_path / "data.json"))
+    held_out = [f"task.held_out_data={save_records(tmp_path / 'held_out.json', 9)}"]
+    plan = tune.make_plan(backbone="llama", model=model, data=data, validation=held_out, **given)
+    first, _ = plan.trial(plan.start)
+    searched = resolve(backbone="llama", model=model, data=data, options=first.all_options())
+    trained = resolve(
+        backbone="llama", model=model, data=data, method=given.get("method"), options=_plain(given.get("options", ()))
+    )
+    found = [
+        build(config, tmp_path, preset=preset, resume=False, on_event=ignore) for config, preset in (searched, trained)
+    ]
+    (config, rates), expected = ((run.config, rates_by_role(run.task, run.config.train)) for run in found)
+    assert (config.prefix.parametrization, config.prefix.init_std, rates) == (
+        *(expected[0].prefix.parametrization, expected[0].prefix.init_std),
+        expected[1],
+    )
+    assert set(options) <= set(first.all_options())
+    assert not found[0].scaled, "all that is chosen is said"
+
+
+def _plain(options: Sequence[str]) -> list[str]:
+    return [option.removeprefix("zero-init:") for option in options]
 
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(

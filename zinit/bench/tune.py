@@ -30,6 +30,8 @@ from zinit.runs.build import demo_model
 from zinit.runs.config import RunConfig, read_tables
 from zinit.runs.directory import write_json
 from zinit.runs.presets import read_preset
+from zinit.runs.preview import starting_options
+from zinit.runs.settings import resolve
 from zinit.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -203,6 +205,8 @@ def make_plan(
         preset = f"{experiment.task}/{preset}"
     if method is None:
         method = read_tables(read_preset(preset))["method"].get("name") if preset else None
+    if preset is None:
+        experiment = replace(experiment, options=(*_starting_options(experiment, method), *experiment.options))
     own = TASKS.get(str(experiment.task)).validation_options(demo=data is None)
     select = Selection(options=(*own, *validation), metric=metric)
     if not select.options:
@@ -210,6 +214,12 @@ def make_plan(
     experiment = replace(experiment, preset=preset, methods=(method or REFERENCE,), metric=metric, select=select)
     space, start = _default_space(experiment, said)
     return Plan(experiment=experiment, space=space, start=start)
+
+
+def _starting_options(experiment: Experiment, method: str | None) -> Options:
+    """What ``zinit train`` would choose for the model: the search begins where training does."""
+    names = {"backbone": experiment.backbone, "task": experiment.task, "model": experiment.model}
+    return starting_options(*resolve(**names, method=method, data=experiment.data, options=_options(experiment)))
 
 
 def _default_space(experiment: Experiment, said: dict[str, Range]) -> tuple[dict[str, Range], dict[str, Any]]:

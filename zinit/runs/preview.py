@@ -114,8 +114,7 @@ def fit_start(config: RunConfig, preset: str | None, preview: Preview) -> tuple[
         The settings, and what was chosen, in words.
     """
     free = isinstance(preset, Preset) and not preset and preset.untouched >= PROMPTS
-    small = sum(parameter.numel() for parameter in preview.model.parameters()) < SMALL
-    if not (free and small and TASKS.get(config.task).reads_texts and _has_plain_prompts(config)):
+    if not (free and _is_small(preview.model) and TASKS.get(config.task).reads_texts and _has_plain_prompts(config)):
         return config, []
     if config.warm_start is not None and not _learns_keys(config.warm_start):
         return config, []
@@ -178,15 +177,10 @@ def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainC
     Returns:
         The loop's settings, and what was chosen, in words.
     """
-    own = METHODS.fact(config.method, "default_rates")
-    free = isinstance(preset, Preset) and not preset and {"train.learning_rate", "train.rates"} <= preset.untouched
     kind = "a language model" if task.generates else "an encoder" if "head" in rates_by_role(task, config.train) else ""
-    small = sum(parameter.numel() for parameter in task.model.parameters()) < SMALL
-    if not (free and kind and small and own == ZERO_INIT):
+    if not kind or not _chooses_rates(config, preset, task.model):
         return config.train, []
-    found = FOUND[kind]
-    if task.generates:
-        found = {"gates": _gates_of_language_models(config.adapter()), **found}
+    found = _found(kind, config)
     trained = {role: rate for role, rate in found.items() if role in rates_by_role(task, config.train)}
     rates = replace(config.train.rates, **trained)
     said = [f"train.learning_rate={LARGEST}", *(f"train.rates.{role}={rate:g}" for role, rate in trained.items())]
@@ -194,12 +188,45 @@ def fit_rates(config: RunConfig, preset: str | None, task: Task) -> tuple[TrainC
     return replace(config.train, learning_rate=LARGEST, rates=rates), [note]
 
 
-def _gates_of_language_models(adapter: AdapterConfig) -> float:
-    """How much faster than prompts gates move; gates by query that are too fast end above the loss before training."""
-    by_query = any(part.gate == "query" for part in adapter.parts.values())
-    if all(part.parametrization == "key_value" for part in adapter.parts.values()):
-        return 1.0 if by_query else 10.0
-    return 0.1 if by_query else 1.0
+def _chooses_rates(config: RunConfig, preset: str | None, model: nn.Module) -> bool:
+    free = isinstance(preset, Preset) and not preset and {"train.learning_rate", "train.rates"} <= preset.untouched
+    return free and _is_small(model) and METHODS.fact(config.method, "default_rates") == ZERO_INIT
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) < SMALL
+
+
+def _found(kind: str, config: RunConfig) -> dict[str, float]:
+    """Factors by role. Gates by query of a language model that are too fast end above the loss before training."""
+    if kind != "a language model":
+        return FOUND[kind]
+    parts = config.adapter().parts.values()
+    gates = 0.1 if any(part.gate == "query" for part in parts) else 1.0
+    if all(part.parametrization == "key_value" for part in parts):
+        gates *= 10
+    return {"gates": gates, **FOUND[kind]}
+
+
+def starting_options(config: RunConfig, preset: str | None) -> tuple[str, ...]:
+    """What `settle` and `fit_rates` choose for a small model of texts, as options: a search begins there too.
+
+    Args:
+        config: the run's settings.
+        preset: as `zinit.runs.settings.resolve` returned it.
+    """
+    task, preview = TASKS.get(config.task), Preview.of(config)
+    if preview is None:
+        return ()
+    started, chosen = fit_start(config, preset, preview)
+    said = [f"prefix.{name}={value}" for name, value in STARTS.items()] if chosen else []
+    kind = "a language model" if task.generates else "an encoder"
+    if task.reads_texts and _chooses_rates(config, preset, preview.model):
+        tuned = METHODS.get(config.method)(config.method_options).attached(config.adapter()).tuning is not None
+        kept = {"gates", "head", *(["tuning"] if tuned else [])}
+        said += [f"train.learning_rate={LARGEST}"]
+        said += [f"train.rates.{role}={rate:g}" for role, rate in _found(kind, started).items() if role in kept]
+    return tuple(said)
 
 
 def fit_warmup(train: TrainConfig, preset: str | None, task: Task, seed: int) -> tuple[TrainConfig, list[str]]:
