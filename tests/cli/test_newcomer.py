@@ -28,7 +28,6 @@ def test_a_run_says_nothing_of_libraries(zinit: Zinit, model: Path, data: Path, 
     said = [line for line in done.err.splitlines() if line.strip()]
     own = (
         "loading model",
-        "note: chosen for this model: prefix.parametrization=key_value",
         "evaluating",
         "training 3 prompts in 3 of 3 layers; ",
         "step ",

@@ -101,9 +101,9 @@ def settle(config: RunConfig, preset: str | None) -> tuple[RunConfig, list[str]]
 
 
 def fit_start(config: RunConfig, preset: str | None, preview: Preview) -> tuple[RunConfig, list[str]]:
-    """Keys and values of their own, where neither a preset nor the user says what is learned.
+    """Keys and values of their own, where neither a preset nor the user says what is learned, or at which rates.
 
-    A run that goes on from another's weights has what is learned there.
+    They were found together. A run that goes on from another's weights has what is learned there.
 
     Args:
         config: the run's settings.
@@ -113,8 +113,8 @@ def fit_start(config: RunConfig, preset: str | None, preview: Preview) -> tuple[
     Returns:
         The settings, and what was chosen, in words.
     """
-    free = isinstance(preset, Preset) and not preset and preset.untouched >= PROMPTS
-    if not (free and _is_small(preview.model) and TASKS.get(config.task).reads_texts and _has_plain_prompts(config)):
+    free = _chooses_rates(config, preset, preview.model) and isinstance(preset, Preset) and preset.untouched >= PROMPTS
+    if not (free and TASKS.get(config.task).reads_texts and _has_plain_prompts(config)):
         return config, []
     if config.warm_start is not None and not _learns_keys(config.warm_start):
         return config, []
@@ -124,8 +124,8 @@ def fit_start(config: RunConfig, preset: str | None, preview: Preview) -> tuple[
 
 
 def _has_plain_prompts(config: RunConfig) -> bool:
-    """Whether the method learns one table of prompts a layer, and at zero-init's rates: so it was tried."""
-    if config.parts or METHODS.fact(config.method, "default_rates") != ZERO_INIT:
+    """Whether the method learns one table of prompts a layer."""
+    if config.parts:
         return False
     parts = METHODS.get(config.method)(config.method_options).attached(config.adapter()).parts.values()
     return bool(parts) and all(part.prompt == part.prompts == "table" for part in parts)
