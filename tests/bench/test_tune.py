@@ -82,6 +82,7 @@ def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Z
         ({"options": ["train.learning_rate=1"]}, ["train.learning_rate=1", "prefix.parametrization=prompt"]),
         ({"options": ["prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),
         ({"options": ["zero-init:prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),
+        ({"method": "hyper-prompts"}, ["train.rates.source=0.1", "train.rates.gates=1"]),
         ({"method": "lora"}, []),
     ],
 )

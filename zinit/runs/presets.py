@@ -15,9 +15,8 @@ from zinit.registry import did_you_mean
 PRESETS = resources.files("zinit.runs") / "presets"
 OF_PRESETS = ("description", "model_layers")  # what a preset says of itself; the rest are settings
 
-
+PROMPTS = frozenset({"prefix.parametrization", "prefix.init_std"})  # what prompts are, and start as
 # Settings that are chosen for the model and its size where nothing gives them.
-PROMPTS = frozenset({"prefix.parametrization", "prefix.init_std"})
 PICKED = PROMPTS | {"task.max_length", "train.learning_rate", "train.rates"}
 
 

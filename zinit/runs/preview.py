@@ -222,10 +222,11 @@ def starting_options(config: RunConfig, preset: str | None) -> tuple[str, ...]:
     said = [f"prefix.{name}={value}" for name, value in STARTS.items()] if chosen else []
     kind = "a language model" if task.generates else "an encoder"
     if task.reads_texts and _chooses_rates(config, preset, preview.model):
-        tuned = METHODS.get(config.method)(config.method_options).attached(config.adapter()).tuning is not None
-        kept = {"gates", "head", *(["tuning"] if tuned else [])}
+        adapter = METHODS.get(config.method)(config.method_options).attached(config.adapter())
+        source = adapter.context is not None or any(part.prompts != "table" for part in adapter.parts.values())
+        trained = {"gates": True, "head": True, "tuning": adapter.tuning is not None, "source": source}
         said += [f"train.learning_rate={LARGEST}"]
-        said += [f"train.rates.{role}={rate:g}" for role, rate in _found(kind, started).items() if role in kept]
+        said += [f"train.rates.{role}={rate:g}" for role, rate in _found(kind, started).items() if trained[role]]
     return tuple(said)
 
 
