@@ -18,6 +18,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"layers": (0, 3, 7), "gate": "identity", "gate_per": "layer", "gate_init": 0.25},
     {"gate_init": "random", "init_std": 0},
     {"gating": False, "separate_softmax": False, "parametrization": "key_value"},
+    {"separate_softmax": False},
 ]
 
 
@@ -90,7 +91,6 @@ def test_settings_are_frozen_and_keyword_only() -> None:
         {"init_std": float("inf")},
         {"init_std": True},
         {"init_std": "1"},
-        {"separate_softmax": False},
     ],
     ids=str,
 )

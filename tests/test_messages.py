@@ -111,12 +111,12 @@ MESSAGES: dict[str, Message] = {
         expected="'tanh', 'identity'",
         next_step="must be one of",
     ),
-    "joint-and-gated": Message(
-        mistake=lambda _: PrefixConfig(separate_softmax=False),
+    "context-alone-in-one-softmax": Message(
+        mistake=lambda _: PrefixConfig(prompt="context", separate_softmax=False),
         error=ConfigError,
-        got="separate_softmax=False",
-        expected="has no gate",
-        next_step="set gating=False",
+        got="prompt='context'",
+        expected="no context",
+        next_step="leave separate_softmax at True",
     ),
     "setting": Message(
         mistake=lambda _: PrefixConfig.from_dict({"lenght": 3}),

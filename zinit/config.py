@@ -259,8 +259,8 @@ class PrefixConfig(JsonConfig):
         gate_init: where every gate starts. 0 is zero-init attention; ``"random"`` draws from N(0, 1), the paper's
             ablation of it.
         gating: ``False`` leaves the gate out: the prompts' attention is added with weight one.
-        separate_softmax: ``False`` lets prompts and words share one softmax, which is plain prefix tuning. There is
-            no gate then (``gating`` must be ``False``).
+        separate_softmax: ``False`` lets prompts and words share one softmax: plain prefix tuning with ``gating=False``,
+            or a gate that leads from the host's attention to it.
         parametrization: what is learned: ``"prompt"``, K vectors of the model's width that pass the host's frozen key
             and value projections (LLaMA-Adapter), ``"key_value"``, the keys and values themselves (P-tuning v2), or
             ``"matrix"``, one for each head that the query is multiplied by, without prompts and a softmax
@@ -291,11 +291,6 @@ class PrefixConfig(JsonConfig):
         self._check_prompts()
         if isinstance(self.layers, tuple) and list(self.layers) != sorted(set(self.layers)):
             raise ConfigError(f"layers must be ascending without repeats; got {self.layers!r}.")
-        if not self.separate_softmax and self.gating:
-            raise ConfigError(
-                "a softmax shared by prompts and words (separate_softmax=False, plain prefix tuning) has no gate: "
-                "set gating=False as well."
-            )
 
     def _check_prompts(self) -> None:
         if self.parametrization != "prompt" and (self.prompt != "table" or self.prompts != "table"):
@@ -307,6 +302,11 @@ class PrefixConfig(JsonConfig):
             raise ConfigError(
                 f"parametrization='matrix' has neither prompts nor a softmax: leave out length={self.length} and "
                 f"separate_softmax={self.separate_softmax}."
+            )
+        if self.prompt == "context" and not self.separate_softmax:
+            raise ConfigError(
+                "prompt='context' in one softmax with the words (separate_softmax=False) would change samples that "
+                "have no context: leave separate_softmax at True, or use prompt='table+context'."
             )
         if self.prompt == "context" and self.prompts != "table":
             raise ConfigError(f"prompt='context' learns no prompts, so prompts={self.prompts!r} has nothing to make.")

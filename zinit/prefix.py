@@ -92,6 +92,8 @@ class ZeroGatedPrefix(nn.Module):
     With ``parametrization="matrix"`` (Prefix-Tuning+, arXiv 2506.13674) the addition is act(g_h) elu(q_h) M_h: what is
     learned is M_h (D, D), in the place of what prompts would sum up to under a softmax made linear. Ours are elu, the
     query as it is handed over, unscaled, and that M may start at zero (``init_std=0``).
+    With ``separate_softmax=False`` prompts and words share one softmax. Without a gate that is plain prefix tuning; the
+    gate leads there from the host's output, see `between`. A backbone attends twice for it; it is ours.
     Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
 
     Args:
@@ -198,8 +200,8 @@ class ZeroGatedPrefix(nn.Module):
 
         Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
         number per head, and costs K x D instead of T x K multiplications. A gate by query is applied later, in the
-        forward pass. With a shared softmax there is no gate and the heads stay grouped: (1 or B, G, K, D). Matrices
-        stand for the values, (1, H, D, D), and there are no keys, (1, H, 0, D).
+        forward pass, and so is that of a shared softmax, whose heads stay grouped: (1 or B, G, K, D). Matrices stand
+        for the values, (1, H, D, D), and there are no keys, (1, H, 0, D).
 
         Raises:
             ConfigError: if the context does not fit.
@@ -238,12 +240,31 @@ class ZeroGatedPrefix(nn.Module):
         """
         if not self.config.separate_softmax:
             raise BackboneError(
-                "the model's backbone does not support plain prefix tuning (separate_softmax=False): it adds the "
-                "prompts' attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.concat_prefix`."
+                "the model's backbone does not support prefix tuning (separate_softmax=False): it adds the prompts' "
+                "attention to the words'. Leave separate_softmax at True, or see `zinit.prefix.concat_prefix`."
             )
         matrix = self.config.parametrization == "matrix"
         addition = multiply_by_matrix(query, value) if matrix else attend_prompts(query, key, value, scale)
         return self._gate_by_query(query) * addition if self.by_query else addition
+
+    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
+        """``own + act(g_h) (shared - own)``: from the host's output, at gate 0, to plain prefix tuning's, at gate 1.
+
+        With Z_w and Z_p what words and prompts sum up to in the softmax, that adds
+        act(g_h) Z_p / (Z_w + Z_p) (softmax(q_h P_k^T) P_v - own): each query weighs the prompts by itself.
+
+        Args:
+            query: (B, H, T, D), as for `forward`.
+            own: (B, H, T, D), the attention to the words alone; not needed without gating.
+            shared: (B, H, T, D), that to prompts and words, of `concat_prefix`.
+
+        Returns:
+            (B, H, T, D); with a gate of zero exactly ``own``.
+        """
+        if own is None or not self.config.gating:
+            return shared
+        gate = self._gate_by_query(query) if self.by_query else self.gates().view(-1, 1, 1).to(own.dtype)
+        return own + gate * (shared - own)
 
     def _gate_by_query(self, query: Tensor) -> Tensor:
         """(B, H, T, 1); what `gates` shows of them is noted."""

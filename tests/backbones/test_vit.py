@@ -24,7 +24,11 @@ from zinit.methods import METHODS
 from zinit.methods.base import ApplyContext
 
 OPEN = zinit.PrefixConfig(length=5, gate_init=0.7)
-JOINT = zinit.PrefixConfig(length=5, gating=False, separate_softmax=False)
+WAYS = {
+    "gated": OPEN,
+    "joint": zinit.PrefixConfig(length=5, gating=False, separate_softmax=False),
+    "between": zinit.PrefixConfig(length=5, gate_init=0.7, separate_softmax=False),
+}
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
@@ -44,7 +48,7 @@ def by_hand(
     x: Tensor,
     prefix: Any,
     rope: Tensor | None = None,
-    joint: bool = False,
+    way: str = "gated",
     given: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The adapted module written out, without hooks: loops over samples and heads, rows of the weights picked by
@@ -83,12 +87,14 @@ def by_hand(
             for name, term in (given or {}).items():
                 words = words + (term[place % len(term)] if name == "mask" else term[0, head])
             prompts = query @ k_norm(part(prefix.prompt.weight, 1, head)).T * size**-0.5
-            if joint:
-                shares = torch.cat([prompts, words], dim=-1).softmax(-1)
-                outs.append(shares @ torch.cat([prompt_value, value]))
+            shares = torch.cat([prompts, words], dim=-1).softmax(-1)
+            both, own = shares @ torch.cat([prompt_value, value]), words.softmax(-1) @ value
+            if way == "joint":
+                outs.append(both)
+            elif way == "between":
+                outs.append((1 - prefix.gate[head].tanh()) * own + prefix.gate[head].tanh() * both)
             else:
-                own = prompts.softmax(-1) @ prompt_value
-                outs.append(words.softmax(-1) @ value + prefix.gate[head].tanh() * own)
+                outs.append(own + prefix.gate[head].tanh() * (prompts.softmax(-1) @ prompt_value))
         samples.append(attn.proj.forward(norm(torch.cat(outs, dim=-1))))
     return torch.stack(samples)
 
@@ -103,19 +109,19 @@ ATTENTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-@pytest.mark.parametrize("joint", [False, True], ids=["gated", "joint"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_the_formula_written_out(kind: str, joint: bool, fused: bool) -> None:
+def test_the_formula_written_out(kind: str, way: str, fused: bool) -> None:
     torch.manual_seed(1)
     model = set_fused(randomized(Blocks(ATTENTIONS[kind]())), fused)
     attn: Any = model.blocks[0]  # pyright: ignore
-    handle = zinit.attach(model, JOINT if joint else OPEN, backbone="vit")
+    handle = zinit.attach(model, WAYS[way], backbone="vit")
     prefix = handle.prefixes["blocks.0"]
     x = torch.randn(2, 7, 32)
     ropes = [None, torch.randn(6, 16)] if kind == "eva" else [None]
     for rope in ropes:
         got = model(x) if rope is None else model(x, rope=rope)
-        torch.testing.assert_close(got, by_hand(attn, x, prefix, rope, joint), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got, by_hand(attn, x, prefix, rope, way), atol=1e-5, rtol=1e-4)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -262,9 +268,9 @@ BIASED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-@pytest.mark.parametrize("joint", [False, True], ids=["gated", "joint"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", sorted(BIASED))
-def test_biases_of_relative_position_written_out(kind: str, joint: bool, fused: bool) -> None:
+def test_biases_of_relative_position_written_out(kind: str, way: str, fused: bool) -> None:
     """Scores per sample and head in plain loops, the biases looked up place by place."""
     torch.manual_seed(1)
     make, count, extra = BIASED[kind]
@@ -276,10 +282,10 @@ def test_biases_of_relative_position_written_out(kind: str, joint: bool, fused: 
         zinit.attach(model, zinit.PrefixConfig(length=5), backbone="vit", seed=0)
         assert torch.equal(model(x, **given), frozen)
         zinit.get_handle(model).detach()
-        handle = zinit.attach(model, JOINT if joint else OPEN, backbone="vit", seed=0)
+        handle = zinit.attach(model, WAYS[way], backbone="vit", seed=0)
         got = model(x, **given)
         assert (got - frozen).abs().max() > 1e-2
-        expected = by_hand(attn, x, handle.prefixes["blocks.0"], joint=joint, given=given)
+        expected = by_hand(attn, x, handle.prefixes["blocks.0"], way=way, given=given)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
         handle.detach()
 

@@ -122,7 +122,6 @@ def test_a_file_is_no_preset(folder: str, refused, tmp_path: Path, monkeypatch: 
         (["--backbone", "llama", "-o", "prefix.length=0"], ["length", "at least 1", "0"]),
         (["--backbone", "llama", "-o", "prefix.length=ten"], ["length", "'ten'"]),
         (["--backbone", "llama", "-o", "prefix.gate=sigmoid"], ["gate", "'tanh', 'identity'", "'sigmoid'"]),
-        (["--backbone", "llama", "-o", "separate_softmax=false"], ["gating=False"]),
         (["--backbone", "llama", "-o", "learning_rate=-1"], ["learning_rate", "-1"]),
         (["--backbone", "llama", "-o", "batch_size=0"], ["batch_size", "at least 1"]),
         (["--backbone", "llama", "-o", "batch_size=0"], ["[train] batch_size"]),

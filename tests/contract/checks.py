@@ -19,6 +19,7 @@ VARIANTS: dict[str, zinit.PrefixConfig] = {
     "identity": zinit.PrefixConfig(length=5, layers=2, gate="identity"),
     "per-layer": zinit.PrefixConfig(length=5, gate_per="layer"),
     "key-value": zinit.PrefixConfig(length=5, layers=2, parametrization="key_value"),
+    "joint-gated": zinit.PrefixConfig(length=5, layers=2, separate_softmax=False),
 }
 WITHOUT_GATE: dict[str, zinit.PrefixConfig] = {
     "ungated": zinit.PrefixConfig(length=5, layers=2, gating=False),

@@ -69,6 +69,12 @@ def weighted(scores: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack([weight * value for weight, value in zip(softmax(scores), values, strict=True)]).sum(0)
 
 
+def share(scores: list[Tensor], others: list[Tensor]) -> Tensor:
+    """What part of a softmax over both the first have."""
+    mass, rest = (torch.stack([torch.exp(score) for score in part]).sum() for part in (scores, others))
+    return mass / (mass + rest)
+
+
 def squashed(gate: Tensor, head: int, squash: str, q: Tensor) -> Tensor:
     number = gate[head] if gate.shape[0] > 1 else gate[0]
     if squash == "query":
@@ -159,9 +165,12 @@ def attention(
             elif f"{site}.key" in adapter:
                 own_scores = [q @ k * scale for k in adapter[f"{site}.key"][group]]
                 own_values = list(adapter[f"{site}.value"][group])
-            if prefix.joint:
+            if prefix.joint and not prefix.gated:
                 scores, values = own_scores + scores, own_values + values
             out = weighted(scores, values) if scores else torch.zeros(size, dtype=x.dtype)
+            if own_scores and scores and prefix.joint and prefix.gated:
+                gate = squashed(adapter[f"{site}.gate"], h, prefix.squash, q)
+                out = out + gate * share(own_scores, scores) * (weighted(own_scores, own_values) - out)
             if own_scores and not prefix.joint:
                 gate = squashed(adapter[f"{site}.gate"], h, prefix.squash, q) if prefix.gated else 1.0
                 out = out + gate * weighted(own_scores, own_values)

@@ -126,7 +126,7 @@ def test_an_open_gate_changes_the_output(case: Case, variant: str) -> None:
 
 def test_the_implementations_agree(case: Case) -> None:
     outputs: list[Tensor] = []
-    for variant in ({}, {"gating": False, "separate_softmax": False}):
+    for variant in ({}, {"gating": False, "separate_softmax": False}, {"separate_softmax": False}):
         for implementation in case.implementations:
             model = case.build()
             set_implementation(model, implementation)
@@ -148,10 +148,11 @@ def test_attention_weights_are_still_the_words(case: Case) -> None:
     if not hasattr(output, "attentions"):
         pytest.skip("its output has none of its own")
     frozen = output.attentions
-    handle = zinit.attach(model, CLOSED)
-    for now, before in zip(model(**batch, output_attentions=True).attentions, frozen, strict=True):
-        assert torch.equal(now, before)
-    handle.detach()
+    for closed in (CLOSED, VARIANTS["joint-gated"]):
+        handle = zinit.attach(model, closed)
+        for now, before in zip(model(**batch, output_attentions=True).attentions, frozen, strict=True):
+            assert torch.equal(now, before)
+        handle.detach()
     zinit.attach(model, OPEN)
     first = model(**batch, output_attentions=True).attentions[0]  # below the adapted layers
     assert torch.equal(first, frozen[0])

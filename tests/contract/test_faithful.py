@@ -208,6 +208,18 @@ def adapted(name: str, case: Case, **settings: Any) -> tuple[Any, Any]:
     return model, method(method.Config(**settings)).apply(model, context)
 
 
+def test_gated_prefix_tuning_goes_from_the_host_to_prefix_tuning(leader: Case) -> None:
+    """Gates of one are plain prefix tuning, gates of zero the host, and what it starts at is zero."""
+    plain, there = adapted("prefix-tuning", leader)
+    model, method = adapted("gated-prefix-tuning", leader)
+    assert torch.equal(run(leader, model), run(leader, leader.build()))
+    with torch.no_grad():
+        for name, prefix in method.handle.prefixes.items():
+            prefix.gate.fill_(20.0)  # tanh is one
+            prefix.get_parameter("prompt.weight").copy_(there.handle.prefixes[name].get_parameter("prompt.weight"))
+    torch.testing.assert_close(run(leader, model), run(leader, plain), atol=1e-5, rtol=1e-4)
+
+
 def test_prefix_tuning_has_one_softmax(leader: Case) -> None:
     model, method = adapted("prefix-tuning", leader)
     joint, apart = leader.build(), leader.build()

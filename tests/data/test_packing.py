@@ -89,11 +89,14 @@ def test_rows_by_hand() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [llama, mistral, gpt2])
-@pytest.mark.parametrize("shared_softmax", [False, True])
-def test_packed_equals_alone(make: Callable, attention: str, shared_softmax: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [{"gate_init": 0.5}, {"separate_softmax": False, "gating": False}, {"separate_softmax": False, "gate_init": 0.5}],
+    ids=["gated", "joint", "between"],
+)
+def test_packed_equals_alone(make: Callable, attention: str, own: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make(attention)
-    own = {"separate_softmax": False, "gating": False} if shared_softmax else {"gate_init": 0.5}
     handle = zinit.attach(model, zinit.PrefixConfig(length=3, layers=2, **own), seed=1)
     packed = task(model, handle, tmp_path, packing=True)
     indices = [4, 0, 7, 11, 2, 9]

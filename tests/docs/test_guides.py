@@ -169,7 +169,7 @@ def test_plain_prefix_tuning_is_refused_or_right(backbone: Guide) -> None:
     split, rotate = backbone.names["split"], backbone.names["rotate"]
     tuning = zinit.PrefixConfig(length=3, layers=1, gating=False, separate_softmax=False)
     handle = zinit.attach(model, tuning, seed=0)
-    with pytest.raises(BackboneError, match="does not support plain prefix tuning"):
+    with pytest.raises(BackboneError, match="does not support prefix tuning"):
         model(x)
     handle.detach()
     zinit.register_backbone("both", "my_backbone_both:MINE")
@@ -186,6 +186,14 @@ def test_plain_prefix_tuning_is_refused_or_right(backbone: Guide) -> None:
         weights = (query @ key.mT * 8**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
         expected = x + layer.out((weights @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x), expected)
+    handle.detach()
+    half = zinit.PrefixConfig(length=3, layers=1, gate="identity", gate_init=0.5, separate_softmax=False)
+    gated = zinit.attach(model, half, seed=0, backbone="both")
+    with gated.disabled(), torch.no_grad():
+        frozen = layer(x)
+    with torch.no_grad():
+        gated.prefixes["layers.2"].get_parameter("prompt.weight").copy_(tokens[0])
+        torch.testing.assert_close(layer(x), (frozen + expected) / 2)
 
 
 def test_the_other_methods_run_on_the_backbone(backbone: Guide) -> None:

@@ -64,6 +64,10 @@ class PrefixWithContext:
         self.check_rows(query.shape[0])
         return self.prefix(query, key, value, scale)
 
+    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
+        """See `ZeroGatedPrefix.between`."""
+        return self.prefix.between(query, own, shared)
+
     def check_rows(self, batch: int) -> None:
         """See `AttentionSite.check_rows`."""
         if self.context is not None:

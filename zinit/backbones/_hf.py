@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from zinit.backbones._rows import rows_of
 from zinit.backbones._view import NEXT_STEP, ConfigView, HostView, asks_for_implementation
-from zinit.backbones.base import AttentionSite, PrefixSlot
+from zinit.backbones.base import AttentionSite, PrefixSlot, shares_softmax
 from zinit.compat import attention_implementation, guard_tied_weights, unguard_tied_weights
 from zinit.errors import BackboneError
 from zinit.prefix import concat_prefix
@@ -61,13 +61,15 @@ def attend(
         return attention(host, query, key, value, attention_mask, **kwargs)
 
     prefix, prompt_key, prompt_value = found
-    if not prefix.config.separate_softmax:
+    if shares_softmax(prefix):
         slot.check_rows(prefix, query.shape[0])
         if name not in ("sdpa", "eager"):
             raise BackboneError(
-                f"plain prefix tuning (separate_softmax=False) needs the attention implementation 'sdpa' or 'eager', "
+                f"prefix tuning (separate_softmax=False) needs the attention implementation 'sdpa' or 'eager', "
                 f"not {name!r}. Call model.set_attn_implementation('sdpa')."
             )
+        gated = prefix.config.gating
+        own, weights = attention(host, query, key, value, attention_mask, **kwargs) if gated else (None, None)
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         key, value, attention_mask = concat_prefix(
@@ -76,7 +78,10 @@ def attend(
         if attention_mask is None:
             kwargs["is_causal"] = False  # every query sees every key: the causal case has a mask by now
         kwargs |= without_position(kwargs, prompt_key.shape[2], key.shape[2])
-        return attention(host, query, key, value, attention_mask, **kwargs)
+        shared, of_both = attention(host, query, key, value, attention_mask, **kwargs)
+        if own is None:
+            return shared, of_both
+        return prefix.between(query, own.transpose(1, 2), shared.transpose(1, 2)).transpose(1, 2), weights
 
     out, weights = attention(host, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
@@ -101,7 +106,7 @@ def without_position(given: dict[str, Any], prompts: int, keys: int) -> dict[str
             continue
         if name != "position_bias":
             raise BackboneError(
-                f"plain prefix tuning (separate_softmax=False) cannot follow {name}, which the model hands to its "
+                f"prefix tuning (separate_softmax=False) cannot follow {name}, which the model hands to its "
                 f"attention function for every word. Leave separate_softmax at True."
             )
         changed[name] = F.pad(value, (prompts, 0))

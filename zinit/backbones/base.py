@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,19 @@ class ActivePrefix(Protocol):
             ConfigError: if samples differ, and it is not known which row of the batch is of which.
         """
         ...
+
+
+class SharingPrefix(ActivePrefix, Protocol):
+    """A prefix in one softmax with the words: it stands alone."""
+
+    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
+        """The heads' output, (B, H, T, D); see `zinit.prefix.ZeroGatedPrefix.between`."""
+        ...
+
+
+def shares_softmax(prefix: ActivePrefix) -> TypeGuard[SharingPrefix]:
+    """Whether words and prompts share one softmax, and the host has to attend to both at once."""
+    return not prefix.config.separate_softmax
 
 
 AtSlot = tuple[ActivePrefix | None, tuple[Any, Any] | None]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, with_real_weights
+from zinit.backbones.base import AttentionSite, PrefixSlot, random_like, shares_softmax, with_real_weights
 from zinit.compat import has_window_bias, window_bias
 from zinit.errors import BackboneError, ConfigError
 from zinit.prefix import concat_prefix
@@ -108,10 +108,12 @@ class Seam:
             )
         query = final_query(forward)
         prompts = slot.keys_values(host, prefix, query.dtype)
-        if prefix.config.separate_softmax:
+        if not shares_softmax(prefix):
             return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)).view_as(args[0]), *args[1:])
         slot.check_rows(prefix, query.shape[0])
-        return (heads_side_by_side(attend_jointly(forward, query, prompts)), *args[1:])
+        own = in_heads(host, args[0]) if prefix.config.gating else None
+        shared = prefix.between(query, own, attend_jointly(forward, query, prompts))
+        return (heads_side_by_side(shared).view_as(args[0]), *args[1:])
 
 
 def final_query(forward: Forward) -> Tensor:
@@ -122,7 +124,7 @@ def final_query(forward: Forward) -> Tensor:
 
 
 def attend_jointly(forward: Forward, query: Tensor, prompts: tuple[Tensor, Tensor]) -> Tensor:
-    """Plain prefix tuning attends once more, to prompts and words: (B, H, T, D)."""
+    """Prefix tuning attends once more, to prompts and words: (B, H, T, D)."""
     host, given = forward.host, forward.given
     key, value = project_kv(host, given["x"])
     key = rotate(host, key, given.get("rope"))

@@ -100,6 +100,11 @@ METHODS = Registry(
             "Plain prefix tuning: the same prompts without a gate, in one softmax with the words.",
             rates="ZERO_INIT",
         ),
+        "gated-prefix-tuning": _entry(
+            "prefix:GatedPrefixTuning",
+            "Prefix tuning behind a gate from zero: in one softmax with the words, at the start exactly the host.",
+            rates="ZERO_INIT",
+        ),
         "zero-init-tuned": _entry(
             "prefix:TunedZeroInit",
             "Zero-init attention with V2's bias tuning: scales, biases and norms of every layer.",

@@ -56,6 +56,15 @@ class PrefixTuning(ZeroInit):
         return replace(prefix, gating=False, separate_softmax=False)
 
 
+class GatedPrefixTuning(ZeroInit):
+    """Prefix tuning behind a zero-init gate: each head's output goes from the host's to plain prefix tuning's. Ours."""
+
+    name = "gated-prefix-tuning"
+
+    def variant(self, prefix: PrefixConfig) -> PrefixConfig:
+        return replace(prefix, gating=True, separate_softmax=False)
+
+
 class AdaptionPromptRecipe(ZeroInit):
     """The same prompts as PEFT's AdaptionPrompt has them: N(0, 1), one gate per layer, as it stands (no tanh)."""
 
