@@ -75,6 +75,8 @@ LEVERS: dict[str, Lever] = {
     "keys and values of their own, N(0, 0.02²)": Lever(options=OWN),
     "their own, and gates x10": Lever(options=(*OWN, "train.rates.gates=10")),
     "their own, and a gate for each query": Lever("query-gate", OWN),
+    "in one softmax with the words": Lever("gated-prefix-tuning"),
+    "their own, gates x10, in one softmax": Lever("gated-prefix-tuning", (*OWN, "train.rates.gates=10")),
     "prompts N(0, 1)": Lever(options=("prefix.init_std=1",)),
     "prompts through the projections, N(0, 0.02²)": Lever(options=(PROJECTED, "prefix.init_std=0.02")),
     "prompts through the projections, N(0, 1)": Lever(options=(PROJECTED, "prefix.init_std=1")),
@@ -255,7 +257,7 @@ class Watch(Callback):
         self.losses: list[float] = []
         self.gradients: list[dict[str, float]] = []
         self.spread: list[float] = []  # of this step: entropy of the attention to prompts, 1 where it is even
-        self.spreads: list[float] = []
+        self.spreads: list[float | None] = []  # None in one softmax with the words, whose attention is the host's own
         for prefix in self.handle.prefixes.values():
             prefix.register_forward_hook(self._attended)
 
@@ -277,7 +279,7 @@ class Watch(Callback):
         gates = torch.cat([gates.detach().abs().flatten() for gates in self.handle.gates().values()])
         self.gates.append(gates.mean().item())
         self.losses.append(step.loss)
-        self.spreads.append(sum(self.spread) / max(1, len(self.spread)))
+        self.spreads.append(round(sum(self.spread) / len(self.spread), 4) if self.spread else None)
         self.spread.clear()
 
     def summary(self) -> dict[str, Any]:
@@ -287,7 +289,7 @@ class Watch(Callback):
         return {
             "prompts learn from step": matters,
             "mean gate": self.gates[-1],
-            "spread": [round(self.spreads[0], 4), round(self.spreads[-1], 4)],
+            "spread": [self.spreads[0], self.spreads[-1]],
             "gradient of prompts / gates": " ".join(f"{ratio:.2g}" for ratio in ratios),
             "training loss": " ".join(f"{loss:.3f}" for loss in self.losses),
         }
@@ -326,7 +328,7 @@ def _levers(found: dict[str, dict[str, Any]]) -> str:
             show(own["forgetting"], 4),
             str(own["prompts learn from step"] or "-"),
             show(own["mean gate"]),
-            ", ".join(f"{spread:.2f}" for spread in own["spread"]),
+            ", ".join("-" if spread is None else f"{spread:.2f}" for spread in own["spread"]),
         ]
         for name, own in found.items()
     ]
