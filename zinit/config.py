@@ -258,7 +258,8 @@ class PrefixConfig(JsonConfig):
         gate_per: one gate per ``"head"`` (all versions of the paper, "in practice") or one per ``"layer"``.
         gate_init: where every gate starts. 0 is zero-init attention; ``"random"`` draws from N(0, 1), the paper's
             ablation of it.
-        gating: ``False`` leaves the gate out: the prompts' attention is added with weight one.
+        gating: ``False`` leaves the gate out: the prompts' attention is added with weight one, or takes its share of
+            one softmax.
         separate_softmax: ``False`` lets prompts and words share one softmax: plain prefix tuning with ``gating=False``,
             or a gate that leads from the host's attention to it.
         parametrization: what is learned: ``"prompt"``, K vectors of the model's width that pass the host's frozen key

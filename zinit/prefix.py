@@ -93,7 +93,7 @@ class ZeroGatedPrefix(nn.Module):
     learned is M_h (D, D), in the place of what prompts would sum up to under a softmax made linear. Ours are elu, the
     query as it is handed over, unscaled, and that M may start at zero (``init_std=0``).
     With ``separate_softmax=False`` prompts and words share one softmax. Without a gate that is plain prefix tuning; the
-    gate leads there from the host's output, see `between`. A backbone attends twice for it; it is ours.
+    gate leads there from the host's output, see `toward`. A backbone attends twice for it; it is ours.
     Parameters are float32 whatever the host's dtype. The module holds no reference to its host.
 
     Args:
@@ -196,12 +196,12 @@ class ZeroGatedPrefix(nn.Module):
     def keys_values(
         self, project: ProjectKV, dtype: torch.dtype, context: Tensor | Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """All that does not depend on the text: the prompts' keys and gated values, each (1 or B, H, K, D).
+        """All that does not depend on the text: the prompts' keys and values, each (1 or B, H, K, D).
 
-        Multiplying the values by the gate instead of the attention weights is the same function, since a gate is one
-        number per head, and costs K x D instead of T x K multiplications. A gate by query is applied later, in the
-        forward pass, and so is that of a shared softmax, whose heads stay grouped: (1 or B, G, K, D). Matrices stand
-        for the values, (1, H, D, D), and there are no keys, (1, H, 0, D).
+        The values are gated: multiplying them by the gate instead of the attention weights is the same function, since
+        a gate is one number per head, and costs K x D instead of T x K multiplications. A gate by query is applied
+        later, in the forward pass, and so is that of a shared softmax, whose heads stay grouped: (1 or B, G, K, D).
+        Matrices stand for the values, (1, H, D, D), and there are no keys, (1, H, 0, D).
 
         Raises:
             ConfigError: if the context does not fit.
@@ -247,24 +247,24 @@ class ZeroGatedPrefix(nn.Module):
         addition = multiply_by_matrix(query, value) if matrix else attend_prompts(query, key, value, scale)
         return self._gate_by_query(query) * addition if self.by_query else addition
 
-    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
-        """``own + act(g_h) (shared - own)``: from the host's output, at gate 0, to plain prefix tuning's, at gate 1.
+    def toward(self, query: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+        """The addition where prompts and words share one softmax: ``act(g_h) (shared - own)``.
 
-        With Z_w and Z_p what words and prompts sum up to in the softmax, that adds
-        act(g_h) Z_p / (Z_w + Z_p) (softmax(q_h P_k^T) P_v - own): each query weighs the prompts by itself.
+        It leads the host's output, at gate 0, to plain prefix tuning's, at gate 1. With Z_w and Z_p what words and
+        prompts sum up to in the softmax it is act(g_h) Z_p / (Z_w + Z_p) (softmax(q_h P_k^T) P_v - own): each query
+        weighs the prompts by itself.
 
         Args:
             query: (B, H, T, D), as for `forward`.
-            own: (B, H, T, D), the attention to the words alone; not needed without gating.
-            shared: (B, H, T, D), that to prompts and words, of `concat_prefix`.
+            own: (B, H, T, D), the attention to the words alone.
+            shared: (B, H, T, D), that to prompts and words, of `concat_prefix`. Neither has dropout: what they differ
+                by is to come from the prompts.
 
         Returns:
-            (B, H, T, D); with a gate of zero exactly ``own``.
+            (B, H, T, D); with a gate of zero exactly zero.
         """
-        if own is None or not self.config.gating:
-            return shared
         gate = self._gate_by_query(query) if self.by_query else self.gates().view(-1, 1, 1).to(own.dtype)
-        return own + gate * (shared - own)
+        return gate * (shared - own)
 
     def _gate_by_query(self, query: Tensor) -> Tensor:
         """(B, H, T, 1); what `gates` shows of them is noted."""

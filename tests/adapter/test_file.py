@@ -108,6 +108,14 @@ def test_what_the_description_says(saved: Path) -> None:
     assert len(model["key_probe"]) == 16
 
 
+@pytest.mark.parametrize("new", [{"gate": "query"}, {"separate_softmax": False}, {"prompts": "hyper"}], ids=str)
+def test_what_version_1_has_no_words_for_is_version_2(tmp_path: Path, new: dict[str, Any]) -> None:
+    """So that an older zinit says that it is too old, and not that the file is damaged."""
+    zinit.attach(causal_lm("Llama"), zinit.PrefixConfig(length=3, **new), seed=0).save(tmp_path)
+    assert json.loads((tmp_path / "adapter.json").read_text())["format_version"] == 2
+    assert zinit.load(causal_lm("Llama"), tmp_path).config == zinit.PrefixConfig(length=3, **new)
+
+
 def test_saving_creates_folders_and_replaces(tmp_path: Path) -> None:
     handle = zinit.attach(causal_lm("Llama"), OPEN, seed=0)
     handle.save(tmp_path / "a" / "b")

@@ -71,6 +71,43 @@ def test_prompts_take_no_position_bias(
         torch.testing.assert_close(got[name], by_hand(model, handle, name, given), atol=1e-5, rtol=1e-4)
 
 
+def roberta(implementation: str) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.RobertaConfig(
+        **sizes, vocab_size=61, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=0
+    )
+    model = randomized(transformers.AutoModel.from_config(config))
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_closed_gate_draws_no_other_dropout(implementation: str) -> None:
+    model, batch = roberta(implementation).train(), text_batch("right")
+    torch.manual_seed(4)
+    frozen = model(**batch).last_hidden_state
+    zinit.attach(model, zinit.PrefixConfig(length=3, separate_softmax=False), seed=0)
+    torch.manual_seed(4)
+    assert torch.equal(model(**batch).last_hidden_state, frozen)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_gates_learn_from_prompts_and_not_from_dropout(implementation: str) -> None:
+    """Of one module alone, whose output is linear in the gate: its gradient is the same with dropout and without."""
+    model = roberta(implementation)
+    handle = zinit.attach(model, zinit.PrefixConfig(length=3, separate_softmax=False, gate_init=0.3), seed=0)
+    site = handle.sites[0]
+    states, found = torch.randn(3, 7, 32), []
+    weight = torch.randn(3, 7, 32)
+    for training in (True, False):
+        output = site.module.train(training)(states, attention_mask=None)[0]
+        (gate,) = torch.autograd.grad((output * weight).sum(), [handle.prefixes[site.name].gate])
+        found.append((gate, output.detach()))
+    (noisy, with_dropout), (clean, without) = found
+    assert not torch.allclose(with_dropout, without, atol=0.1)
+    torch.testing.assert_close(noisy, clean, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_generates_what_a_whole_forward_gives() -> None:
     model = t5()

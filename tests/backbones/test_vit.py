@@ -158,13 +158,27 @@ def test_images_of_any_size() -> None:
             assert not torch.equal(model(images), opened)
 
 
-def test_dropout_draws_the_same_numbers() -> None:
+@pytest.mark.parametrize("separate", [True, False])
+def test_dropout_draws_the_same_numbers(separate: bool) -> None:
     model = timm_vit(attn_drop_rate=0.3, proj_drop_rate=0.3, drop_path_rate=0.3).train()
     torch.manual_seed(4)
     frozen = model(IMAGES)
-    zinit.attach(model, zinit.PrefixConfig(length=5))
+    zinit.attach(model, zinit.PrefixConfig(length=5, separate_softmax=separate))
     torch.manual_seed(4)
     assert torch.equal(model(IMAGES), frozen)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_gates_learn_from_prompts_and_not_from_dropout(fused: bool) -> None:
+    """One module is linear in the gate: its gradient is the same with dropout and without."""
+    model = set_fused(randomized(Blocks(Attention(32, num_heads=4, attn_drop=0.3))), fused)
+    config = zinit.PrefixConfig(length=5, gate_init=0.3, separate_softmax=False)
+    gate = zinit.attach(model, config, backbone="vit", seed=0).prefixes["blocks.0"].gate
+    x, weight = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    outputs = [model.train()(x), model.eval()(x)]
+    assert not torch.allclose(*outputs, atol=1e-2)
+    noisy, clean = (torch.autograd.grad((output * weight).sum(), [gate])[0] for output in outputs)
+    torch.testing.assert_close(noisy, clean, atol=1e-4, rtol=1e-4)
 
 
 def test_attaching_leaves_the_mode_of_every_module() -> None:

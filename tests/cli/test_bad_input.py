@@ -122,6 +122,8 @@ def test_a_file_is_no_preset(folder: str, refused, tmp_path: Path, monkeypatch: 
         (["--backbone", "llama", "-o", "prefix.length=0"], ["length", "at least 1", "0"]),
         (["--backbone", "llama", "-o", "prefix.length=ten"], ["length", "'ten'"]),
         (["--backbone", "llama", "-o", "prefix.gate=sigmoid"], ["gate", "'tanh', 'identity'", "'sigmoid'"]),
+        (["--backbone", "llama", "--method", "gated-prefix-tuning", "-o", "prefix.parametrization=matrix"],
+         ["with what the method 'gated-prefix-tuning' sets by itself", "neither prompts nor a softmax"]),
         (["--backbone", "llama", "-o", "learning_rate=-1"], ["learning_rate", "-1"]),
         (["--backbone", "llama", "-o", "batch_size=0"], ["batch_size", "at least 1"]),
         (["--backbone", "llama", "-o", "batch_size=0"], ["[train] batch_size"]),

@@ -246,6 +246,16 @@ def test_the_check_finds_what_is_broken(backbone: Guide, folder: Path, promise: 
         check_backbone(backbone.names["Decoder"](), torch.randn(2, 6, 32), backbone="broken")
 
 
+def test_the_check_finds_a_gate_that_one_softmax_ignores(backbone: Guide, folder: Path) -> None:
+    code = backbone.files["my_backbone_both.py"]
+    gated = "return own + prefix.toward(query, own, shared) if prefix.config.gating else shared"
+    assert code.count(gated) == 1
+    (folder / "ungated.py").write_text(code.replace(gated, "return shared").replace('= "both"', '= "ungated"'))
+    zinit.register_backbone("ungated", "ungated:MINE")
+    with pytest.raises(BackboneError, match="in one softmax with the words too, a closed gate must change no bit"):
+        check_backbone(backbone.names["Decoder"](), torch.randn(2, 6, 32), backbone="ungated")
+
+
 def test_what_the_backbone_guide_ships_is_a_table_that_names_its_object(backbone: Guide) -> None:
     entry = tomllib.loads(backbone.files["pyproject.toml"])["project"]["entry-points"]["zinit.backbones"]
     assert entry == {"mine": "my_backbone:MINE"}

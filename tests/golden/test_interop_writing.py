@@ -98,6 +98,7 @@ def test_imagebind_llm_survives_the_way_in_and_out_to_the_bit(tmp_path, tuned, l
     [
         ({"length": 2}, {}, "one prompt for each layer"),
         ({"gate": "identity"}, {}, "with tanh gates"),
+        ({"separate_softmax": False}, {}, "share one softmax"),
         ({"layers": 2}, {}, f"2 of {N} layers"),
         ({}, {"context_options": {"feature_width": 6, "blocks": 2}}, "2 blocks of"),
         ({}, {"context_options": {"feature_width": 6, "hidden": 5}}, "3 blocks of 5, and .* has 3 of 128"),

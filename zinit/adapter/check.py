@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -49,21 +49,29 @@ def check_backbone(model: nn.Module, *args: Any, backbone: str | None = None, **
 
     with torch.no_grad():
         base = run()
-    handle = attach(model, PrefixConfig(length=3), backbone=backbone, seed=0)
-    demand = _Demand(f"the backbone {handle.backbone!r} on {type(model).__name__}")
     try:
-        _check_attached(handle, run, base, demand)
+        with _attached(model, PrefixConfig(length=3), backbone) as handle:
+            sites, demand = len(handle.prefixes), _Demand(f"the backbone {handle.backbone!r} on {type(model).__name__}")
+            _check_attached(handle, run, base, demand)
+        model.eval()
+        with torch.no_grad():
+            demand(torch.equal(run(), base), "detaching must give the model's own output again")
+        demand(_parts(model) == parts, "detaching must leave the model's own parts only")
+        demand([p.requires_grad for p in model.parameters()] == trained, "detaching must restore what is trained")
+        with _attached(model, PrefixConfig(length=3, separate_softmax=False), backbone) as handle, torch.no_grad():
+            _check_one_softmax(handle, run, base, demand)
     finally:
-        sites = len(handle.prefixes)
-        handle.detach()
         model.train(training)
-    model.eval()
-    with torch.no_grad():
-        demand(torch.equal(run(), base), "detaching must give the model's own output again")
-    model.train(training)
-    demand(_parts(model) == parts, "detaching must leave the model's own parts only")
-    demand([p.requires_grad for p in model.parameters()] == trained, "detaching must restore what is trained")
     return sites
+
+
+@contextmanager
+def _attached(model: nn.Module, config: PrefixConfig, backbone: str | None) -> Iterator[Handle]:
+    handle = attach(model, config, backbone=backbone, seed=0)
+    try:
+        yield handle
+    finally:
+        handle.detach()
 
 
 class _Demand:
@@ -100,6 +108,18 @@ def _check_attached(handle: Handle, run: Callable[..., Tensor], base: Tensor, de
             demand(torch.equal(run(), base), "a disabled adapter must change no bit of the output")
         _check_copies(handle, run, base, demand)
         _check_threads(handle, run, base, demand)
+
+
+def _check_one_softmax(handle: Handle, run: Callable[..., Tensor], base: Tensor, demand: _Demand) -> None:
+    """Prompts in one softmax with the words are refused, or their gate is heeded."""
+    try:
+        closed = run()
+    except BackboneError:
+        return
+    demand(torch.equal(closed, base), "in one softmax with the words too, a closed gate must change no bit")
+    for prefix in handle.prefixes.values():
+        prefix.gate.data.fill_(0.5)
+    demand(not torch.equal(run(), base), "in one softmax with the words too, open gates must change the output")
 
 
 def _check_copies(handle: Handle, run: Callable[..., Tensor], base: Tensor, demand: _Demand) -> None:

@@ -168,6 +168,8 @@ def _is_plain(config: PrefixConfig | AdapterConfig) -> bool:
     """Whether version 1 of the format can express it: one prefix, with the settings that there were then."""
     if not isinstance(config, PrefixConfig) or config.gate == "query":
         return False
+    if config.gating and not config.separate_softmax:
+        return False
     return all(getattr(config, name) == old for name, old in SINCE_2.items())
 
 

@@ -64,9 +64,9 @@ class PrefixWithContext:
         self.check_rows(query.shape[0])
         return self.prefix(query, key, value, scale)
 
-    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
-        """See `ZeroGatedPrefix.between`."""
-        return self.prefix.between(query, own, shared)
+    def toward(self, query: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+        """See `ZeroGatedPrefix.toward`."""
+        return self.prefix.toward(query, own, shared)
 
     def check_rows(self, batch: int) -> None:
         """See `AttentionSite.check_rows`."""

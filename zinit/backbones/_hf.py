@@ -12,7 +12,9 @@ host's implementation, ``set_attn_implementation`` keeps working after attaching
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,13 +22,16 @@ from torch.nn import functional as F
 
 from zinit.backbones._rows import rows_of
 from zinit.backbones._view import NEXT_STEP, ConfigView, HostView, asks_for_implementation
-from zinit.backbones.base import AttentionSite, PrefixSlot, shares_softmax
+from zinit.backbones.base import AttentionSite, PrefixSlot, SharingPrefix, shares_softmax
 from zinit.compat import attention_implementation, guard_tied_weights, unguard_tied_weights
 from zinit.errors import BackboneError
 from zinit.prefix import concat_prefix
 
 IMPLEMENTATION = "zinit"
 PLAIN = ("sdpa", "eager", "flex_attention")  # ask nothing of the module's config
+
+Attended = tuple[Tensor, Tensor | None]
+"""(B, T, H, D), and attention weights where the host gives them."""
 
 
 def attend(
@@ -36,7 +41,7 @@ def attend(
     value: Tensor,
     attention_mask: Any,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """The registered attention function: the host's own result plus the gated prefix.
 
     Args:
@@ -61,6 +66,7 @@ def attend(
         return attention(host, query, key, value, attention_mask, **kwargs)
 
     prefix, prompt_key, prompt_value = found
+    host_attends = partial(attention, host, query)
     if shares_softmax(prefix):
         slot.check_rows(prefix, query.shape[0])
         if name not in ("sdpa", "eager"):
@@ -68,25 +74,57 @@ def attend(
                 f"prefix tuning (separate_softmax=False) needs the attention implementation 'sdpa' or 'eager', "
                 f"not {name!r}. Call model.set_attn_implementation('sdpa')."
             )
-        gated = prefix.config.gating
-        own, weights = attention(host, query, key, value, attention_mask, **kwargs) if gated else (None, None)
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        key, value, attention_mask = concat_prefix(
-            query, key, value, attention_mask, causal and name == "sdpa", (prompt_key, prompt_value)
-        )
-        if attention_mask is None:
-            kwargs["is_causal"] = False  # every query sees every key: the causal case has a mask by now
-        kwargs |= without_position(kwargs, prompt_key.shape[2], key.shape[2])
-        shared, of_both = attention(host, query, key, value, attention_mask, **kwargs)
-        if own is None:
-            return shared, of_both
-        return prefix.between(query, own.transpose(1, 2), shared.transpose(1, 2)).transpose(1, 2), weights
+        words = key, value, attention_mask, kwargs
+        both = with_prompts(module, query, *words, (prompt_key, prompt_value), fused=name == "sdpa")
+        return attend_jointly(prefix, query, host_attends, words, both)
 
-    out, weights = attention(host, query, key, value, attention_mask, **kwargs)
+    out, weights = host_attends(key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
     addition = prefix(query, prompt_key, prompt_value, query.shape[-1] ** -0.5 if scale is None else scale)
     return out + addition.transpose(1, 2), weights
+
+
+Given = tuple[Tensor, Tensor, Any, dict[str, Any]]
+"""What a host's attention function is given besides the query: keys, values, mask, and what has a name."""
+
+
+def with_prompts(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    given: dict[str, Any],
+    prompts: tuple[Tensor, Tensor],
+    *,
+    fused: bool,
+) -> Given:
+    """Prompts in front of the words, in everything that has a number for each of them."""
+    causal = given.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    key, value, mask = concat_prefix(query, key, value, mask, causal and fused, prompts)
+    given = given | without_position(given, prompts[0].shape[2], key.shape[2])
+    # without a mask every query sees every key: the causal case has one by now
+    return key, value, mask, given | ({"is_causal": False} if mask is None else {})
+
+
+def attend_jointly(
+    prefix: SharingPrefix, query: Tensor, attends: Callable[..., Attended], words: Given, both: Given
+) -> Attended:
+    """Plain prefix tuning, or what the gate makes of it; see `zinit.prefix.ZeroGatedPrefix.toward`.
+
+    As with a softmax of its own, what is added has no dropout: gates would open to average the noise of two draws.
+    """
+    *tensors, given = words
+    if not prefix.config.gating:
+        *tensors, given = both
+        return attends(*tensors, **given)
+    out, weights = attends(*tensors, **given)
+    quiet = {"dropout": 0.0} if given.get("dropout") else {}
+    own = attends(*tensors, **given | quiet)[0] if quiet else out
+    *tensors, given = both
+    shared = attends(*tensors, **given | quiet)[0]
+    return out + prefix.toward(query, own.transpose(1, 2), shared.transpose(1, 2)).transpose(1, 2), weights
 
 
 def without_position(given: dict[str, Any], prompts: int, keys: int) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ class ActivePrefix(Protocol):
     config: PrefixConfig
 
     def keys_values(self, project: ProjectKV, dtype: torch.dtype) -> tuple[Any, Any]:
-        """Keys and gated values, in whatever form the call below takes them."""
+        """Keys and values, gated where the prompts have a softmax of their own, as the call below takes them."""
         ...
 
     def __call__(self, query: Tensor, key: Any, value: Any, scale: float) -> Tensor:
@@ -148,8 +148,8 @@ class ActivePrefix(Protocol):
 class SharingPrefix(ActivePrefix, Protocol):
     """A prefix in one softmax with the words: it stands alone."""
 
-    def between(self, query: Tensor, own: Tensor | None, shared: Tensor) -> Tensor:
-        """The heads' output, (B, H, T, D); see `zinit.prefix.ZeroGatedPrefix.between`."""
+    def toward(self, query: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+        """The addition, (B, H, T, D), of a gated one; see `zinit.prefix.ZeroGatedPrefix.toward`."""
         ...
 
 
@@ -237,7 +237,7 @@ class PrefixSlot(nn.ModuleDict):
     def keys_values(
         self, host: nn.Module, prefix: ActivePrefix, dtype: torch.dtype, context: Tensor | Context | None = None
     ) -> tuple[Any, Any]:
-        """The keys and gated values: computed ahead for the length of a generation, else computed anew.
+        """The keys and values: computed ahead for the length of a generation, else computed anew.
 
         Those computed ahead are used only where no gradient could be wanted and no context came with the call.
         """

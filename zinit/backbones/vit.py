@@ -111,9 +111,14 @@ class Seam:
         if not shares_softmax(prefix):
             return (args[0] + heads_side_by_side(prefix(query, *prompts, host.scale)).view_as(args[0]), *args[1:])
         slot.check_rows(prefix, query.shape[0])
-        own = in_heads(host, args[0]) if prefix.config.gating else None
-        shared = prefix.between(query, own, attend_jointly(forward, query, prompts))
-        return (heads_side_by_side(shared).view_as(args[0]), *args[1:])
+        dropout = host.attn_drop.p if host.training else 0.0
+        if not prefix.config.gating:
+            shared = attend_again(forward, query, prompts, dropout)
+            return (heads_side_by_side(shared).view_as(args[0]), *args[1:])
+        # as with a softmax of its own, what is added has no dropout: gates would open to average two draws
+        own = attend_again(forward, query) if dropout else in_heads(host, args[0])
+        addition = prefix.toward(query, own, attend_again(forward, query, prompts))
+        return (args[0] + heads_side_by_side(addition).view_as(args[0]), *args[1:])
 
 
 def final_query(forward: Forward) -> Tensor:
@@ -123,18 +128,23 @@ def final_query(forward: Forward) -> Tensor:
     return rotate(host, query, given.get("rope"))
 
 
-def attend_jointly(forward: Forward, query: Tensor, prompts: tuple[Tensor, Tensor]) -> Tensor:
-    """Prefix tuning attends once more, to prompts and words: (B, H, T, D)."""
+def attend_again(
+    forward: Forward, query: Tensor, prompts: tuple[Tensor, Tensor] | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The heads' output for the words, or for prompts and words in one softmax: (B, H, T, D)."""
     host, given = forward.host, forward.given
     key, value = project_kv(host, given["x"])
     key = rotate(host, key, given.get("rope"))
     causal = given.get("is_causal", False)
     mask = None if causal else added_to_scores(host, given)
-    key, value, mask = concat_prefix(query, key, value, mask, causal, prompts)
+    if prompts is not None:
+        key, value, mask = concat_prefix(query, key, value, mask, causal, prompts)
     shared_by = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
-    dropout = host.attn_drop.p if host.training else 0.0
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=host.scale)
+    causal = causal and prompts is None  # with prompts it has a mask by now
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=dropout, is_causal=causal, scale=host.scale
+    )
 
 
 def heads_side_by_side(x: Tensor) -> Tensor:

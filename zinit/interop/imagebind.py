@@ -122,6 +122,8 @@ def _why_another_form(handle: Handle, part: PrefixConfig, tuning: TuningConfig |
     assert isinstance(network, BindNetwork)
     if part.length != 1 or part.prompt != "table+context" or not part.gating or part.gate != "tanh":
         return "the format holds one prompt for each layer, to which the features are added, with tanh gates"
+    if not part.separate_softmax:
+        return "its prompts share one softmax with the words, and the format's prompts have a softmax of their own"
     if handle.sites != every:
         return f"it adapts {len(handle.sites)} of {len(every)} layers, and the format holds all"
     first = network.blocks[0]

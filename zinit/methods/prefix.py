@@ -11,6 +11,7 @@ from torch import nn
 
 from zinit.adapter.attach import attach, load
 from zinit.config import AdapterConfig, PrefixConfig
+from zinit.errors import ConfigError
 from zinit.methods import defaults, rates
 from zinit.methods.base import Adapted, ApplyContext, Method
 
@@ -27,7 +28,10 @@ class ZeroInit(Method):
         return prefix
 
     def attached(self, adapter: AdapterConfig) -> AdapterConfig:
-        return replace(adapter, parts={name: self.variant(part) for name, part in adapter.parts.items()})
+        try:
+            return replace(adapter, parts={name: self.variant(part) for name, part in adapter.parts.items()})
+        except ConfigError as error:
+            raise ConfigError(f"with what the method {self.name!r} sets by itself: {error}") from error
 
     def apply(self, model: nn.Module, context: ApplyContext) -> Adapted:
         if context.saved is not None:
