@@ -79,6 +79,7 @@ def test_the_best_rate_is_found_and_the_command_says_it(tmp_path: Path, zinit: Z
     [
         ({}, ["train.learning_rate=0.03", "train.rates.gates=10", *OWN]),
         ({"method": "zero-init-tuned"}, ["train.rates.tuning=0.01", *OWN]),
+        ({"method": "gated-prefix-tuning"}, ["train.rates.prompts=3", "train.rates.gates=3", *OWN]),
         ({"options": ["train.learning_rate=1"]}, ["train.learning_rate=1", "prefix.parametrization=prompt"]),
         ({"options": ["prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),
         ({"options": ["zero-init:prefix.parametrization=prompt"]}, ["train.rates.gates=1"]),

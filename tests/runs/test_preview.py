@@ -219,26 +219,31 @@ def test_tokens_there_is_no_room_for_are_not_asked_for(data: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "rate", "gates"),
+    ("options", "rate", "gates", "prompts"),
     [
-        ([], 3e-2, 10),
-        (["train.learning_rate=1e-3"], 1e-3, 1),
-        (["train.rates.gates=7"], 9e-3 * 64 / 256, 7),
-        (["method=random-gate"], 3e-2, 10),
-        (["method=query-gate"], 3e-2, 1),
-        (["prefix.parametrization=prompt"], 3e-2, 1),
-        (["prefix.parametrization=prompt", "method=random-gate"], 3e-2, 1),
-        (["prefix.parametrization=prompt", "method=query-gate"], 3e-2, 0.1),
-        (["method=lora"], 3e-4, 1),
+        ([], 3e-2, 10, 1),
+        (["method=prefix-tuning"], 3e-2, 1, 3),
+        (["method=gated-prefix-tuning"], 3e-2, 3, 3),
+        (["method=gated-prefix-tuning", "prefix.gate=query"], 3e-2, 0.3, 3),
+        (["method=gated-prefix-tuning", "prefix.parametrization=prompt"], 3e-2, 1, 1),
+        (["train.learning_rate=1e-3"], 1e-3, 1, 1),
+        (["train.rates.gates=7"], 9e-3 * 64 / 256, 7, 1),
+        (["method=random-gate"], 3e-2, 10, 1),
+        (["method=query-gate"], 3e-2, 1, 1),
+        (["prefix.parametrization=prompt"], 3e-2, 1, 1),
+        (["prefix.parametrization=prompt", "method=random-gate"], 3e-2, 1, 1),
+        (["prefix.parametrization=prompt", "method=query-gate"], 3e-2, 0.1, 1),
+        (["method=lora"], 3e-4, 1, 1),
     ],
 )
 def test_rates_are_those_that_were_good_on_models_of_this_size(
-    options: list[str], rate: float, gates: float, model: str, data: str, tmp_path: Path
+    options: list[str], rate: float, gates: float, prompts: float, model: str, data: str, tmp_path: Path
 ) -> None:
     config, preset = resolve(backbone="llama", model=model, data=data, options=options)
     run = runs.build(config, tmp_path, preset=preset, resume=False, on_event=lambda _: None)
     assert run.config.train.learning_rate == pytest.approx(rate)
-    assert run.config.train.rates.factor("main", "gates") == gates
+    assert run.config.train.rates.factor("main", "gates") == pytest.approx(gates)
+    assert run.config.train.rates.factor("main", "prompts") == prompts
     assert len([note for note in run.scaled if note.startswith("train.")]) == (rate == 3e-2)
     plain = runs.build(config, tmp_path, preset=None, resume=False, on_event=lambda _: None)
     assert plain.config == config, "as a run that goes on, or is made in Python, said it"
@@ -297,6 +302,7 @@ OWN, PROJECTED = ("key_value", 0.02), ("prompt", 1.0)
         (["method=query-gate", "prefix.length=3", "prefix.layers=2"], OWN),
         (["method=zero-init-tuned"], OWN),
         (["method=prefix-tuning"], OWN),
+        (["method=gated-prefix-tuning"], OWN),
         (["prefix.parametrization=prompt"], PROJECTED),
         (["prefix.init_std=0.5"], ("prompt", 0.5)),
         (["train.learning_rate=0.01"], PROJECTED),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zinit.adapter.file import AdapterFile
 from zinit.adapter.select import select_sites
 from zinit.backbones import BACKBONES
-from zinit.config import AdapterConfig, PrefixConfig
+from zinit.config import ROLES, AdapterConfig, PrefixConfig
 from zinit.errors import BackboneError, ZinitError
 from zinit.methods import METHODS
 from zinit.methods.rates import ZERO_INIT
@@ -199,13 +199,14 @@ def _is_small(model: nn.Module) -> bool:
 
 def _found(kind: str, config: RunConfig) -> dict[str, float]:
     """Factors by role. Gates by query of a language model that are too fast end above the loss before training."""
-    if kind != "a language model":
-        return FOUND[kind]
-    parts = config.adapter().parts.values()
-    gates = 0.1 if any(part.gate == "query" for part in parts) else 1.0
-    if all(part.parametrization == "key_value" for part in parts):
-        gates *= 10
-    return {"gates": gates, **FOUND[kind]}
+    adapter = METHODS.get(config.method)(config.method_options).attached(config.adapter())
+    parts = adapter.parts.values() if adapter is not None else ()
+    own, found = all(part.parametrization == "key_value" for part in parts), dict(FOUND[kind])
+    if kind == "a language model":
+        found["gates"] = (0.1 if any(part.gate == "query" for part in parts) else 1.0) * (10 if own else 1)
+    if own and any(not part.separate_softmax for part in parts):  # what is learned competes with the words: faster
+        found |= {"prompts": 3.0, "gates": 0.3 * found["gates"]}
+    return dict(sorted(found.items(), key=lambda factor: ROLES.index(factor[0])))
 
 
 def starting_options(config: RunConfig, preset: str | None) -> tuple[str, ...]:
@@ -224,7 +225,7 @@ def starting_options(config: RunConfig, preset: str | None) -> tuple[str, ...]:
     if task.reads_texts and _chooses_rates(config, preset, preview.model):
         adapter = METHODS.get(config.method)(config.method_options).attached(config.adapter())
         source = adapter.context is not None or any(part.prompts != "table" for part in adapter.parts.values())
-        trained = {"gates": True, "head": True, "tuning": adapter.tuning is not None, "source": source}
+        trained = {"gates": True, "prompts": True, "head": True, "tuning": adapter.tuning is not None, "source": source}
         said += [f"train.learning_rate={LARGEST}"]
         said += [f"train.rates.{role}={rate:g}" for role, rate in _found(kind, started).items() if trained[role]]
     return tuple(said)
