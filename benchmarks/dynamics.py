@@ -77,6 +77,9 @@ LEVERS: dict[str, Lever] = {
     "their own, and a gate for each query": Lever("query-gate", OWN),
     "in one softmax with the words": Lever("gated-prefix-tuning"),
     "their own, gates x10, in one softmax": Lever("gated-prefix-tuning", (*OWN, "train.rates.gates=10")),
+    "their own, in one softmax, all at 0.09": Lever(
+        "gated-prefix-tuning", (*OWN, "train.learning_rate=9e-2", "train.rates.gates=1")
+    ),
     "their own, in one softmax, without gates": Lever("prefix-tuning", OWN),
     "their own, without gates": Lever(options=(*OWN, "prefix.gating=false")),
     "prompts N(0, 1)": Lever(options=("prefix.init_std=1",)),
