@@ -27,7 +27,7 @@ OPEN = zinit.PrefixConfig(length=5, gate_init=0.7)
 WAYS = {
     "gated": OPEN,
     "joint": zinit.PrefixConfig(length=5, gating=False, separate_softmax=False),
-    "between": zinit.PrefixConfig(length=5, gate_init=0.7, separate_softmax=False),
+    "joint-gated": zinit.PrefixConfig(length=5, gate_init=0.7, separate_softmax=False),
 }
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
@@ -91,7 +91,7 @@ def by_hand(
             both, own = shares @ torch.cat([prompt_value, value]), words.softmax(-1) @ value
             if way == "joint":
                 outs.append(both)
-            elif way == "between":
+            elif way == "joint-gated":
                 outs.append((1 - prefix.gate[head].tanh()) * own + prefix.gate[head].tanh() * both)
             else:
                 outs.append(own + prefix.gate[head].tanh() * (prompts.softmax(-1) @ prompt_value))

@@ -20,7 +20,7 @@ from zinit.adapter.state import ATTRIBUTE
 CLOSED = zinit.PrefixConfig(length=5, layers=2)
 OPEN = zinit.PrefixConfig(length=5, layers=2, gate_init=0.7)
 JOINT = zinit.PrefixConfig(length=5, layers=2, gating=False, separate_softmax=False)
-BETWEEN = zinit.PrefixConfig(length=5, layers=2, gate_init=0.7, separate_softmax=False)
+JOINT_GATED = zinit.PrefixConfig(length=5, layers=2, gate_init=0.7, separate_softmax=False)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "static": {"cache_implementation": "static"},
@@ -114,7 +114,7 @@ def test_an_open_gate_generates_something_else(generator: Case, mode: str) -> No
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("config", [OPEN, JOINT, BETWEEN], ids=["gated", "joint", "between"])
+@pytest.mark.parametrize("config", [OPEN, JOINT, JOINT_GATED], ids=["gated", "joint", "joint-gated"])
 def test_every_kind_of_cache_agrees(generator: Case, config: zinit.PrefixConfig, padding: str) -> None:
     for implementation in generator.implementations:
         model = generator.build()

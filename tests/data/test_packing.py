@@ -92,7 +92,7 @@ def test_rows_by_hand() -> None:
 @pytest.mark.parametrize(
     "own",
     [{"gate_init": 0.5}, {"separate_softmax": False, "gating": False}, {"separate_softmax": False, "gate_init": 0.5}],
-    ids=["gated", "joint", "between"],
+    ids=["gated", "joint", "joint-gated"],
 )
 def test_packed_equals_alone(make: Callable, attention: str, own: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)

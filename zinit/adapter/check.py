@@ -23,7 +23,8 @@ def check_backbone(model: nn.Module, *args: Any, backbone: str | None = None, **
 
     A closed gate changes no bit; an open one changes the output; every gate and prompt gets a gradient; what is
     computed ahead for a generation is the same; a disabled adapter changes no bit; copies of the model (deepcopy,
-    torch.save) use their own prefixes; two threads do not mix; detaching restores everything.
+    torch.save) use their own prefixes; two threads do not mix; detaching restores everything. Prompts in
+    one softmax with the words are refused with a `BackboneError`, or their gate is heeded too.
 
     What this cannot see is a query that is taken too early (before its rotation) or a wrong scale: compare one layer
     with the formula by hand (docs/new-backbone.md).

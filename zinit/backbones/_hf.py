@@ -66,7 +66,6 @@ def attend(
         return attention(host, query, key, value, attention_mask, **kwargs)
 
     prefix, prompt_key, prompt_value = found
-    host_attends = partial(attention, host, query)
     if shares_softmax(prefix):
         slot.check_rows(prefix, query.shape[0])
         if name not in ("sdpa", "eager"):
@@ -76,9 +75,9 @@ def attend(
             )
         words = key, value, attention_mask, kwargs
         both = with_prompts(module, query, *words, (prompt_key, prompt_value), fused=name == "sdpa")
-        return attend_jointly(prefix, query, host_attends, words, both)
+        return attend_jointly(prefix, query, partial(attention, host, query), words, both)
 
-    out, weights = host_attends(key, value, attention_mask, **kwargs)
+    out, weights = attention(host, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
     addition = prefix(query, prompt_key, prompt_value, query.shape[-1] ** -0.5 if scale is None else scale)
     return out + addition.transpose(1, 2), weights
